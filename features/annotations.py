@@ -1,0 +1,202 @@
+"""Annotations: every common format of image-caption pairs, read into one list of records; and where images lie.
+
+A record is a dict with `image_id`, `caption`, and `file_name` where the format gives one; other keys of a
+predecessor's or COCO annotation are kept.
+"""
+
+import csv
+import json
+import os
+import re
+from pathlib import Path
+
+from utils.files import read_json
+
+IMAGE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"]
+)
+# COCO_val2014_000000060623.jpg, 000000060623.jpg (COCO 2017), 215268662.jpg (NICE)
+NUMBERED = re.compile(r"(?:COCO_[A-Za-z]+\d{4}_)?0*(\d+)")
+FORMATS = "[{image_id, caption}], COCO captions_*.json, Karpathy dataset_*.json, or CSV, TSV, JSONL with image,caption"
+
+
+def image_id_of(path):
+    """Return the number that ends a COCO- or NICE-style file name, else the name without extension."""
+    stem = Path(path).stem
+    number = NUMBERED.fullmatch(stem)
+    return int(number[1]) if number else stem
+
+
+def normal_id(image_id):
+    """Return an image id as a number where it is one, so that "60623", "000000060623" and 60623 are equal."""
+    text = str(image_id).strip()
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
+def read_annotations(path, split="train"):
+    """Read image-caption pairs.
+
+    Args:
+        path: file of one of the formats above, told apart by content, or by extension for CSV, TSV and JSONL.
+        split: of a Karpathy file; `train` includes `restval`, as in the field. Other formats have no splits.
+    Returns: list of records.
+    Raises: FileNotFoundError; ValueError naming the malformed record or the missing split.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"annotations {path} do not exist; pass --annotations FILE")
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        records = _read_table(path, "\t" if suffix == ".tsv" else ",")
+    elif suffix in (".jsonl", ".ndjson"):
+        records = _read_lines(path)
+    else:
+        value = read_json(path)
+        if isinstance(value, list):
+            records = value
+        elif isinstance(value, dict) and "annotations" in value:
+            records = _read_coco(value, path)
+        elif isinstance(value, dict) and "images" in value:
+            records = _read_karpathy(value, path, split)
+        else:
+            raise ValueError(f"{path} is none of the formats that are read: {FORMATS}")
+    for number, record in enumerate(records, 1):
+        _check(record, number, path)
+    if not records:
+        raise ValueError(f"{path} holds no captions")
+    return records
+
+
+def _check(record, number, path):
+    """Refuse a record without image or caption.
+
+    Raises: ValueError naming the record by its number, counted from 1.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}, record {number}: {str(record)[:60]!r} is no object with image_id and caption")
+    for key in ("image_id", "caption"):
+        if key not in record:
+            raise ValueError(f"{path}, record {number} has no {key!r}: {json.dumps(record)[:120]}")
+    if not isinstance(record["image_id"], str | int) or not str(record["image_id"]).strip():
+        raise ValueError(f"{path}, record {number}: image_id {record['image_id']!r} is neither a number nor a name")
+    if not isinstance(record["caption"], str):
+        raise ValueError(f"{path}, record {number}: the caption is {record['caption']!r}, not text")
+
+
+def _read_table(path, delimiter):
+    """Read a table with columns `image` and `caption`; others are kept."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        try:
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            rows = list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, line {reader.line_num + 1}: {error}") from None
+    columns = reader.fieldnames or []
+    if not {"image", "caption"} <= set(columns):
+        raise ValueError(f"{path} has columns {', '.join(columns) or 'none'}; it needs image and caption")
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(
+                f"{path}, record {number} has not {len(columns)} fields like the header: quote the caption"
+            )
+    return [_from_image(row) for row in rows]
+
+
+def _read_lines(path):
+    """Read one JSON object a line, with `image` and `caption`."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not valid JSON: {error.msg}") from None
+        records.append(_from_image(row) if isinstance(row, dict) and "image" in row else row)
+    return records
+
+
+def _from_image(row):
+    """Return a record for a row that names its image's file."""
+    row = dict(row)
+    file_name = str(row.pop("image") or "")
+    return {"image_id": image_id_of(file_name) if file_name else "", "file_name": file_name, **row}
+
+
+def _read_coco(value, path):
+    """Read COCO's own format."""
+    images = value.get("images", [])
+    if not isinstance(images, list) or not isinstance(value["annotations"], list):
+        raise ValueError(f"{path}: 'images' and 'annotations' must be lists")
+    names = {normal_id(image.get("id", "")): image.get("file_name") for image in images if isinstance(image, dict)}
+    records = []
+    for number, annotation in enumerate(value["annotations"], 1):
+        _check(annotation, number, path)
+        name = names.get(normal_id(annotation["image_id"]))
+        records.append({**annotation, "file_name": name} if name else annotation)
+    return records
+
+
+def _read_karpathy(value, path, split):
+    """Read one split of Karpathy's format."""
+    wanted = {"train", "restval"} if split == "train" else {split}
+    records = []
+    for number, image in enumerate(value["images"], 1):
+        try:
+            if image["split"] not in wanted:
+                continue
+            image_id = image["cocoid"] if "cocoid" in image else image_id_of(image["filename"])
+            name = os.path.join(image.get("filepath", ""), image["filename"])
+            for sentence in image["sentences"]:
+                records.append({"image_id": image_id, "caption": sentence["raw"], "file_name": name})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}, image {number} lacks {error}: {json.dumps(image)[:120]}") from None
+    if not records:
+        found = sorted({image["split"] for image in value["images"]})
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(found)}: pass one as --split")
+    return records
+
+
+def list_images(folder):
+    """Return the image files of a folder, sorted by name.
+
+    Raises: FileNotFoundError where it does not exist.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"image folder {folder} does not exist")
+    with os.scandir(folder) as entries:
+        return sorted(Path(e.path) for e in entries if Path(e.name).suffix.lower() in IMAGE_SUFFIXES and e.is_file())
+
+
+class ImageFinder:
+    """Finds a record's image file by its name, or by its id, in several folders."""
+
+    def __init__(self, folders, annotations=None):
+        """List the folders once.
+
+        Args:
+            folders: searched in this order.
+            annotations: file beside which relative names are searched too.
+        Raises: FileNotFoundError where none of the folders exists.
+        """
+        self.folders = [Path(folder) for folder in folders if Path(folder).is_dir()]
+        if not self.folders:
+            raise FileNotFoundError(
+                f"no image folder: {', '.join(map(str, folders))} do not exist; pass --images FOLDER"
+            )
+        self.beside = [Path(annotations).parent] if annotations else []
+        self.by_id = {}
+        for folder in self.folders:
+            for path in list_images(folder):
+                self.by_id.setdefault(image_id_of(path), path)
+
+    def find(self, record):
+        """Return the record's image file, or None where there is none."""
+        name = record.get("file_name")
+        if name:
+            for folder in (*self.folders, *self.beside):
+                for candidate in (folder / name, folder / Path(name).name):
+                    if candidate.is_file():
+                        return candidate
+        return self.by_id.get(normal_id(record["image_id"]))

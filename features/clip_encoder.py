@@ -1,0 +1,142 @@
+"""Images -> CLIP embeddings, in batches, with workers that decode images while the encoder runs.
+
+Axes: B batch, D CLIP width, R input resolution.
+"""
+
+import pickle
+import signal
+import urllib.error
+import warnings
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from features.images import ImageError, read_image
+from utils.cli import nearest, note
+from utils.files import sha256
+
+
+class ClipEncoder:
+    """OpenAI's CLIP with its own preprocessing."""
+
+    def __init__(self, clip_model_type, device="cpu"):
+        """Load the encoder.
+
+        Args:
+            clip_model_type: a name of `clip.available_models()`, or the path of a CLIP `.pt` (state dict or JIT).
+            device: torch device; on the CPU the weights are float32, elsewhere as CLIP stores them.
+        Raises: ValueError for a name that is neither, or a file that is no CLIP; FileNotFoundError where a named
+            model is not in the cache and cannot be fetched.
+        """
+        with warnings.catch_warnings():
+            # clip's own import of pkg_resources and use of torch.jit.load; neither is the user's to mend
+            warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+            warnings.filterwarnings("ignore", message=".*torch.jit.load. is deprecated")
+            self._load_clip(clip_model_type, device)
+
+    def _load_clip(self, clip_model_type, device):
+        import clip  # takes a second, and not every command needs it
+
+        self.name, self.device = str(clip_model_type), torch.device(device)
+        self.model, self.preprocess = _load(clip, self.name, self.device)
+        self.model.eval().requires_grad_(False)
+        self.tokenize = clip.tokenize
+        self.input_resolution = self.model.visual.input_resolution  # R
+        self.embed_dim = self.model.text_projection.shape[1]  # D
+        self.sha256 = sha256(self.name) if Path(self.name).is_file() else None
+
+    @torch.inference_mode()
+    def encode_images(self, pixels):
+        """Embed preprocessed images; a batch that does not fit the device's memory is halved.
+
+        Args:
+            pixels: [B, 3, R, R], normalised as CLIP does.
+        Returns: [B, D] float32 on the CPU, not normalised.
+        """
+        try:
+            return self.model.encode_image(pixels.to(self.device, non_blocking=True)).float().cpu()
+        except torch.OutOfMemoryError:
+            if len(pixels) == 1:
+                raise
+            note(f"warning: {len(pixels)} images do not fit the device's memory; going on with half of them at a time")
+            torch.cuda.empty_cache()
+            return torch.cat([self.encode_images(half) for half in pixels.chunk(2)])
+
+    @torch.inference_mode()
+    def encode_texts(self, texts):
+        """Embed texts, cut to CLIP's context; returns [B, D] float32 on the CPU, not normalised."""
+        return self.model.encode_text(self.tokenize(texts, truncate=True).to(self.device)).float().cpu()
+
+    def encode_files(self, paths, batch_size=64, num_workers=0):
+        """Embed image files, in order.
+
+        Args:
+            paths: image files.
+            batch_size: images per call of the encoder.
+            num_workers: processes that read and preprocess images.
+        Yields: per batch (indices into `paths`, [B, D] float32 embeddings, {index: why it could not be read}).
+        """
+        loader = DataLoader(
+            ImageFiles(paths, self.preprocess),
+            batch_size=batch_size,
+            num_workers=min(num_workers, (len(paths) + batch_size - 1) // batch_size),
+            collate_fn=collate_images,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_ctrl_c_to_parent,
+        )
+        for indices, pixels, errors in loader:
+            embeddings = self.encode_images(pixels) if indices else torch.empty(0, self.embed_dim)
+            yield indices, embeddings, errors
+
+
+def _load(clip, name, device):
+    """Call `clip.load`, with errors that say what to do."""
+    if name not in clip.available_models() and not Path(name).is_file():
+        names = clip.available_models()
+        hint = nearest(name, names)
+        raise ValueError(f"--clip_model_type {name} is neither a file nor one of {', '.join(names)}{hint}")
+    try:
+        return clip.load(name, device=device, jit=False)
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        file = Path(clip.clip._MODELS[name]).name
+        raise FileNotFoundError(
+            f"CLIP {name} is not in the cache and cannot be downloaded ({error}): put {file} into "
+            f"{Path('~/.cache/clip').expanduser()}, or pass its path as --clip_model_type"
+        ) from None
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{name} holds more than tensors, which could run code, so it was not loaded; --clip_model_type takes "
+            f"OpenAI's files or a state dict"
+        ) from None
+    except (RuntimeError, KeyError, AttributeError, EOFError) as error:
+        raise ValueError(f"{name} is no CLIP in OpenAI's format ({str(error).splitlines()[0][:120]})") from None
+
+
+def _leave_ctrl_c_to_parent(_worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class ImageFiles(Dataset):
+    """Image files, preprocessed for the encoder."""
+
+    def __init__(self, paths, preprocess):
+        self.paths, self.preprocess = [str(path) for path in paths], preprocess
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        """Return (index, [3, R, R] pixels, None), or (index, None, why the file could not be read)."""
+        try:
+            return index, self.preprocess(read_image(self.paths[index])), None
+        except ImageError as error:
+            return index, None, str(error)
+
+
+def collate_images(samples):
+    """Stack the readable samples: (indices, [B, 3, R, R], {index: reason} of the others)."""
+    good = [(index, pixels) for index, pixels, _ in samples if pixels is not None]
+    errors = {index: reason for index, _, reason in samples if reason is not None}
+    indices = [index for index, _ in good]
+    return indices, torch.stack([pixels for _, pixels in good]) if good else torch.empty(0), errors

@@ -1,0 +1,262 @@
+"""Checkpoints: a state dict (`.pt` or `.safetensors`) with a json beside it that says how to rebuild the captioner.
+
+A predecessor's bare `.pt`, which has no json, is recognised from its keys and shapes.
+"""
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from transformers import AutoConfig, GPT2Config, OPTConfig
+
+from models.clip_caption import CaptionConfig, build_captioner
+from models.language import build_language_model, check_tokenizer, load_language_config, load_tokenizer
+from utils.files import atomic_path, read_json
+
+# buffers that transformers stored before 4.31; no weights
+OLD_BUFFERS = re.compile(r"gpt\.transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+# the name of the run that `<prefix>-000.pt`, `<prefix>_latest.pt` and `<prefix>_best.pt` belong to
+RUN_SUFFIX = re.compile(r"(-\d{3,}|_latest|_best)$")
+# width of the language model's embeddings -> its name on the hub; heads are 64 wide in all of them
+GPT2_NAMES = {768: "gpt2", 1024: "gpt2-medium", 1280: "gpt2-large", 1600: "gpt2-xl"}
+OPT_NAMES = {
+    (768, 12): "facebook/opt-125m", (2048, 24): "facebook/opt-1.3b", (2560, 32): "facebook/opt-2.7b",
+    (4096, 32): "facebook/opt-6.7b", (5120, 40): "facebook/opt-13b",
+}  # fmt: skip
+# width of the CLIP embedding -> the encoder that the predecessors used for it
+CLIP_NAMES = {512: "ViT-B/32", 640: "RN50x4", 768: "ViT-L/14", 1024: "RN50"}
+
+
+def save_weights(path, state_dict):
+    """Write a state dict atomically, as `.safetensors` where the name says so, else in torch's format."""
+    with atomic_path(path) as temporary:
+        if Path(path).suffix == ".safetensors":
+            # safetensors refuses tensors that share memory, as the tied output layer does
+            safetensors.torch.save_file({k: v.clone().contiguous() for k, v in state_dict.items()}, temporary)
+        else:
+            torch.save(state_dict, temporary)
+
+
+def load_weights(path):
+    """Read a state dict of tensors, running no code that the file may hold.
+
+    Returns: name -> tensor, without the buffers that older versions of transformers stored.
+    Raises: FileNotFoundError; ValueError where the file is damaged, holds code, or is no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path()
+        there = sorted(p.name for p in folder.glob("*.pt"))[:8]
+        raise FileNotFoundError(f"checkpoint {path} does not exist{'; there are ' + ', '.join(there) if there else ''}")
+    try:
+        if path.suffix == ".safetensors":
+            state_dict = safetensors.torch.load_file(path)
+        else:
+            state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than tensors, which could run code, so it was not loaded; save its state_dict() "
+            f"where you trust it"
+        ) from None
+    except (RuntimeError, EOFError, OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]}); copy it again") from None
+    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        raise ValueError(f"{path} is no state dict: it must map names to tensors, clip_project.* and gpt.*")
+    return {key: value for key, value in state_dict.items() if not OLD_BUFFERS.fullmatch(key)}
+
+
+def config_path(checkpoint):
+    """Return the json that belongs to a checkpoint file: `run-000.pt`, `run_latest.pt` -> `run.json`."""
+    checkpoint = Path(checkpoint)
+    return checkpoint.with_name(RUN_SUFFIX.sub("", checkpoint.stem) + ".json")
+
+
+def infer_config(state_dict, path="the checkpoint"):
+    """Read a captioner's configuration off the shapes of its weights.
+
+    Args:
+        state_dict: name -> tensor.
+        path: named in errors.
+    Returns: CaptionConfig; what shapes cannot tell (normalisation) has its default.
+    Raises: ValueError where there is no mapping network or language model.
+    """
+    embedding = state_dict.get("gpt.transformer.wte.weight")
+    if embedding is None:
+        embedding = state_dict.get("gpt.model.decoder.embed_tokens.weight")
+    if embedding is None:
+        raise ValueError(f"{path} has no gpt.* weights of GPT-2 or OPT, and no json beside it: it is no captioner")
+    width = embedding.shape[1]
+    common = {"language_model": _language_model_name(state_dict, width)}
+    if "clip_project.model.0.weight" in state_dict and "clip_project.model.2.weight" in state_dict:
+        prefix_dim = state_dict["clip_project.model.0.weight"].shape[1]
+        prefix_length = state_dict["clip_project.model.2.weight"].shape[0] // width
+        config = CaptionConfig(prefix_dim, prefix_length, prefix_length, "mlp", **common)
+    elif "clip_project.linear.weight" in state_dict and "clip_project.prefix_const" in state_dict:
+        projected, prefix_dim = state_dict["clip_project.linear.weight"].shape
+        config = CaptionConfig(
+            prefix_dim, len(state_dict["clip_project.prefix_const"]), projected // width, "transformer",
+            num_layers=_count(state_dict, "clip_project.transformer.layers."), only_prefix=True, **common,
+        )  # fmt: skip
+    else:
+        raise ValueError(f"{path} has no mapping network (clip_project.model.* or clip_project.transformer.*)")
+    config.clip_model_type = CLIP_NAMES.get(config.prefix_dim)
+    return config
+
+
+def _count(state_dict, stem):
+    """Return how many numbered layers there are under `stem`."""
+    return len({key[len(stem) :].split(".")[0] for key in state_dict if key.startswith(stem)})
+
+
+def _language_model_name(state_dict, width):
+    """Return the hub's name of the language model with these shapes, or '' where none has them."""
+    if "gpt.transformer.wte.weight" in state_dict:
+        return GPT2_NAMES.get(width, "")
+    return OPT_NAMES.get((width, _count(state_dict, "gpt.model.decoder.layers.")), "")
+
+
+def infer_language_config(state_dict):
+    """Build transformers' configuration of a GPT-2 or OPT of the published sizes from the shapes of its weights.
+
+    Returns: the configuration, or None for another architecture or unpublished sizes, whose number of heads the
+        weights do not tell.
+    """
+    embedding = state_dict.get("gpt.transformer.wte.weight")
+    if embedding is not None and embedding.shape[1] in GPT2_NAMES:
+        vocab_size, width = embedding.shape
+        return GPT2Config(
+            vocab_size=vocab_size, n_embd=width, n_head=width // 64,
+            n_layer=_count(state_dict, "gpt.transformer.h."),
+            n_positions=len(state_dict["gpt.transformer.wpe.weight"]),
+        )  # fmt: skip
+    embedding = state_dict.get("gpt.model.decoder.embed_tokens.weight")
+    if embedding is not None and embedding.shape[1] in {width for width, _ in OPT_NAMES}:
+        vocab_size, width = embedding.shape
+        return OPTConfig(
+            vocab_size=vocab_size, hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width,
+            num_attention_heads=width // (80 if width == 2560 else 128 if width in (4096, 5120) else 64),
+            num_hidden_layers=_count(state_dict, "gpt.model.decoder.layers."),
+        )  # fmt: skip
+    return None
+
+
+def read_config(checkpoint, state_dict):
+    """Return a checkpoint's configuration and where it came from.
+
+    Returns: (CaptionConfig, its language model's configuration as a dict or None, the json's path or None).
+    Raises: ValueError where the json beside the checkpoint is malformed.
+    """
+    path = config_path(checkpoint)
+    if not path.is_file():
+        return infer_config(state_dict, checkpoint), None, None
+    stored = read_json(path)
+    if not isinstance(stored, dict) or "model" not in stored:
+        return infer_config(state_dict, checkpoint), None, None
+    try:
+        return CaptionConfig.from_dict(stored["model"]), stored.get("language_model_config"), path
+    except TypeError as error:
+        raise ValueError(f"{path} does not describe a captioner: {error}") from None
+
+
+def load_captioner(checkpoint, language_model=None, normalize_prefix=None):
+    """Rebuild a captioner from its checkpoint.
+
+    Args:
+        checkpoint: `.pt` or `.safetensors` file, ours or a predecessor's.
+        language_model: name or folder to take tokenizer and configuration from; None: what the checkpoint says.
+        normalize_prefix: for a checkpoint that does not say.
+    Returns: (ClipCaptionModel in evaluation mode on the CPU, tokenizer, whether a json described it).
+    Raises: ValueError where an argument contradicts the checkpoint or weights and configuration do not fit;
+        FileNotFoundError where a file is missing.
+    """
+    state_dict = load_weights(checkpoint)
+    config, language_config, described = read_config(checkpoint, state_dict)
+    if normalize_prefix is not None:
+        if described and normalize_prefix != config.normalize_prefix:
+            raise ValueError(
+                f"--normalize_prefix contradicts {described}: the captioner was trained "
+                f"{'with' if config.normalize_prefix else 'without'} it; leave the flag out"
+            )
+        config.normalize_prefix = normalize_prefix
+    gpt_config = _language_config(checkpoint, config, language_config, language_model, state_dict)
+    source = language_model or _tokenizer_source(config, described)
+    tokenizer = load_tokenizer(source)
+    check_tokenizer(tokenizer, gpt_config, source)
+    if language_model:
+        config.language_model = language_model
+    model = build_captioner(config, build_language_model(gpt_config))
+    _fill(model, state_dict, checkpoint)
+    return model.eval(), tokenizer, described is not None
+
+
+def _language_config(checkpoint, config, stored, language_model, state_dict):
+    """Return transformers' configuration of the checkpoint's language model."""
+    given = load_language_config(language_model) if language_model else None
+    if stored is None:
+        inferred = infer_language_config(state_dict) if given is None else given
+        if inferred is None:
+            raise ValueError(
+                f"{checkpoint} does not say which language model it holds; pass --language_model NAME or FOLDER"
+            )
+        return inferred
+    ours = AutoConfig.for_model(**stored)
+    if given is not None and _architecture(given) != _architecture(ours):
+        raise ValueError(
+            f"--language_model {language_model} contradicts {checkpoint}: it is {_architecture(given)} "
+            f"and the checkpoint holds {_architecture(ours)} (model type, layers, width, vocabulary)"
+        )
+    return ours
+
+
+def _architecture(config):
+    """Return what two configurations of the same language model share."""
+    return (config.model_type, config.num_hidden_layers, config.hidden_size, config.vocab_size)
+
+
+def _tokenizer_source(config, described):
+    """Return where the tokenizer is: the folder saved beside the checkpoint, else the language model."""
+    if described is not None:
+        for folder in (tokenizer_folder(described), described.parent / config.language_model):
+            if folder.is_dir():
+                return str(folder)
+    return config.language_model
+
+
+def tokenizer_folder(config_json):
+    """Return the folder of the tokenizer that is saved with a run: `run.json` -> `run_tokenizer`."""
+    config_json = Path(config_json)
+    return config_json.with_name(config_json.stem + "_tokenizer")
+
+
+def _fill(model, state_dict, path):
+    """Load weights into a captioner, strictly.
+
+    Raises: ValueError naming the first misfit.
+    """
+    own = model.state_dict()
+    # an output layer tied to the input embeddings may be stored once only
+    if "gpt.lm_head.weight" in own and "gpt.lm_head.weight" not in state_dict:
+        state_dict = {**state_dict, "gpt.lm_head.weight": state_dict.get(_tied_key(own), own["gpt.lm_head.weight"])}
+    missing = [key for key in own if key not in state_dict]
+    extra = [key for key in state_dict if key not in own]
+    misfit = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
+    if misfit:
+        key = misfit[0]
+        raise ValueError(
+            f"{path} does not fit: {key} is {list(state_dict[key].shape)} and {list(own[key].shape)} was expected; "
+            f"pass the --language_model it was trained with"
+        )
+    if missing or extra:
+        what = f"it lacks {missing[0]}" if missing else f"it holds {extra[0]}, which the captioner has not"
+        raise ValueError(f"{path} does not fit: {what} ({len(missing)} missing, {len(extra)} unknown names)")
+    model.load_state_dict(state_dict)
+
+
+def _tied_key(own):
+    """Return the name of the input embeddings among a captioner's weights."""
+    return next(
+        k for k in own if k.endswith(("wte.weight", "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight"))
+    )

@@ -1,0 +1,276 @@
+"""Caption images: files, folders or globs -> captions.
+
+    python predict.py photo.jpg
+    python predict.py photos/ --checkpoint coco_train/coco_prefix_latest.pt --use_beam_search --out captions.json
+
+prints `path<TAB>caption` per image. A checkpoint that train.py wrote needs no other flag; a predecessor's bare .pt is
+recognised from its keys and shapes. `class Predictor` is the same for other code.
+"""
+
+import glob
+import os
+from pathlib import Path
+
+import torch
+
+from features.annotations import image_id_of, list_images
+from features.clip_encoder import ClipEncoder
+from models.checkpoint import config_path, load_captioner
+from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, generate_captions
+from models.pretrained import ALIASES, DEMO, DEMO_CHECKPOINT, PRETRAINED, fetch
+from utils.cli import (
+    Parser,
+    nearest,
+    non_negative_int,
+    note,
+    pick_device,
+    positive_float,
+    positive_int,
+    progress_bar,
+    run,
+)  # fmt: skip
+from utils.files import sha256, write_json
+
+NAMES = (*PRETRAINED, DEMO)
+
+
+def get_parser():
+    """Return the command line's parser."""
+    parser = Parser(__doc__)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, folder, or quoted glob")
+    model = parser.add_argument_group("captioner")
+    model.add_argument("--checkpoint", default="coco", help=f"{', '.join(NAMES)}, or a file (default: coco)")
+    model.add_argument("--clip_model_type", help="encoder, where the checkpoint does not say or it has moved")
+    model.add_argument("--language_model", help="its folder or name, where the checkpoint does not say or it has moved")
+    model.add_argument(
+        "--normalize_prefix", action="store_true", default=None, help="for a bare checkpoint trained with it"
+    )
+    model.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    defaults = DecodingConfig()
+    decoding = parser.add_argument_group("decoding (greedy unless told otherwise)")
+    decoding.add_argument("--use_beam_search", action="store_true", help="beam search")
+    decoding.add_argument("--beam_size", type=positive_int, default=defaults.beam_size, help="beams")
+    decoding.add_argument(
+        "--length_penalty", type=float, default=defaults.length_penalty,
+        help="exponent of the length in a beam's mean log-probability; above 1 favours long captions",
+    )  # fmt: skip
+    decoding.add_argument("--top_p", type=positive_float, help="sample from this much of the probability")
+    decoding.add_argument("--temperature", type=positive_float, default=defaults.temperature, help="of sampling")
+    decoding.add_argument("--num_captions", type=positive_int, default=1, help="captions per image")
+    decoding.add_argument("--seed", type=non_negative_int, default=defaults.seed, help="of sampling")
+    decoding.add_argument("--entry_length", type=positive_int, default=defaults.entry_length, help="tokens at most")
+    decoding.add_argument("--stop_token", default=defaults.stop_token, help="text that ends a caption")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="FILE", help="also write [{image_id, caption}], COCO's result format")
+    output.add_argument("--batch_size", type=positive_int, default=32, help="images at a time")
+    output.add_argument(
+        "--num_workers", type=non_negative_int, default=min(4, os.cpu_count() or 1), help="processes that read images"
+    )
+    return parser
+
+
+def decoding_config(args):
+    """Return the DecodingConfig that the command line asks for.
+
+    Raises: ValueError for flags that contradict each other.
+    """
+    if args.use_beam_search and args.top_p is not None:
+        raise ValueError("--use_beam_search and --top_p contradict each other: beam search does not sample")
+    sampling = args.top_p is not None or (args.temperature != 1 and not args.use_beam_search)
+    return DecodingConfig(
+        method=BEAM if args.use_beam_search else SAMPLE if sampling else GREEDY,
+        beam_size=args.beam_size,
+        entry_length=args.entry_length,
+        stop_token=args.stop_token,
+        top_p=args.top_p if args.top_p is not None else 1.0,
+        temperature=args.temperature,
+        length_penalty=args.length_penalty,
+        num_captions=args.num_captions,
+        seed=args.seed,
+    )
+
+
+def find_images(arguments):
+    """Expand files, folders and globs into image files, in order, each once.
+
+    Raises: FileNotFoundError naming the argument that is nothing of the kind; ValueError for an empty folder.
+    """
+    paths = []
+    for argument in arguments:
+        if Path(argument).is_dir():
+            matches = list_images(argument)
+            if not matches:
+                raise ValueError(f"folder {argument} holds no images")
+        elif Path(argument).exists():
+            matches = [Path(argument)]
+        else:
+            matches = sorted(Path(match) for match in glob.glob(argument, recursive=True))
+            if not matches:
+                raise FileNotFoundError(f"{argument} is no image file, folder or glob that matches")
+        paths.extend(matches)
+    return list(dict.fromkeys(paths))
+
+
+class Captioner:
+    """Encoder, mapping network, language model and tokenizer, ready to caption."""
+
+    def __init__(
+        self, checkpoint="coco", clip_model_type=None, language_model=None, normalize_prefix=None, device=None
+    ):
+        """Load everything.
+
+        Args:
+            checkpoint: `coco`, `conceptual`, `coco-transformer`, `demo`, or a file.
+            clip_model_type, language_model, normalize_prefix: what a bare checkpoint does not say.
+            device: torch device; None takes a GPU if there is one.
+        Raises: ValueError where an argument contradicts the checkpoint; FileNotFoundError where a file is missing.
+        """
+        self.device = pick_device(device)
+        name = ALIASES.get(checkpoint, checkpoint)
+        if name in PRETRAINED:
+            pretrained = PRETRAINED[name]
+            checkpoint = fetch(name)
+            clip_model_type = clip_model_type or pretrained.clip_model_type
+            normalize_prefix = pretrained.normalize_prefix if normalize_prefix is None else normalize_prefix
+        elif name == DEMO:
+            checkpoint = DEMO_CHECKPOINT
+        elif not Path(checkpoint).is_file() and os.sep not in str(checkpoint) and "." not in str(checkpoint):
+            raise FileNotFoundError(
+                f"--checkpoint {checkpoint} is neither a file nor one of {', '.join(NAMES)}{nearest(checkpoint, NAMES)}"
+            )
+        self.model, self.tokenizer, described = load_captioner(checkpoint, language_model, normalize_prefix)
+        self.model.to(self.device)
+        source = encoder_source(self.model.config, checkpoint, clip_model_type, described)
+        self.encoder = ClipEncoder(source, self.device)
+        if self.encoder.embed_dim != self.model.config.prefix_dim:
+            raise ValueError(
+                f"encoder {source} gives embeddings {self.encoder.embed_dim} wide and {checkpoint} was trained on "
+                f"{self.model.config.prefix_dim}; pass its own --clip_model_type"
+            )
+
+    def caption_files(self, paths, decoding, batch_size=32, num_workers=0):
+        """Caption image files, in order.
+
+        Args:
+            paths: image files.
+            decoding: DecodingConfig.
+            batch_size: images at a time.
+            num_workers: processes that read images.
+        Yields: per batch ({path: list of Caption, best first}, {path: why it could not be read}).
+        """
+        for indices, embeddings, errors in self.encoder.encode_files(paths, batch_size, num_workers):
+            captions = self.caption_embeddings(embeddings, decoding) if indices else []
+            read = {paths[index]: group for index, group in zip(indices, captions, strict=True)}
+            yield read, {paths[index]: reason for index, reason in errors.items()}
+
+    def caption_embeddings(self, clip_embedding, decoding):
+        """Caption CLIP embeddings [B, D]; returns per image a list of Caption, best first."""
+        return generate_captions(self.model, self.tokenizer, clip_embedding.to(self.device), decoding)
+
+
+def encoder_source(config, checkpoint, given, described):
+    """Return the encoder to load: the one given, if it does not contradict the checkpoint, else the checkpoint's own.
+
+    Raises: ValueError where it contradicts; FileNotFoundError where the checkpoint's own file has moved.
+    """
+    own = config.clip_model_type
+    if given:
+        same = sha256(given) == config.clip_sha256 if config.clip_sha256 and Path(given).is_file() else given == own
+        if described and own and not same:
+            raise ValueError(
+                f"--clip_model_type {given} contradicts {config_path(checkpoint)}: the captioner was trained on {own}; "
+                f"leave the flag out"
+            )
+        return given
+    if not own:
+        raise ValueError(f"{checkpoint} does not say which encoder it was trained on; pass --clip_model_type")
+    if config.clip_sha256 and not Path(own).is_file():
+        beside = config_path(checkpoint).parent / own  # a file may be named from beside the checkpoint
+        if beside.is_file():
+            return str(beside)
+        raise FileNotFoundError(f"the encoder {own} of {checkpoint} is not there any more; pass --clip_model_type FILE")
+    return own
+
+
+class Predictor:
+    """Captions one image at a time, as the predecessor's class of this name does."""
+
+    def setup(self, models=("coco", "conceptual"), device=None):
+        """Say which captioners there are; each is loaded when it is first asked for.
+
+        Args:
+            models: names or files, the first being the default; or {name: file}.
+            device: torch device; None takes a GPU if there is one.
+        """
+        self.checkpoints = dict(models) if isinstance(models, dict) else {name: name for name in models}
+        self.device, self.captioners = device, {}
+
+    def predict(self, image, model=None, use_beam_search=False):
+        """Caption one image.
+
+        Args:
+            image: path of an image file.
+            model: one of the names given to `setup`; None is the first.
+            use_beam_search: beam search instead of greedy decoding.
+        Returns: the caption.
+        Raises: ValueError where there is no such model or the image cannot be read.
+        """
+        model = ALIASES.get(model, model) if model else next(iter(self.checkpoints))
+        if model not in self.checkpoints:
+            raise ValueError(f"model {model!r} is not one of {', '.join(self.checkpoints)}")
+        if model not in self.captioners:
+            self.captioners[model] = Captioner(self.checkpoints[model], device=self.device)
+        decoding = DecodingConfig(method=BEAM if use_beam_search else GREEDY)
+        captions, errors = next(self.captioners[model].caption_files([image], decoding))
+        if errors:
+            raise ValueError(f"{image}: {errors[image]}")
+        return captions[image][0].text
+
+
+def record(path, captions):
+    """Return the result of one image in COCO's result format; several captions are kept beside the best."""
+    result = {"image_id": image_id_of(path), "caption": captions[0].text.strip()}
+    if len(captions) > 1:
+        result["captions"] = [caption.text.strip() for caption in captions]
+    return result
+
+
+def caption_all(captioner, paths, decoding, batch_size, num_workers):
+    """Caption files, printing each as it is done.
+
+    Returns: (results in COCO's format, {path: why it could not be read}).
+    """
+    results, unreadable = [], {}
+    with progress_bar(len(paths), "images", "img") as bar:
+        for captions, errors in captioner.caption_files(paths, decoding, batch_size, num_workers):
+            for path, group in captions.items():
+                results.append(record(path, group))
+                for caption in group:
+                    bar.write(f"{path}\t{' '.join(caption.text.split())}")
+            for path, reason in errors.items():
+                note(f"skipped {path}: {reason}")
+            unreadable |= errors
+            bar.update(len(captions) + len(errors))
+    return results, unreadable
+
+
+def main(argv=None):
+    """Caption what the command line names; returns 2 where an image could not be read."""
+    args = get_parser().parse_args(argv)
+    decoding, paths = decoding_config(args), find_images(args.images)
+    captioner = Captioner(
+        args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device
+    )
+    workers = 0 if len(paths) <= args.batch_size else args.num_workers
+    results, unreadable = caption_all(captioner, paths, decoding, args.batch_size, workers)
+    if args.out and results:
+        write_json(args.out, results)
+    if unreadable:
+        note(f"error: {len(unreadable)} of {len(paths)} images could not be read; the others are captioned")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    run(main)

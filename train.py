@@ -1,0 +1,295 @@
+"""Train a captioner: feature store -> checkpoint.
+
+    python train.py --data data/coco/oscar_split_ViT-B_32_train.pkl --out_dir coco_train
+
+writes into coco_train/: coco_prefix-000.pt, coco_prefix-001.pt, ... and coco_prefix_latest.pt, coco_prefix.json (what
+predict.py needs to know), coco_prefix-log.jsonl (a line per step) and coco_prefix-loss.png. Stopped by Ctrl-C, SIGTERM
+or a crash, the same command with --resume goes on to the same weights.
+"""
+
+import time
+
+import torch
+import transformers
+
+from features.dataset import CaptionDataset
+from features.store import read_store
+from models.checkpoint import load_weights, tokenizer_folder
+from models.clip_caption import CaptionConfig, build_captioner
+from models.decoding import DecodingConfig, generate_captions
+from models.language import check_tokenizer, context_length, load_language_model, load_tokenizer
+from training.log import TrainingLog
+from training.run_files import RunFiles, StopRequest
+from training.trainer import DTYPES, Trainer
+from utils.cli import (
+    VERSION,
+    Parser,
+    non_negative_int,
+    note,
+    pick_device,
+    positive_float,
+    positive_int,
+    progress_bar,
+    run,
+)  # fmt: skip
+from utils.files import read_json, write_json
+
+SAMPLES = 8  # images captioned after every epoch
+SAMPLE_LENGTH = 40  # tokens of such a caption
+RN_DIMS = (640, 768, 1024)  # widths of CLIP's ResNets: RN50x4; RN50x16; RN50 and RN50x64
+# what may differ between a run and its continuation
+FREE_ON_RESUME = {"resume", "device", "out_dir", "num_workers", "save_steps", "save_every"}
+
+
+def get_parser():
+    """Return the command line's parser."""
+    parser = Parser(__doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument("--data", default="./data/coco/oscar_split_train.pkl", help="feature store of parse_coco.py")
+    files.add_argument("--out_dir", default="./checkpoints", help="folder to write")
+    files.add_argument("--prefix", default="coco_prefix", help="name that the written files begin with")
+    files.add_argument("--init_from", metavar="FILE", help="checkpoint whose weights training starts from")
+    files.add_argument("--resume", action="store_true", help="go on with the run of the same --out_dir and --prefix")
+    files.add_argument("--save_every", type=positive_int, default=1, help="epochs between checkpoints")
+    files.add_argument("--save_steps", type=positive_int, default=10_000, help="steps between saves to resume from")
+    model = parser.add_argument_group("model")
+    model.add_argument("--language_model", default="gpt2", help="name on the hub, or folder")
+    model.add_argument("--only_prefix", action="store_true", help="train the mapping network only")
+    model.add_argument("--mapping_type", choices=("mlp", "transformer"), default="mlp", help="mapping network")
+    model.add_argument("--prefix_length", type=positive_int, default=10, help="prefix positions")
+    model.add_argument(
+        "--prefix_length_clip", type=positive_int, default=10, help="tokens made of the CLIP embedding (transformer)"
+    )
+    model.add_argument(
+        "--num_layers", "--num_layres", type=positive_int, default=8, help="layers of the transformer mapping network"
+    )
+    model.add_argument("--is_rn", action="store_true", help="the encoder is a ResNet; the width is read from the data")
+    model.add_argument("--normalize_prefix", action="store_true", help="divide CLIP embeddings by their L2 norm")
+    optimiser = parser.add_argument_group("optimisation")
+    optimiser.add_argument("--epochs", type=positive_int, default=10, help="passes over the captions")
+    optimiser.add_argument("--bs", type=positive_int, default=40, help="captions per batch")
+    optimiser.add_argument("--lr", type=positive_float, default=2e-5, help="peak learning rate")
+    optimiser.add_argument("--warmup_steps", type=non_negative_int, default=5000, help="steps of linear warm-up")
+    optimiser.add_argument(
+        "--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimiser step"
+    )
+    optimiser.add_argument("--mixed_precision", choices=DTYPES, default="no", help="autocast to this type")
+    optimiser.add_argument("--seed", type=non_negative_int, default=0, help="of initial weights, shuffling, dropout")
+    optimiser.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    return parser
+
+
+def check_width(store, is_rn):
+    """Refuse a store that --is_rn contradicts.
+
+    Raises: ValueError.
+    """
+    encoder = str(store.info.get("clip_model_type", ""))
+    if is_rn and (store.prefix_dim not in RN_DIMS or encoder.startswith("ViT")):
+        raise ValueError(
+            f"--is_rn was given, but {store.path} holds embeddings of {encoder or 'an encoder'}, "
+            f"{store.prefix_dim} wide; RN50x4's are 640: extract with --clip_model_type RN50x4, or leave out --is_rn"
+        )
+
+
+def caption_config(args, store):
+    """Return the CaptionConfig that the command line and the store ask for."""
+    return CaptionConfig(
+        prefix_dim=store.prefix_dim,
+        prefix_length=args.prefix_length,
+        prefix_length_clip=args.prefix_length_clip,
+        mapping_type=args.mapping_type,
+        num_layers=args.num_layers,
+        only_prefix=args.only_prefix,
+        normalize_prefix=args.normalize_prefix,
+        language_model=args.language_model,
+        clip_model_type=store.info.get("clip_model_type"),
+        clip_sha256=store.info.get("clip_sha256"),
+    )
+
+
+def build_model(config, init_from=None):
+    """Return a captioner with a new mapping network, or with all weights of a checkpoint.
+
+    Raises: ValueError where the checkpoint does not fit.
+    """
+    model = build_captioner(config, load_language_model(config.language_model))
+    if init_from:
+        weights = load_weights(init_from)
+        own = model.state_dict()
+        wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [
+            k for k in weights if k not in own
+        ]
+        if wrong:
+            raise ValueError(
+                f"--init_from {init_from} does not fit the captioner asked for: {wrong[0]} differs "
+                f"({len(wrong)} in all); check --mapping_type, --prefix_length, --num_layers and --language_model"
+            )
+        model.load_state_dict(weights)
+    return model
+
+
+def write_config(files, args, config, model, tokenizer, store):
+    """Write `<prefix>.json` and the tokenizer's folder, before the first step."""
+    tokenizer.save_pretrained(tokenizer_folder(files.config))
+    write_json(
+        files.config,
+        {
+            "model": config.to_dict(),
+            "language_model_config": model.gpt.config.to_dict(),
+            "training": vars(args),
+            "data": {key: store.info[key] for key in store.info if key != "skipped"},
+            "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
+        },
+    )
+
+
+def check_resume(files, args):
+    """Refuse to go on with a run of other options.
+
+    Raises: ValueError naming the first flag that differs.
+    """
+    before = read_json(files.config)["training"]
+    for name, value in vars(args).items():
+        if name not in FREE_ON_RESUME and name in before and before[name] != value:
+            raise ValueError(
+                f"--resume: the run had --{name} {before[name]}, not {value}; pass the same, or leave out --resume"
+            )
+
+
+def resume(files, trainer):
+    """Load the run's state; returns whether there was one."""
+    if not files.state.is_file():
+        note(f"nothing to resume: there is no {files.state}; beginning")
+        return False
+    try:
+        state = torch.load(files.state, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise ValueError(
+            f"{files.state} is damaged ({type(error).__name__}); remove it and pass --init_from {files.latest}"
+        ) from None
+    trainer.load_state(state)
+    note(f"resuming {files.prefix} after step {trainer.step}, epoch {trainer.epoch}, batch {trainer.batch}")
+    return True
+
+
+def show_samples(model, tokenizer, dataset, epoch):
+    """Caption a few images of the data, show the first beside its reference, and warn where all are alike."""
+    rows = list(dict.fromkeys(dataset.embedding_index[:1000].tolist()))[:SAMPLES]
+    embeddings = dataset.clip_embedding[rows].float().to(next(model.parameters()).device)
+    model.eval()
+    room = context_length(model.gpt.config)
+    length = min(SAMPLE_LENGTH, room - model.config.prefix_length) if room else SAMPLE_LENGTH
+    captions = [group[0].text.strip() for group in generate_captions(
+        model, tokenizer, embeddings, DecodingConfig(entry_length=length)
+    )]  # fmt: skip
+    reference = dataset.store.captions[dataset.records[0]]["caption"]
+    note(f"epoch {epoch} sample: {captions[0]!r}; reference: {reference!r}")
+    if len(rows) > 1 and len(set(captions)) == 1:
+        note(
+            f"warning: {len(rows)} different images got the same caption; train longer, raise --lr, or check that the "
+            f"embeddings differ"
+        )
+
+
+def fit(trainer, files, log, tokenizer):
+    """Run the epochs that are left, saving as the run's files say.
+
+    Raises: KeyboardInterrupt after a stop was asked for and the state saved; ValueError where the loss is not finite.
+    """
+    args = trainer.args
+    with StopRequest() as stop:
+        while trainer.epoch < args.epochs:
+            description = f"epoch {trainer.epoch + 1}/{args.epochs}"
+            with progress_bar(trainer.batches, description, "batch", initial=trainer.batch) as bar:
+                for group in trainer.epoch_batches():
+                    step_and_log(trainer, group, log, files)
+                    bar.set_postfix(loss=f"{log.last_loss:.3f}", refresh=False)
+                    bar.update(len(group))
+                    if stop.signal is not None or trainer.step % args.save_steps == 0:
+                        files.save_weights(trainer.model)
+                        files.save_state(trainer)
+                    if stop.signal is not None:
+                        log.flush()
+                        raise KeyboardInterrupt(f"step {trainer.step} is saved; the same command with --resume goes on")
+            finish_epoch(trainer, files, log, tokenizer)
+
+
+def step_and_log(trainer, group, log, files):
+    """Take one step, count it and log it.
+
+    Raises: ValueError naming step and last checkpoint where the loss is not finite.
+    """
+    started = time.perf_counter()
+    try:
+        loss, rate = trainer.train_step(group)
+    except FloatingPointError as error:
+        last = files.last_checkpoint()
+        raise ValueError(
+            f"{error} at step {trainer.step + 1}, epoch {trainer.epoch}; "
+            f"{f'the last good weights are {last}' if last else 'no checkpoint was written yet'}: lower --lr or use "
+            f"--mixed_precision bf16 or no"
+        ) from None
+    trainer.step += 1
+    trainer.batch += len(group)
+    examples = sum(len(tokens) for tokens, _, _ in group)
+    log.add(trainer.step, trainer.epoch, loss, rate, examples / (time.perf_counter() - started))
+
+
+def finish_epoch(trainer, files, log, tokenizer):
+    """Save and show what an epoch ends with, and count it."""
+    epoch, args = trainer.epoch, trainer.args
+    random = torch.get_rng_state()  # samples must not change what training draws next
+    show_samples(trainer.model, tokenizer, trainer.dataset, epoch)
+    torch.set_rng_state(random)
+    log.flush()
+    log.plot(files.plot)
+    trainer.epoch, trainer.batch = epoch + 1, 0
+    if epoch % args.save_every == 0 or trainer.epoch == args.epochs:
+        files.save_weights(trainer.model, epoch)
+    files.save_state(trainer)
+    note(f"epoch {epoch} done: step {trainer.step}, mean loss {log.mean_loss(epoch):.4f}")
+
+
+def train(args):
+    """Train as the command line says; returns the model."""
+    device = pick_device(args.device)
+    store = read_store(args.data)
+    check_width(store, args.is_rn)
+    files = RunFiles(args.out_dir, args.prefix)
+    resuming = args.resume and files.config.is_file()
+    if resuming:
+        check_resume(files, args)
+    torch.manual_seed(args.seed)
+    config = caption_config(args, store)
+    tokenizer = load_tokenizer(args.language_model)
+    model = build_model(config, args.init_from)
+    check_tokenizer(tokenizer, model.gpt.config, args.language_model)
+    room = context_length(model.gpt.config)
+    if room and args.prefix_length >= room:
+        raise ValueError(f"--prefix_length {args.prefix_length} leaves no room in the context of {room}; lower it")
+    dataset = CaptionDataset(store, tokenizer, room and room - args.prefix_length)
+    trainer = Trainer(model.to(device), dataset, args, device)
+    if not (resuming and resume(files, trainer)):
+        files.move_aside()
+        write_config(files, args, config, model, tokenizer, store)
+    if trainer.epoch >= args.epochs:
+        note(f"{files.latest} has all {args.epochs} epochs; nothing to do")
+        return model
+    trained = sum(p.numel() for p in trainer.trained.values())
+    note(
+        f"{len(dataset):,} captions of {len(store.clip_embedding):,} rows; {trained / 1e6:.1f} M of "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters learn, on {device}"
+    )
+    with TrainingLog(files.log, trainer.step) as log:
+        fit(trainer, files, log, tokenizer)
+    return model
+
+
+def main(argv=None):
+    """Train a captioner."""
+    train(get_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,124 @@
+"""What every command shares: its parser, its errors, its progress bar."""
+
+import argparse
+import difflib
+import errno
+import os
+import signal
+import sys
+
+import torch
+from tqdm import tqdm
+
+VERSION = "0.1.0"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest valid spelling."""
+
+    def __init__(self, description, **options):
+        super().__init__(
+            description=description.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
+        self.add_argument("--version", action="version", version=f"%(prog)s {VERSION}, torch {torch.__version__}")
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            valid = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], valid)}")
+        return parsed
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def nearest(word, valid):
+    """Return '; did you mean X?' for the valid spelling nearest to `word`, or ''."""
+    close = difflib.get_close_matches(str(word), [str(v) for v in valid], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def positive_int(text):
+    """Argparse type: an integer of at least 1."""
+    value = int(text) if text.lstrip("+-").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def non_negative_int(text):
+    """Argparse type: an integer of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def positive_float(text):
+    """Argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def pick_device(name=None):
+    """Return the torch device called `name`, or the best one there is.
+
+    Args:
+        name: `cpu`, `cuda`, `cuda:1`, `mps`, ...; None picks CUDA, then MPS, then the CPU.
+    Raises: ValueError where the device does not exist here.
+    """
+    if name is None:
+        mps = getattr(torch.backends, "mps", None)
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}); leave the flag out or use cpu") from None
+    return device
+
+
+def progress_bar(total, description, unit, initial=0):
+    """Return a progress bar with rate and time left on a terminal, silent elsewhere."""
+    return tqdm(total=total, initial=initial, desc=description, unit=unit, disable=None, dynamic_ncols=True)
+
+
+def note(message):
+    """Print one line for the user to standard error, so that standard output stays data."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def run(main):
+    """Call a command's `main` and exit: 2 with one line for bad input, 130 after Ctrl-C.
+
+    Set CLIPCAP_DEBUG=1 to see the whole traceback.
+    """
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `predict.py ... | head` ends quietly
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt as stop:
+        note(f"interrupted{': ' + str(stop) if str(stop) else ''}")
+        sys.exit(130)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if os.environ.get("CLIPCAP_DEBUG"):
+            raise
+        note(f"error: {describe(error)}")
+        sys.exit(2)
+
+
+def describe(error):
+    """Say in one line what went wrong and what helps."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of device memory; use a smaller --bs or --batch_size, or --mixed_precision bf16"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f" while writing {error.filename}" if error.filename else ""
+        return f"no space left on the disk{place}; free some and run the same command again, finished work is kept"
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return f"{error.filename}: {os.strerror(error.errno).lower()}"
+    return " ".join(str(error).split())
