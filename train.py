@@ -32,7 +32,7 @@ from utils.cli import (
     progress_bar,
     run,
 )  # fmt: skip
-from utils.files import read_json, write_json
+from utils.files import disk_errors, read_json, write_json
 
 SAMPLES = 8  # images captioned after every epoch
 SAMPLE_LENGTH = 40  # tokens of such a caption
@@ -131,7 +131,9 @@ def build_model(config, init_from=None):
 
 def write_config(files, args, config, model, tokenizer, store):
     """Write `<prefix>.json` and the tokenizer's folder, before the first step."""
-    tokenizer.save_pretrained(tokenizer_folder(files.config))
+    files.out_dir.mkdir(parents=True, exist_ok=True)
+    with disk_errors(files.out_dir):
+        tokenizer.save_pretrained(tokenizer_folder(files.config))
     write_json(
         files.config,
         {
@@ -178,10 +180,8 @@ def show_samples(model, tokenizer, dataset, epoch):
     rows = list(dict.fromkeys(dataset.embedding_index[:1000].tolist()))[:SAMPLES]
     embeddings = dataset.clip_embedding[rows].float().to(next(model.parameters()).device)
     model.eval()
-    room = context_length(model.gpt.config)
-    length = min(SAMPLE_LENGTH, room - model.config.prefix_length) if room else SAMPLE_LENGTH
     captions = [group[0].text.strip() for group in generate_captions(
-        model, tokenizer, embeddings, DecodingConfig(entry_length=length)
+        model, tokenizer, embeddings, DecodingConfig(entry_length=SAMPLE_LENGTH)
     )]  # fmt: skip
     reference = dataset.store.captions[dataset.records[0]]["caption"]
     note(f"epoch {epoch} sample: {captions[0]!r}; reference: {reference!r}")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from features.images import ImageError, read_image
 from utils.cli import nearest, note
-from utils.files import sha256
+from utils.files import reason, sha256
 
 
 class ClipEncoder:
@@ -106,11 +106,11 @@ def _load(clip, name, device):
         ) from None
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{name} holds more than tensors, which could run code, so it was not loaded; --clip_model_type takes "
-            f"OpenAI's files or a state dict"
+            f"{name} is no CLIP in OpenAI's format: it is damaged, or holds more than tensors, which could run code; "
+            f"--clip_model_type takes OpenAI's files or a state dict"
         ) from None
     except (RuntimeError, KeyError, AttributeError, EOFError) as error:
-        raise ValueError(f"{name} is no CLIP in OpenAI's format ({str(error).splitlines()[0][:120]})") from None
+        raise ValueError(f"{name} is no CLIP in OpenAI's format ({reason(error)})") from None
 
 
 def _leave_ctrl_c_to_parent(_worker):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.files import atomic_path, read_json, write_json
+from utils.files import atomic_path, read_json, reason, write_json
 
 
 @dataclass
@@ -73,7 +73,7 @@ def read_store(path):
                 f"{path} {error}; it was not loaded. A feature store holds tensors and text only"
             ) from None
         except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(f"{path} is damaged or no pickle ({type(error).__name__}: {str(error)[:80]})") from None
+            raise ValueError(f"{path} is damaged or no pickle ({reason(error)})") from None
     if not isinstance(value, dict) or not {"clip_embedding", "captions"} <= set(value):
         raise ValueError(f"{path} is no feature store: it must hold 'clip_embedding' and 'captions'")
     embedding = torch.as_tensor(value["clip_embedding"])

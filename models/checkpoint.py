@@ -14,7 +14,7 @@ from transformers import AutoConfig, GPT2Config, OPTConfig
 
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import build_language_model, check_tokenizer, load_language_config, load_tokenizer
-from utils.files import atomic_path, read_json
+from utils.files import atomic_path, disk_errors, read_json, reason, save_torch
 
 # buffers that transformers stored before 4.31; no weights
 OLD_BUFFERS = re.compile(r"gpt\.transformer\.h\.\d+\.attn\.(bias|masked_bias)")
@@ -32,12 +32,12 @@ CLIP_NAMES = {512: "ViT-B/32", 640: "RN50x4", 768: "ViT-L/14", 1024: "RN50"}
 
 def save_weights(path, state_dict):
     """Write a state dict atomically, as `.safetensors` where the name says so, else in torch's format."""
-    with atomic_path(path) as temporary:
-        if Path(path).suffix == ".safetensors":
-            # safetensors refuses tensors that share memory, as the tied output layer does
-            safetensors.torch.save_file({k: v.clone().contiguous() for k, v in state_dict.items()}, temporary)
-        else:
-            torch.save(state_dict, temporary)
+    if Path(path).suffix != ".safetensors":
+        save_torch(path, state_dict)
+        return
+    with atomic_path(path) as temporary, disk_errors(temporary.parent):
+        # safetensors refuses tensors that share memory, as the tied output layer does
+        safetensors.torch.save_file({k: v.clone().contiguous() for k, v in state_dict.items()}, temporary)
 
 
 def load_weights(path):
@@ -58,11 +58,11 @@ def load_weights(path):
             state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{path} holds more than tensors, which could run code, so it was not loaded; save its state_dict() "
-            f"where you trust it"
+            f"{path} was not loaded: it is damaged, or holds more than tensors, which could run code; save its "
+            f"state_dict() where you trust it"
         ) from None
     except (RuntimeError, EOFError, OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]}); copy it again") from None
+        raise ValueError(f"{path} is damaged or no checkpoint ({reason(error)}); copy it again") from None
     if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
         raise ValueError(f"{path} is no state dict: it must map names to tensors, clip_project.* and gpt.*")
     return {key: value for key, value in state_dict.items() if not OLD_BUFFERS.fullmatch(key)}

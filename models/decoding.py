@@ -7,7 +7,8 @@ Axes: B images, R rows at work, W beams, V vocabulary, T tokens so far.
 """
 
 import inspect
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import DynamicCache
@@ -24,7 +25,7 @@ class DecodingConfig:
     Args:
         method: `greedy`, `beam` or `sample`.
         beam_size: W.
-        entry_length: new tokens at most.
+        entry_length: new tokens at most, within the language model's context.
         stop_token: text whose first token ends a caption; it is kept in the text.
         top_p: probability mass that sampling draws from, in (0, 1].
         temperature: divides the logits.
@@ -209,8 +210,8 @@ def beam_search(step, config, stop_tokens):
     lengths = torch.ones_like(scores)
     stopped = torch.isin(last, stop_tokens)  # [B, W]
     source = torch.arange(len(images), device=device)[:, None].expand(-1, width)  # cache rows
-    for length in range(1, config.entry_length + 1):
-        done = stopped.all(-1) | (length == config.entry_length)  # [B]
+    while True:
+        done = stopped.all(-1) | (tokens.shape[-1] == config.entry_length)  # [B]
         for row in done.nonzero()[:, 0].tolist():
             results[images[row]] = _ranked(tokens[row], scores[row], lengths[row], config)
         going = (~done).nonzero()[:, 0]
@@ -270,6 +271,18 @@ def stop_ids(tokenizer, stop_token, device=None):
     return torch.tensor(ids[:1], dtype=torch.long, device=device)
 
 
+def context_room(config, positions):
+    """Return how many tokens a language model can still make after `positions`; the last need not be read again.
+
+    Raises: ValueError where there is none.
+    """
+    limit = context_length(config)
+    room = limit + 1 - positions if limit else sys.maxsize
+    if room < 1:
+        raise ValueError(f"the prefix and prompt take {positions} positions and the language model has only {limit}")
+    return room
+
+
 @torch.inference_mode()
 def generate_captions(model, tokenizer, clip_embedding, config, step_type=CachedStep):
     """Caption a batch of images.
@@ -281,19 +294,16 @@ def generate_captions(model, tokenizer, clip_embedding, config, step_type=Cached
         config: DecodingConfig.
         step_type: CachedStep, or UncachedStep to check it.
     Returns: per image, a list of Captions, best (or first drawn) first.
-    Raises: ValueError where prefix, prompt and `entry_length` do not fit the language model's context.
+    Raises: ValueError where prefix and prompt leave no room in the language model's context; where they leave less
+        than `entry_length`, captions end there.
     """
     embeddings = model.prefix(clip_embedding)  # [B, P, E]
     prompt = tokenizer.encode(config.prompt) if config.prompt else []
     if prompt:
         tokens = torch.tensor(prompt, device=embeddings.device).expand(len(embeddings), -1)
         embeddings = torch.cat((embeddings, model.gpt.get_input_embeddings()(tokens)), dim=1)
-    limit = context_length(model.gpt.config)
-    if limit and embeddings.shape[1] + config.entry_length > limit + 1:
-        raise ValueError(
-            f"--entry_length {config.entry_length} after {embeddings.shape[1]} prefix positions is more than the "
-            f"language model's {limit}; use --entry_length {limit + 1 - embeddings.shape[1]} or less"
-        )
+    room = context_room(model.gpt.config, embeddings.shape[1])
+    config = replace(config, entry_length=min(config.entry_length, room))
     step = step_type(model.gpt, embeddings.to(model.gpt.get_input_embeddings().weight.dtype))
     stop_tokens = stop_ids(tokenizer, config.stop_token, embeddings.device)
     captions = DECODERS[config.method](step, config, stop_tokens)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import note
-from utils.files import atomic_path, sha256
+from utils.files import atomic_path, reason, sha256
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,8 @@ def fetch(name):
             if gdown.download(id=pretrained.drive_id, output=str(temporary), quiet=False) is None:
                 raise OSError("the download was refused")
     except Exception as error:  # gdown raises errors of its own, of requests and of the system
-        reason = " ".join(str(error).split())[:120]
         raise FileNotFoundError(
-            f"the {name} captioner could not be fetched ({type(error).__name__}: {reason}): download "
+            f"the {name} captioner could not be fetched ({reason(error)}): download "
             f"https://drive.google.com/uc?id={pretrained.drive_id} elsewhere and put it here as {path}"
         ) from None
     note(f"{path}: sha256 {sha256(path)}")

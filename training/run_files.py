@@ -5,11 +5,9 @@ import shutil
 import signal
 from pathlib import Path
 
-import torch
-
 from models.checkpoint import save_weights, tokenizer_folder
 from utils.cli import note
-from utils.files import atomic_path
+from utils.files import atomic_path, save_torch
 
 
 class RunFiles:
@@ -55,8 +53,7 @@ class RunFiles:
 
     def save_state(self, trainer):
         """Write what --resume needs."""
-        with atomic_path(self.state) as temporary:
-            torch.save(trainer.state(), temporary)
+        save_torch(self.state, trainer.state())
 
     def last_checkpoint(self):
         """Return the newest checkpoint, or None."""

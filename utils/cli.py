@@ -10,6 +10,8 @@ import sys
 import torch
 from tqdm import tqdm
 
+from utils.files import reason
+
 VERSION = "0.1.0"
 
 
@@ -79,8 +81,9 @@ def pick_device(name=None):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason}); leave the flag out or use cpu") from None
+        raise ValueError(
+            f"--device {name} cannot be used here ({reason(error)}); leave the flag out or use cpu"
+        ) from None
     return device
 
 
@@ -116,7 +119,7 @@ def describe(error):
     """Say in one line what went wrong and what helps."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of device memory; use a smaller --bs or --batch_size, or --mixed_precision bf16"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         place = f" while writing {error.filename}" if error.filename else ""
         return f"no space left on the disk{place}; free some and run the same command again, finished work is kept"
     if isinstance(error, OSError) and error.errno and error.filename:

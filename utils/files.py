@@ -7,6 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 
+import torch
+
 
 @contextlib.contextmanager
 def atomic_path(path):
@@ -45,6 +47,30 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def disk_errors(folder):
+    """Turn a library's error without a cause into the system's own, where the disk of `folder` is full.
+
+    torch and tokenizers report a full disk as RuntimeError or Exception.
+    Raises: OSError where nothing can be written to `folder`; else whatever the body raises.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception:
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 16))
+            probe.flush()
+        raise
+
+
+def save_torch(path, value):
+    """Write `value` in torch's format, atomically; see `disk_errors`."""
+    with atomic_path(path) as temporary, disk_errors(temporary.parent):
+        torch.save(value, temporary)
+
+
 def read_json(path):
     """Parse a JSON file.
 
@@ -60,6 +86,12 @@ def read_json(path):
         raise ValueError(f"{path} is not valid JSON: {error.msg} at {place}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
+def reason(error):
+    """Return the first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
 
 
 def sha256(path):

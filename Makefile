@@ -1,0 +1,32 @@
+# make demo: set everything up and run the main job, no download of weights. make test: the tests.
+PYTHON ?= python3
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint demo-weights clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable ".[test]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(VENV)/bin/python -m demo.run $(DEMO_FLAGS)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest $(TEST_FLAGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# retrains what demo/weights/ holds; takes about an hour on 2 cores
+demo-weights: $(STAMP)
+	$(VENV)/bin/python -m demo.clip_cache
+	$(VENV)/bin/python -m demo.train_clip
+	$(VENV)/bin/python -m demo.train_gpt2
+	$(VENV)/bin/python -m demo.run --save_weights
+
+clean:
+	rm -rf $(VENV) demo/out

@@ -1,0 +1,186 @@
+"""Decoding: cached = uncached, batch = one by one, against searches written out."""
+
+import pytest
+import torch
+
+from models.clip_caption import CaptionConfig, build_captioner
+from models.decoding import BEAM, GREEDY, SAMPLE, CachedStep, DecodingConfig, UncachedStep, generate_captions, stop_ids
+from models.language import load_language_model, load_tokenizer
+
+METHODS = {
+    GREEDY: DecodingConfig(entry_length=16),
+    BEAM: DecodingConfig(method=BEAM, beam_size=4, num_captions=4, entry_length=16),
+    SAMPLE: DecodingConfig(method=SAMPLE, top_p=0.9, num_captions=3, entry_length=16, seed=3),
+}
+
+
+@pytest.fixture(scope="module")
+def captioner(language_model):
+    """A captioner that has half learnt nine captions of different lengths, so that decoding ends at different steps."""
+    torch.manual_seed(5)
+    model = build_captioner(CaptionConfig(prefix_dim=32, prefix_length=4), load_language_model(language_model))
+    tokenizer = load_tokenizer(str(language_model))
+    words = ["large", "red", "circle", "on", "the", "snow", "a", "green", "star", "sand", "blue"]
+    captions = [" ".join(words[i % 3 : i % 3 + 1 + i]) + "." for i in range(9)]
+    ids = tokenizer(captions)["input_ids"]
+    lengths = torch.tensor([len(row) for row in ids])
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
+    embeddings = torch.randn(9, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        model.loss(tokens, embeddings, lengths).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), tokenizer, embeddings
+
+
+def tokens_of(groups):
+    return [[caption.tokens for caption in group] for group in groups]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cached_equals_uncached_and_batch_equals_single(captioner, method):
+    model, tokenizer, embeddings = captioner
+    config = METHODS[method]
+    cached = generate_captions(model, tokenizer, embeddings, config)
+    uncached = generate_captions(model, tokenizer, embeddings, config, UncachedStep)
+    single = [generate_captions(model, tokenizer, row[None], config)[0] for row in embeddings]
+    assert tokens_of(cached) == tokens_of(uncached) == tokens_of(single)
+    lengths = {len(caption.tokens) for group in cached for caption in group}
+    assert len(lengths) > 2, "the captions must end at different steps, or nothing is tested"
+    assert len({group[0].text for group in cached}) > 2
+
+
+def reference_beam_search(model, embedding, config, stop):
+    """Beam search over plain lists, from its description: no batch, no cache, no tensors of beams."""
+    prefix = model.prefix(embedding[None])
+
+    def continuations(tokens):
+        embedded = model.gpt.get_input_embeddings()(torch.tensor([tokens], dtype=torch.long))
+        logits = model.gpt(inputs_embeds=torch.cat((prefix, embedded), 1)).logits[0, -1]
+        return logits.log_softmax(-1).tolist()
+
+    first = continuations([])
+    beams = sorted(((s, [t]) for t, s in enumerate(first)), reverse=True)[: config.beam_size]
+    for _ in range(config.entry_length - 1):
+        if all(tokens[-1] == stop for _, tokens in beams):
+            break
+        candidates = []
+        for score, tokens in beams:
+            if tokens[-1] == stop:
+                candidates.append((score, tokens))
+            else:
+                candidates += [(score + s, [*tokens, t]) for t, s in enumerate(continuations(tokens))]
+        candidates.sort(key=lambda c: c[0] / len(c[1]), reverse=True)
+        beams = candidates[: config.beam_size]
+    return [tokens for score, tokens in sorted(beams, key=lambda c: c[0] / len(c[1]), reverse=True)]
+
+
+@torch.no_grad()
+def test_beam_search_against_lists(captioner):
+    model, tokenizer, embeddings = captioner
+    config = METHODS[BEAM]
+    stop = int(stop_ids(tokenizer, "."))
+    ours = tokens_of(generate_captions(model, tokenizer, embeddings[:5], config))
+    assert ours == [reference_beam_search(model, e, config, stop) for e in embeddings[:5]]
+
+
+def test_greedy_is_sampling_of_no_mass(captioner):
+    model, tokenizer, embeddings = captioner
+    config = DecodingConfig(method=SAMPLE, top_p=1e-9, entry_length=16)
+    assert tokens_of(generate_captions(model, tokenizer, embeddings, config)) == tokens_of(
+        generate_captions(model, tokenizer, embeddings, METHODS[GREEDY])
+    )
+
+
+def test_logprob_is_that_of_the_tokens(captioner):
+    model, tokenizer, embeddings = captioner
+    for config in (METHODS[GREEDY], METHODS[BEAM]):
+        caption = generate_captions(model, tokenizer, embeddings[:1], config)[0][0]
+        tokens = torch.tensor([caption.tokens])
+        with torch.no_grad():
+            logits = model(tokens, embeddings[:1])[:, model.config.prefix_length - 1 : -1]
+        wanted = logits.log_softmax(-1).gather(-1, tokens[..., None]).sum()
+        assert caption.logprob == pytest.approx(wanted.item(), abs=1e-4)
+
+
+class FixedStep:
+    """The same distribution at every step."""
+
+    def __init__(self, probabilities, rows):
+        self.first = torch.tensor(probabilities).log().expand(rows, -1)
+
+    def __call__(self, tokens):
+        return self.first[: len(tokens)]
+
+    def select(self, rows):
+        self.kept = len(rows)
+
+
+def test_sampling_draws_from_the_nucleus_in_proportion():
+    from models.decoding import nucleus_sampling
+
+    step = FixedStep([0.5, 0.3, 0.15, 0.05], 1)
+    config = DecodingConfig(method=SAMPLE, top_p=0.79, num_captions=500, entry_length=20)
+    captions = nucleus_sampling(step, config, torch.tensor([], dtype=torch.long))[0]
+    drawn = torch.tensor([caption.tokens for caption in captions]).flatten()
+    shares = drawn.bincount(minlength=4) / len(drawn)
+    assert shares[2:].sum() == 0
+    assert shares[0].item() == pytest.approx(0.5 / 0.8, abs=0.02)
+
+
+def test_sampling_seed(captioner):
+    model, tokenizer, embeddings = captioner
+
+    def sample(seed):
+        config = DecodingConfig(method=SAMPLE, temperature=3, seed=seed, entry_length=16)
+        return tokens_of(generate_captions(model, tokenizer, embeddings, config))
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_entry_length_and_stop_token(captioner):
+    model, tokenizer, embeddings = captioner
+    stop = int(stop_ids(tokenizer, "."))
+    for config in METHODS.values():
+        for caption in sum(generate_captions(model, tokenizer, embeddings, config), []):
+            assert len(caption.tokens) == config.entry_length or caption.tokens[-1] == stop
+            assert stop not in caption.tokens[:-1]
+
+
+def test_captions_end_with_the_context(captioner):
+    model, tokenizer, embeddings = captioner
+    for config in (DecodingConfig(stop_token=""), DecodingConfig(method=BEAM, stop_token="")):
+        assert len(generate_captions(model, tokenizer, embeddings[:1], config)[0][0].tokens) == 61
+    with pytest.raises(ValueError, match="only 64"):
+        generate_captions(model, tokenizer, embeddings[:1], DecodingConfig(prompt="star " * 70))
+
+
+@pytest.mark.parametrize(
+    "options",
+    ({"top_p": 0.0}, {"top_p": 1.2}, {"temperature": 0.0}, {"method": BEAM, "num_captions": 6}, {"num_captions": 2}),
+)
+def test_bad_settings_are_refused(options):
+    with pytest.raises(ValueError, match="--"):
+        DecodingConfig(**options)
+
+
+def test_first_token_may_stop():
+    step = FixedStep([0.1, 0.9], 3)
+    from models.decoding import beam_search, greedy_search
+
+    stop = torch.tensor([1])
+    assert [group[0].tokens for group in greedy_search(step, DecodingConfig(), stop)] == [[1]] * 3
+    beams = beam_search(FixedStep([0.1, 0.9], 3), DecodingConfig(method=BEAM, beam_size=1), stop)
+    assert [group[0].tokens for group in beams] == [[1]] * 3
+
+
+def test_cached_step_is_one_prefill(captioner):
+    """The cached step never runs the prefix again."""
+    model, _, embeddings = captioner
+    seen = []
+    handle = model.gpt.transformer.h[0].register_forward_hook(lambda m, i, o: seen.append(i[0].shape[1]))
+    step = CachedStep(model.gpt, model.prefix(embeddings))
+    step(torch.zeros(9, dtype=torch.long))
+    handle.remove()
+    assert seen == [4, 1]

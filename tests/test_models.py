@@ -1,0 +1,184 @@
+"""Mapping networks, captioner and checkpoints."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from models.checkpoint import config_path, infer_config, load_captioner, load_weights, save_weights
+from models.clip_caption import CaptionConfig, build_captioner
+from models.language import build_language_model, load_language_model, load_tokenizer
+
+
+def build(language_model, **options):
+    """Return a small captioner with random weights."""
+    torch.manual_seed(1)
+    config = CaptionConfig(
+        **{"prefix_dim": 32, "prefix_length": 4, "prefix_length_clip": 3, "num_layers": 2, **options}
+    )
+    return build_captioner(config, load_language_model(language_model)).eval()
+
+
+@pytest.mark.parametrize("mapping_type", ("mlp", "transformer"))
+def test_prefix_shape(language_model, mapping_type):
+    model = build(language_model, mapping_type=mapping_type)
+    assert model.prefix(torch.randn(5, 32)).shape == (5, 4, 16)
+
+
+def test_transformer_mapper_matches_plain_attention(language_model):
+    """The predecessor's attention, written out, gives the same."""
+    mapper = build(language_model, mapping_type="transformer").clip_project
+    layer = mapper.transformer.layers[0].attn
+    x = torch.randn(2, 7, 16)
+    queries = layer.to_queries(x).reshape(2, 7, 8, 2)
+    keys, values = layer.to_keys_values(x).reshape(2, 7, 2, 8, 2).unbind(2)
+    weights = (torch.einsum("bnhd,bmhd->bnmh", queries, keys) * 2**-0.5).softmax(dim=2)
+    mixed = torch.einsum("bnmh,bmhd->bnhd", weights, values).reshape(2, 7, 16)
+    assert torch.allclose(layer(x), layer.project(mixed), atol=1e-6)
+
+
+def test_loss_counts_every_token_and_no_padding(language_model):
+    """Token id 0 is learnt like any other; what stands in the padding changes nothing."""
+    model = build(language_model)
+    embedding = torch.randn(2, 32)
+    tokens = torch.tensor([[0, 5, 0, 7], [8, 9, 0, 0]])
+    lengths = torch.tensor([4, 2])
+    loss = model.loss(tokens, embedding, lengths)
+    mask = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
+    logprobs = model(tokens, embedding, mask)[:, 3:-1].log_softmax(-1)
+    picked = logprobs.gather(-1, tokens[..., None])[..., 0]
+    assert torch.allclose(loss, -(picked[0].sum() + picked[1, :2].sum()) / 6, atol=1e-6)
+    changed = tokens.clone()
+    changed[1, 2:] = 11
+    assert torch.allclose(loss, model.loss(changed, embedding, lengths), atol=1e-6)
+
+
+def test_only_prefix_gives_the_language_model_no_gradients(language_model):
+    model = build(language_model, only_prefix=True).train()
+    assert not model.gpt.training and model.clip_project.training
+    model.loss(torch.ones(2, 3, dtype=torch.long), torch.randn(2, 32), torch.tensor([3, 3])).backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.gpt.parameters())
+    assert all(p.grad is not None for p in model.clip_project.parameters())
+
+
+def test_normalize_prefix(language_model):
+    plain, normalised = build(language_model), build(language_model, normalize_prefix=True)
+    embedding = torch.randn(3, 32) * 7
+    unit = embedding / embedding.norm(2, -1, keepdim=True)
+    assert torch.allclose(normalised.prefix(embedding), plain.prefix(unit), atol=1e-6)
+
+
+def test_wrong_width_is_refused(language_model):
+    with pytest.raises(ValueError, match="48 wide.*made for 32"):
+        build(language_model).prefix(torch.randn(1, 48))
+
+
+def write_bare(path, model, old_buffers=False, tied=True):
+    """Write a checkpoint as the predecessors do: weights only."""
+    weights = model.state_dict()
+    if old_buffers:
+        for layer in range(2):
+            weights[f"gpt.transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool)
+            weights[f"gpt.transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    if not tied:
+        del weights["gpt.lm_head.weight"]
+    torch.save(weights, path)
+
+
+@pytest.mark.parametrize("old_buffers", (False, True))
+@pytest.mark.parametrize("mapping_type", ("mlp", "transformer"))
+def test_bare_checkpoints_are_recognised(language_model, tmp_path, mapping_type, old_buffers):
+    model = build(language_model, mapping_type=mapping_type)
+    write_bare(tmp_path / "bare.pt", model, old_buffers)
+    loaded, _, described = load_captioner(tmp_path / "bare.pt", str(language_model))
+    assert not described and loaded.config.mapping_type == mapping_type
+    assert (loaded.config.prefix_dim, loaded.config.prefix_length) == (32, 4)
+    if mapping_type == "transformer":
+        assert (loaded.config.prefix_length_clip, loaded.config.num_layers) == (3, 2)
+    embedding = torch.randn(2, 32)
+    assert torch.equal(loaded.prefix(embedding), model.prefix(embedding))
+
+
+def test_other_unknown_keys_are_refused(language_model, tmp_path):
+    weights = build(language_model).state_dict() | {"gpt.transformer.h.0.attn.extra": torch.ones(1)}
+    torch.save(weights, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="attn.extra"):
+        load_captioner(tmp_path / "x.pt", str(language_model))
+
+
+def test_untied_output_layer_may_be_absent(language_model, tmp_path):
+    model = build(language_model)
+    write_bare(tmp_path / "bare.pt", model, tied=False)
+    loaded, _, _ = load_captioner(tmp_path / "bare.pt", str(language_model))
+    tokens, embedding = torch.ones(1, 3, dtype=torch.long), torch.randn(1, 32)
+    assert torch.equal(loaded(tokens, embedding), model(tokens, embedding))
+
+
+def test_safetensors_round_trip(language_model, tmp_path):
+    model = build(language_model)
+    save_weights(tmp_path / "x.safetensors", model.state_dict())
+    loaded, _, _ = load_captioner(tmp_path / "x.safetensors", str(language_model))
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_published_sizes_need_no_flags():
+    """The shapes of the published GPT-2 checkpoints tell encoder, language model and its configuration."""
+    with torch.device("meta"):
+        gpt = build_language_model(AutoConfig.for_model("gpt2"))
+        weights = build_captioner(CaptionConfig(640, 40, 40, "transformer", 8), gpt).state_dict()
+    config = infer_config(weights)
+    assert (config.language_model, config.clip_model_type) == ("gpt2", "RN50x4")
+    assert (config.prefix_length, config.prefix_length_clip, config.num_layers) == (40, 40, 8)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("echo reached > reached.txt",)
+
+
+def test_checkpoint_with_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"gpt.x": Hostile()}, "evil.pt")
+    with pytest.raises(ValueError, match="could run code"):
+        load_weights("evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(ValueError, match="plain.pt"):
+        load_weights("plain.pt")
+    assert not (tmp_path / "reached.txt").exists()
+
+
+@pytest.mark.parametrize("content", (b"", b"not a checkpoint", b"PK\x03\x04broken"))
+def test_damaged_checkpoint_is_named(tmp_path, content):
+    (tmp_path / "broken.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="broken.pt"):
+        load_weights(tmp_path / "broken.pt")
+
+
+def test_missing_checkpoint_lists_what_is_there(tmp_path):
+    (tmp_path / "run-000.pt").touch()
+    with pytest.raises(FileNotFoundError, match="run-000.pt"):
+        load_weights(tmp_path / "run-001.pt")
+
+
+def test_config_path():
+    for name in ("run-000.pt", "run_latest.pt", "run_best.pt", "run.pt", "run-1234.safetensors"):
+        assert str(config_path(f"folder/{name}")) == os.path.join("folder", "run.json")
+
+
+def test_own_checkpoint_contradictions(trained, language_model, tmp_path):
+    with pytest.raises(ValueError, match="--normalize_prefix contradicts"):
+        load_captioner(trained / "run_latest.pt", normalize_prefix=True)
+    config = json.loads((language_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
+    with pytest.raises(ValueError, match="contradicts.*'gpt2', 3, 16"):
+        load_captioner(trained / "run_latest.pt", str(tmp_path))
+
+
+def test_empty_tokenizer_is_refused(language_model, tmp_path):
+    """transformers makes an empty tokenizer of a folder that has only a config, without a word."""
+    (tmp_path / "config.json").write_text((language_model / "config.json").read_text())
+    with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path)):
+        load_tokenizer(str(tmp_path))

@@ -1,0 +1,102 @@
+"""Equal to the predecessor, on the small weights and the results that were computed with its code."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import train as train_script
+from features.clip_encoder import ClipEncoder
+from features.dataset import CaptionDataset
+from features.store import read_store
+from models.checkpoint import load_captioner, load_weights
+from models.decoding import BEAM, CachedStep, DecodingConfig, UncachedStep, generate_captions
+from models.language import load_tokenizer
+from training.trainer import Trainer
+
+VARIANTS = ("mlp_10_10", "transformer_40_40")
+STORE = "data/coco/oscar_split_ViT-B_32_train.pkl"
+
+
+@pytest.fixture(scope="module")
+def expected(parity):
+    return json.loads((parity / "expected.json").read_text())["variants"]
+
+
+def embeddings_by_image(parity):
+    """Return {image id: [D] embedding}, from the predecessor's pickle."""
+    store = read_store(parity / STORE)
+    return {int(record["image_id"]): store.clip_embedding[record["clip_embedding"]] for record in store.captions}
+
+
+def test_features(parity):
+    images = sorted((parity / "data/coco/val2014").glob("*.jpg"))
+    _, embeddings, errors = next(ClipEncoder(parity / "clip-tiny.pt").encode_files(images))
+    reference = embeddings_by_image(parity)
+    assert not errors
+    for path, embedding in zip(images, embeddings, strict=True):
+        assert torch.allclose(embedding, reference[int(path.stem[-12:])], atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits(parity, variant):
+    model, _, _ = load_captioner(parity / f"checkpoints/{variant}-079.pt", parity / "gpt2-tiny")
+    stored = {k: torch.from_numpy(v) for k, v in np.load(parity / f"checkpoints/{variant}-forward.npz").items()}
+    with torch.no_grad():
+        prefix = model.prefix(stored["clip_embedding"])
+        logits = model(stored["tokens"], stored["clip_embedding"], stored["mask"])
+    assert torch.allclose(prefix.flatten(), stored["prefix_embeds"].flatten(), atol=1e-4)
+    assert torch.allclose(logits[:, -8:, :256], stored["logits_last8"], atol=1e-4)
+
+
+def make_trainer(parity, expected, variant, full_batch=False):
+    """Return a Trainer set up as the reference run was."""
+    settings = expected[variant] | (expected[variant]["full_batch"] if full_batch else {})
+    flags = ("mapping_type", "prefix_length", "prefix_length_clip", "num_layers", "lr", "warmup_steps", "epochs", "bs")
+    argv = [part for flag in flags for part in (f"--{flag}", str(settings[flag]))]
+    argv += ["--only_prefix"] * settings["only_prefix"] + ["--data", str(parity / STORE)]
+    argv += [
+        "--language_model",
+        str(parity / "gpt2-tiny"),
+        "--init_from",
+        str(parity / "checkpoints" / f"{variant}-init.pt"),
+    ]
+    args = train_script.get_parser().parse_args(argv)
+    store = read_store(args.data)
+    model = train_script.build_model(train_script.caption_config(args, store), args.init_from)
+    dataset = CaptionDataset(store, load_tokenizer(args.language_model))
+    return Trainer(model, dataset, args, torch.device("cpu")), settings
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_losses(parity, expected, variant):
+    trainer, settings = make_trainer(parity, expected, variant)
+    losses = [trainer.train_step([trainer.dataset.batch(rows)])[0] for rows in settings["batches"]]
+    np.testing.assert_allclose(losses, settings["losses"], rtol=1e-3)
+    final = load_weights(parity / f"checkpoints/{variant}-079.pt")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.allclose(value, final[name], atol=1e-2), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_full_batch_losses(parity, expected, variant):
+    trainer, settings = make_trainer(parity, expected, variant, full_batch=True)
+    losses = []
+    for epoch in range(settings["epochs"]):
+        trainer.epoch, trainer.batch = epoch, 0
+        losses += [trainer.train_step(group)[0] for group in trainer.epoch_batches()]
+    np.testing.assert_allclose(losses, settings["losses"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("step_type", (CachedStep, UncachedStep))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_captions(parity, expected, variant, step_type):
+    model, tokenizer, _ = load_captioner(parity / f"checkpoints/{variant}-079.pt", parity / "gpt2-tiny")
+    wanted = expected[variant]["captions"]
+    by_image = embeddings_by_image(parity)
+    embeddings = torch.stack([by_image[int(name[-16:-4])] for name in wanted])
+    greedy = generate_captions(model, tokenizer, embeddings, DecodingConfig(), step_type)
+    beams = generate_captions(model, tokenizer, embeddings, DecodingConfig(method=BEAM, num_captions=5), step_type)
+    assert [group[0].text for group in greedy] == [captions["greedy"] for captions in wanted.values()]
+    assert [[c.text for c in group] for group in beams] == [captions["beam"] for captions in wanted.values()]
