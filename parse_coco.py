@@ -16,7 +16,8 @@ import transformers
 from features.annotations import FORMATS, ImageFinder, read_annotations
 from features.clip_encoder import ClipEncoder
 from features.store import PartialStore, info_path, write_store
-from utils.cli import VERSION, Parser, non_negative_int, note, pick_device, positive_int, progress_bar, run
+from utils.cli import VERSION, Parser, non_negative_int, note, positive_int, progress_bar, run
+from utils.devices import pick_device
 from utils.files import read_json, sha256
 
 SHOWN = 10  # skipped images that are listed on the terminal; the json beside the store lists all
@@ -161,7 +162,10 @@ def main(argv=None):
         note(f"{out} is complete: {len(found):,} images of {args.annotations}; nothing to do")
         return
     partial = PartialStore(out, {"name": encoder.name, "sha256": encoder.sha256, "embed_dim": encoder.embed_dim})
-    skipped |= encode_missing(encoder, list(found), partial, args.batch_size, args.num_workers, args.strict)
+    try:
+        skipped |= encode_missing(encoder, list(found), partial, args.batch_size, args.num_workers, args.strict)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on from here") from None
     found = {path: records for path, records in found.items() if str(path) not in skipped}
     captions, empty = build_captions(found)
     report_skipped(skipped)

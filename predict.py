@@ -23,12 +23,12 @@ from utils.cli import (
     nearest,
     non_negative_int,
     note,
-    pick_device,
     positive_float,
     positive_int,
     progress_bar,
     run,
 )  # fmt: skip
+from utils.devices import add_device_flags, pick_devices, split_devices
 from utils.files import sha256, write_json
 
 NAMES = (*PRETRAINED, DEMO)
@@ -38,6 +38,13 @@ def get_parser():
     """Return the command line's parser."""
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, folder, or quoted glob")
+    parser.add_argument("--out", metavar="FILE", help="also write [{image_id, caption}], COCO's result format")
+    add_captioner_flags(parser)
+    return parser
+
+
+def add_captioner_flags(parser):
+    """Add what every captioning command takes: captioner, decoding, batches, devices."""
     model = parser.add_argument_group("captioner")
     model.add_argument("--checkpoint", default="coco", help=f"{', '.join(NAMES)}, or a file (default: coco)")
     model.add_argument("--clip_model_type", help="encoder, where the checkpoint does not say or it has moved")
@@ -45,7 +52,6 @@ def get_parser():
     model.add_argument(
         "--normalize_prefix", action="store_true", default=None, help="for a bare checkpoint trained with it"
     )
-    model.add_argument("--device", help="torch device (default: a GPU if there is one)")
     defaults = DecodingConfig()
     decoding = parser.add_argument_group("decoding (greedy unless told otherwise)")
     decoding.add_argument("--use_beam_search", action="store_true", help="beam search")
@@ -59,14 +65,17 @@ def get_parser():
     decoding.add_argument("--num_captions", type=positive_int, default=1, help="captions per image")
     decoding.add_argument("--seed", type=non_negative_int, default=defaults.seed, help="of sampling")
     decoding.add_argument("--entry_length", type=positive_int, default=defaults.entry_length, help="tokens at most")
+    decoding.add_argument("--prompt", default=defaults.prompt, help="text that captions go on from")
+    decoding.add_argument(
+        "--decoder", choices=("clipcap", "transformers"), default="clipcap", help="whose search: ours or the library's"
+    )
     decoding.add_argument("--stop_token", default=defaults.stop_token, help="text that ends a caption")
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FILE", help="also write [{image_id, caption}], COCO's result format")
-    output.add_argument("--batch_size", type=positive_int, default=32, help="images at a time")
-    output.add_argument(
+    batches = parser.add_argument_group("batches")
+    batches.add_argument("--batch_size", type=positive_int, default=32, help="images at a time")
+    batches.add_argument(
         "--num_workers", type=non_negative_int, default=min(4, os.cpu_count() or 1), help="processes that read images"
     )
-    return parser
+    add_device_flags(parser)
 
 
 def decoding_config(args):
@@ -74,11 +83,15 @@ def decoding_config(args):
 
     Raises: ValueError for flags that contradict each other.
     """
+    if args.use_beam_search is None:  # a variant's default
+        args.use_beam_search = args.top_p is None
     if args.use_beam_search and args.top_p is not None:
         raise ValueError("--use_beam_search and --top_p contradict each other: beam search does not sample")
     sampling = args.top_p is not None or (args.temperature != 1 and not args.use_beam_search)
     return DecodingConfig(
         method=BEAM if args.use_beam_search else SAMPLE if sampling else GREEDY,
+        decoder=args.decoder,
+        prompt=args.prompt,
         beam_size=args.beam_size,
         entry_length=args.entry_length,
         stop_token=args.stop_token,
@@ -115,17 +128,18 @@ class Captioner:
     """Encoder, mapping network, language model and tokenizer, ready to caption."""
 
     def __init__(
-        self, checkpoint="coco", clip_model_type=None, language_model=None, normalize_prefix=None, device=None
+        self, checkpoint="coco", clip_model_type=None, language_model=None, normalize_prefix=None, device=None, pn=None
     ):
         """Load everything.
 
         Args:
             checkpoint: `coco`, `conceptual`, `coco-transformer`, `demo`, or a file.
             clip_model_type, language_model, normalize_prefix: what a bare checkpoint does not say.
-            device: torch device; None takes a GPU if there is one.
+            device, pn: the flags --device and --pn; None takes a GPU if there is one.
         Raises: ValueError where an argument contradicts the checkpoint; FileNotFoundError where a file is missing.
         """
-        self.device = pick_device(device)
+        devices = pick_devices(device)
+        self.device = devices[0]
         name = ALIASES.get(checkpoint, checkpoint)
         if name in PRETRAINED:
             pretrained = PRETRAINED[name]
@@ -139,7 +153,7 @@ class Captioner:
                 f"--checkpoint {checkpoint} is neither a file nor one of {', '.join(NAMES)}{nearest(checkpoint, NAMES)}"
             )
         self.model, self.tokenizer, described = load_captioner(checkpoint, language_model, normalize_prefix)
-        self.model.to(self.device)
+        self.model.place(split_devices(devices, pn, self.model.gpt.config.num_hidden_layers))
         source = encoder_source(self.model.config, checkpoint, clip_model_type, described)
         self.encoder = ClipEncoder(source, self.device)
         if self.encoder.embed_dim != self.model.config.prefix_dim:
@@ -235,12 +249,14 @@ def record(path, captions):
     return result
 
 
-def caption_all(captioner, paths, decoding, batch_size, num_workers):
+def caption_all(captioner, paths, decoding, batch_size, num_workers, results):
     """Caption files, printing each as it is done.
 
-    Returns: (results in COCO's format, {path: why it could not be read}).
+    Args:
+        results: list that each image's result is added to, in COCO's format.
+    Returns: {path: why it could not be read}.
     """
-    results, unreadable = [], {}
+    unreadable = {}
     with progress_bar(len(paths), "images", "img") as bar:
         for captions, errors in captioner.caption_files(paths, decoding, batch_size, num_workers):
             for path, group in captions.items():
@@ -251,20 +267,28 @@ def caption_all(captioner, paths, decoding, batch_size, num_workers):
                 note(f"skipped {path}: {reason}")
             unreadable |= errors
             bar.update(len(captions) + len(errors))
-    return results, unreadable
+    return unreadable
 
 
-def main(argv=None):
-    """Caption what the command line names; returns 2 where an image could not be read."""
-    args = get_parser().parse_args(argv)
+def main(argv=None, parser=None):
+    """Caption what the command line names; returns 2 where an image could not be read.
+
+    `parser` is that of a variant of this command.
+    """
+    args = (parser or get_parser()).parse_args(argv)
     decoding, paths = decoding_config(args), find_images(args.images)
     captioner = Captioner(
-        args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device
+        args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device, args.pn
     )
     workers = 0 if len(paths) <= args.batch_size else args.num_workers
-    results, unreadable = caption_all(captioner, paths, decoding, args.batch_size, workers)
-    if args.out and results:
-        write_json(args.out, results)
+    results = []
+    try:
+        unreadable = caption_all(captioner, paths, decoding, args.batch_size, workers, results)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{len(results)} of {len(paths)} images are captioned") from None
+    finally:
+        if args.out and results:
+            write_json(args.out, results)
     if unreadable:
         note(f"error: {len(unreadable)} of {len(paths)} images could not be read; the others are captioned")
         return 2

@@ -8,6 +8,7 @@ or a crash, the same command with --resume goes on to the same weights.
 """
 
 import time
+from dataclasses import asdict, fields
 
 import torch
 import transformers
@@ -20,25 +21,23 @@ from models.decoding import DecodingConfig, generate_captions
 from models.language import check_tokenizer, context_length, load_language_model, load_tokenizer
 from training.log import TrainingLog
 from training.run_files import RunFiles, StopRequest
-from training.trainer import DTYPES, Trainer
+from training.trainer import DTYPES, Trainer, TrainingConfig
 from utils.cli import (
     VERSION,
     Parser,
     non_negative_int,
     note,
-    pick_device,
     positive_float,
     positive_int,
     progress_bar,
     run,
 )  # fmt: skip
+from utils.devices import add_device_flags, pick_devices, split_devices
 from utils.files import disk_errors, read_json, write_json
 
 SAMPLES = 8  # images captioned after every epoch
 SAMPLE_LENGTH = 40  # tokens of such a caption
 RN_DIMS = (640, 768, 1024)  # widths of CLIP's ResNets: RN50x4; RN50x16; RN50 and RN50x64
-# what may differ between a run and its continuation
-FREE_ON_RESUME = {"resume", "device", "out_dir", "num_workers", "save_steps", "save_every"}
 
 
 def get_parser():
@@ -65,17 +64,27 @@ def get_parser():
     )
     model.add_argument("--is_rn", action="store_true", help="the encoder is a ResNet; the width is read from the data")
     model.add_argument("--normalize_prefix", action="store_true", help="divide CLIP embeddings by their L2 norm")
+    defaults = TrainingConfig(data="")
     optimiser = parser.add_argument_group("optimisation")
-    optimiser.add_argument("--epochs", type=positive_int, default=10, help="passes over the captions")
-    optimiser.add_argument("--bs", type=positive_int, default=40, help="captions per batch")
-    optimiser.add_argument("--lr", type=positive_float, default=2e-5, help="peak learning rate")
-    optimiser.add_argument("--warmup_steps", type=non_negative_int, default=5000, help="steps of linear warm-up")
+    optimiser.add_argument("--epochs", type=positive_int, default=defaults.epochs, help="passes over the captions")
+    optimiser.add_argument("--bs", type=positive_int, default=defaults.bs, help="captions per batch")
+    optimiser.add_argument("--lr", type=positive_float, default=defaults.lr, help="peak learning rate")
     optimiser.add_argument(
-        "--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimiser step"
+        "--warmup_steps", type=non_negative_int, default=defaults.warmup_steps, help="steps of linear warm-up"
     )
-    optimiser.add_argument("--mixed_precision", choices=DTYPES, default="no", help="autocast to this type")
-    optimiser.add_argument("--seed", type=non_negative_int, default=0, help="of initial weights, shuffling, dropout")
-    optimiser.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    optimiser.add_argument(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        default=defaults.gradient_accumulation_steps,
+        help="batches per optimiser step",
+    )
+    optimiser.add_argument(
+        "--mixed_precision", choices=DTYPES, default=defaults.mixed_precision, help="autocast to this type"
+    )
+    optimiser.add_argument(
+        "--seed", type=non_negative_int, default=defaults.seed, help="of initial weights, shuffling, dropout"
+    )
+    add_device_flags(parser)
     return parser
 
 
@@ -85,7 +94,8 @@ def check_width(store, is_rn):
     Raises: ValueError.
     """
     encoder = str(store.info.get("clip_model_type", ""))
-    if is_rn and (store.prefix_dim not in RN_DIMS or encoder.startswith("ViT")):
+    resnet = encoder.startswith("RN") or (store.prefix_dim in RN_DIMS and not encoder.startswith("ViT"))
+    if is_rn and not resnet:
         raise ValueError(
             f"--is_rn was given, but {store.path} holds embeddings of {encoder or 'an encoder'}, "
             f"{store.prefix_dim} wide; RN50x4's are 640: extract with --clip_model_type RN50x4, or leave out --is_rn"
@@ -106,6 +116,11 @@ def caption_config(args, store):
         clip_model_type=store.info.get("clip_model_type"),
         clip_sha256=store.info.get("clip_sha256"),
     )
+
+
+def training_config(args):
+    """Return the TrainingConfig that the command line asks for."""
+    return TrainingConfig(**{field.name: getattr(args, field.name) for field in fields(TrainingConfig)})
 
 
 def build_model(config, init_from=None):
@@ -129,7 +144,7 @@ def build_model(config, init_from=None):
     return model
 
 
-def write_config(files, args, config, model, tokenizer, store):
+def write_config(files, config, training, model, tokenizer, store):
     """Write `<prefix>.json` and the tokenizer's folder, before the first step."""
     files.out_dir.mkdir(parents=True, exist_ok=True)
     with disk_errors(files.out_dir):
@@ -139,21 +154,22 @@ def write_config(files, args, config, model, tokenizer, store):
         {
             "model": config.to_dict(),
             "language_model_config": model.gpt.config.to_dict(),
-            "training": vars(args),
+            "training": asdict(training),
             "data": {key: store.info[key] for key in store.info if key != "skipped"},
             "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
         },
     )
 
 
-def check_resume(files, args):
+def check_resume(files, config, training):
     """Refuse to go on with a run of other options.
 
     Raises: ValueError naming the first flag that differs.
     """
-    before = read_json(files.config)["training"]
-    for name, value in vars(args).items():
-        if name not in FREE_ON_RESUME and name in before and before[name] != value:
+    stored = read_json(files.config)
+    before = stored["model"] | stored["training"]
+    for name, value in (config.to_dict() | asdict(training)).items():
+        if name in before and before[name] != value:
             raise ValueError(
                 f"--resume: the run had --{name} {before[name]}, not {value}; pass the same, or leave out --resume"
             )
@@ -192,27 +208,31 @@ def show_samples(model, tokenizer, dataset, epoch):
         )
 
 
-def fit(trainer, files, log, tokenizer):
-    """Run the epochs that are left, saving as the run's files say.
+def fit(trainer, files, log, tokenizer, save_every, save_steps):
+    """Run the epochs that are left.
+
+    Args:
+        save_every: epochs between checkpoints.
+        save_steps: optimiser steps between saves to resume from.
 
     Raises: KeyboardInterrupt after a stop was asked for and the state saved; ValueError where the loss is not finite.
     """
-    args = trainer.args
+    epochs = trainer.config.epochs
     with StopRequest() as stop:
-        while trainer.epoch < args.epochs:
-            description = f"epoch {trainer.epoch + 1}/{args.epochs}"
+        while trainer.epoch < epochs:
+            description = f"epoch {trainer.epoch + 1}/{epochs}"
             with progress_bar(trainer.batches, description, "batch", initial=trainer.batch) as bar:
                 for group in trainer.epoch_batches():
                     step_and_log(trainer, group, log, files)
                     bar.set_postfix(loss=f"{log.last_loss:.3f}", refresh=False)
                     bar.update(len(group))
-                    if stop.signal is not None or trainer.step % args.save_steps == 0:
+                    if stop.signal is not None or trainer.step % save_steps == 0:
                         files.save_weights(trainer.model)
                         files.save_state(trainer)
                     if stop.signal is not None:
                         log.flush()
                         raise KeyboardInterrupt(f"step {trainer.step} is saved; the same command with --resume goes on")
-            finish_epoch(trainer, files, log, tokenizer)
+            finish_epoch(trainer, files, log, tokenizer, save_every)
 
 
 def step_and_log(trainer, group, log, files):
@@ -236,59 +256,87 @@ def step_and_log(trainer, group, log, files):
     log.add(trainer.step, trainer.epoch, loss, rate, examples / (time.perf_counter() - started))
 
 
-def finish_epoch(trainer, files, log, tokenizer):
+def finish_epoch(trainer, files, log, tokenizer, save_every):
     """Save and show what an epoch ends with, and count it."""
-    epoch, args = trainer.epoch, trainer.args
+    epoch = trainer.epoch
     random = torch.get_rng_state()  # samples must not change what training draws next
     show_samples(trainer.model, tokenizer, trainer.dataset, epoch)
     torch.set_rng_state(random)
     log.flush()
     log.plot(files.plot)
     trainer.epoch, trainer.batch = epoch + 1, 0
-    if epoch % args.save_every == 0 or trainer.epoch == args.epochs:
+    if epoch % save_every == 0 or trainer.epoch == trainer.config.epochs:
         files.save_weights(trainer.model, epoch)
     files.save_state(trainer)
     note(f"epoch {epoch} done: step {trainer.step}, mean loss {log.mean_loss(epoch):.4f}")
 
 
-def train(args):
-    """Train as the command line says; returns the model."""
-    device = pick_device(args.device)
-    store = read_store(args.data)
-    check_width(store, args.is_rn)
-    files = RunFiles(args.out_dir, args.prefix)
-    resuming = args.resume and files.config.is_file()
-    if resuming:
-        check_resume(files, args)
-    torch.manual_seed(args.seed)
-    config = caption_config(args, store)
-    tokenizer = load_tokenizer(args.language_model)
-    model = build_model(config, args.init_from)
-    check_tokenizer(tokenizer, model.gpt.config, args.language_model)
+def prepare(config, training, store, devices, pn=None):
+    """Return (Trainer, tokenizer) of a run that has not begun; arguments as those of `train`.
+
+    Raises: ValueError where model, tokenizer, checkpoint and data do not fit each other.
+    """
+    torch.manual_seed(training.seed)
+    tokenizer = load_tokenizer(config.language_model)
+    model = build_model(config, training.init_from)
+    check_tokenizer(tokenizer, model.gpt.config, config.language_model)
     room = context_length(model.gpt.config)
-    if room and args.prefix_length >= room:
-        raise ValueError(f"--prefix_length {args.prefix_length} leaves no room in the context of {room}; lower it")
-    dataset = CaptionDataset(store, tokenizer, room and room - args.prefix_length)
-    trainer = Trainer(model.to(device), dataset, args, device)
+    if room and config.prefix_length >= room:
+        raise ValueError(f"--prefix_length {config.prefix_length} leaves no room in the context of {room}; lower it")
+    dataset = CaptionDataset(store, tokenizer, room and room - config.prefix_length)
+    model.place(split_devices(devices, pn, model.gpt.config.num_hidden_layers))
+    return Trainer(model, dataset, training, devices[0]), tokenizer
+
+
+def train(config, training, store, files, devices, pn=None, resuming=False, save_every=1, save_steps=10_000):
+    """Train a captioner, or go on with a run.
+
+    Args:
+        config: CaptionConfig. training: TrainingConfig. store: FeatureStore. files: RunFiles.
+        devices: torch devices; the language model's layers are split over them.
+        pn: where they are split; None: evenly.
+        resuming: go on with the run in `files`, where there is one.
+        save_every, save_steps: see `fit`.
+    Returns: the captioner.
+    """
+    resuming = resuming and files.config.is_file()
+    if resuming:
+        check_resume(files, config, training)
+    trainer, tokenizer = prepare(config, training, store, devices, pn)
+    model = trainer.model
     if not (resuming and resume(files, trainer)):
         files.move_aside()
-        write_config(files, args, config, model, tokenizer, store)
-    if trainer.epoch >= args.epochs:
-        note(f"{files.latest} has all {args.epochs} epochs; nothing to do")
+        write_config(files, config, training, model, tokenizer, store)
+    if trainer.epoch >= training.epochs:
+        note(f"{files.latest} has all {training.epochs} epochs; nothing to do")
         return model
-    trained = sum(p.numel() for p in trainer.trained.values())
+    learning = sum(p.numel() for p in trainer.trained.values()) / 1e6
+    total = sum(p.numel() for p in model.parameters()) / 1e6
     note(
-        f"{len(dataset):,} captions of {len(store.clip_embedding):,} rows; {trained / 1e6:.1f} M of "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters learn, on {device}"
+        f"{len(trainer.dataset):,} captions of {len(store.clip_embedding):,} rows; {learning:.1f} M of {total:.1f} M "
+        f"parameters learn, on {', '.join(map(str, devices))}"
     )
     with TrainingLog(files.log, trainer.step) as log:
-        fit(trainer, files, log, tokenizer)
+        fit(trainer, files, log, tokenizer, save_every, save_steps)
     return model
 
 
-def main(argv=None):
-    """Train a captioner."""
-    train(get_parser().parse_args(argv))
+def main(argv=None, parser=None):
+    """Train as the command line says; `parser` is that of a variant of this command."""
+    args = (parser or get_parser()).parse_args(argv)
+    devices, store = pick_devices(args.device), read_store(args.data)
+    check_width(store, args.is_rn)
+    train(
+        caption_config(args, store),
+        training_config(args),
+        store,
+        RunFiles(args.out_dir, args.prefix),
+        devices,
+        args.pn,
+        args.resume,
+        args.save_every,
+        args.save_steps,
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.language import split_layers
 from models.mapping import MLP, TransformerMapper
 
 
@@ -136,6 +137,18 @@ class ClipCaptionModel(nn.Module):
         real = mask[:, self.config.prefix_length :]  # [B, T]
         logits = out.logits[:, :-1][real.to(out.logits.device)]  # [sum(lengths), V]
         return F.cross_entropy(logits.float(), tokens[real].to(logits.device))
+
+    def place(self, layer_devices):
+        """Put the captioner where it runs; returns itself.
+
+        Args:
+            layer_devices: the device of every decoder layer; the mapping network and the rest go to the first.
+        """
+        if len(set(layer_devices)) == 1:
+            return self.to(layer_devices[0])
+        self.clip_project.to(layer_devices[0])
+        split_layers(self.gpt, layer_devices)
+        return self
 
 
 class ClipCaptionPrefix(ClipCaptionModel):

@@ -24,6 +24,7 @@ class DecodingConfig:
 
     Args:
         method: `greedy`, `beam` or `sample`.
+        decoder: `clipcap`, the searches below, or `transformers`, the library's `generate`, as the OPT predecessor.
         beam_size: W.
         entry_length: new tokens at most, within the language model's context.
         stop_token: text whose first token ends a caption; it is kept in the text.
@@ -36,6 +37,7 @@ class DecodingConfig:
     """
 
     method: str = GREEDY
+    decoder: str = "clipcap"
     beam_size: int = 5
     entry_length: int = 67
     stop_token: str = "."
@@ -260,6 +262,42 @@ def _ranked(tokens, scores, lengths, config):
 DECODERS = {GREEDY: greedy_search, BEAM: beam_search, SAMPLE: nucleus_sampling}
 
 
+def library_search(gpt, embeddings, tokenizer, config, stop_tokens):
+    """Decode with transformers' `generate`, whose beam search is another one than ClipCap's.
+
+    Args:
+        embeddings: [B, P, E] prefix and prompt.
+    Returns: per image, `num_captions` Captions, best first, without the stop token.
+    Source: Jhryu30/cvpr2023_challenge_clipcap predict.py `generate`.
+    """
+    count = config.num_captions
+    options = {"num_beams": config.beam_size if config.method == BEAM else 1, "do_sample": config.method == SAMPLE}
+    if config.method == SAMPLE:
+        torch.manual_seed(config.seed)
+        options |= {"top_p": config.top_p, "top_k": 0, "temperature": config.temperature}
+    if config.method == BEAM:
+        options |= {"length_penalty": config.length_penalty}
+    mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+    out = gpt.generate(
+        inputs_embeds=embeddings, attention_mask=mask,
+        max_new_tokens=config.entry_length, min_length=1, num_return_sequences=count,
+        eos_token_id=stop_tokens.tolist() or None, pad_token_id=_pad_id(tokenizer), return_dict_in_generate=True,
+        output_scores=True, **options,
+    )  # fmt: skip
+    scores = gpt.compute_transition_scores(out.sequences, out.scores, getattr(out, "beam_indices", None), True)
+    logprobs = scores.masked_fill(~scores.isfinite(), 0).sum(-1).tolist()
+    captions = [
+        Caption(tokens, logprob, tokenizer.decode(tokens, skip_special_tokens=True).strip())
+        for tokens, logprob in zip(out.sequences.tolist(), logprobs, strict=True)
+    ]
+    return [captions[start : start + count] for start in range(0, len(captions), count)]
+
+
+def _pad_id(tokenizer):
+    """Return the id that fills up finished captions."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
 def stop_ids(tokenizer, stop_token, device=None):
     """Return the ids, [S], that end a caption.
 
@@ -304,8 +342,10 @@ def generate_captions(model, tokenizer, clip_embedding, config, step_type=Cached
         embeddings = torch.cat((embeddings, model.gpt.get_input_embeddings()(tokens)), dim=1)
     room = context_room(model.gpt.config, embeddings.shape[1])
     config = replace(config, entry_length=min(config.entry_length, room))
-    step = step_type(model.gpt, embeddings.to(model.gpt.get_input_embeddings().weight.dtype))
     stop_tokens = stop_ids(tokenizer, config.stop_token, embeddings.device)
+    if config.decoder == "transformers":
+        return library_search(model.gpt, embeddings, tokenizer, config, stop_tokens)
+    step = step_type(model.gpt, embeddings.to(model.gpt.get_input_embeddings().weight.dtype))
     captions = DECODERS[config.method](step, config, stop_tokens)
     for caption in (caption for group in captions for caption in group):
         caption.text = tokenizer.decode(caption.tokens)

@@ -71,6 +71,27 @@ def context_length(config):
     return int(limit) if limit else None
 
 
+def split_layers(gpt, devices):
+    """Put the decoder layers on several devices; everything else goes to the first.
+
+    Args:
+        gpt: causal language model.
+        devices: the device of every decoder layer.
+    Returns: the model, which moves activations itself.
+    """
+    from accelerate import dispatch_model
+
+    name, layers = max(
+        ((n, m) for n, m in gpt.named_modules() if isinstance(m, torch.nn.ModuleList)), key=lambda item: len(item[1])
+    )
+    device_map = {f"{name}.{i}": device for i, device in enumerate(devices)}
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    for path, module in gpt.named_modules():
+        if not list(module.children()) and id(module) not in inside:
+            device_map[path] = devices[0]
+    return dispatch_model(gpt, device_map, main_device=devices[0], force_hooks=True)
+
+
 def _from_pretrained(auto_class, source, **options):
     """Call `auto_class.from_pretrained`, from the disk where possible, without minutes of retries elsewhere."""
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file() and auto_class is not AutoTokenizer:

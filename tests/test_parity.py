@@ -66,7 +66,7 @@ def make_trainer(parity, expected, variant, full_batch=False):
     store = read_store(args.data)
     model = train_script.build_model(train_script.caption_config(args, store), args.init_from)
     dataset = CaptionDataset(store, load_tokenizer(args.language_model))
-    return Trainer(model, dataset, args, torch.device("cpu")), settings
+    return Trainer(model, dataset, train_script.training_config(args), torch.device("cpu")), settings
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -202,7 +202,7 @@ def test_gradient_accumulation_is_one_large_batch(store, language_model, tmp_pat
         torch.manual_seed(0)
         model = script.build_model(script.caption_config(args, loaded)).eval()
         dataset = CaptionDataset(loaded, load_tokenizer(str(language_model)))
-        trainer = Trainer(model, dataset, args, torch.device("cpu"))
+        trainer = Trainer(model, dataset, script.training_config(args), torch.device("cpu"))
         model.train = lambda mode=True, model=model: model  # no dropout: the two draw it differently
         losses.append(trainer.train_step([dataset.batch(list(rows)) for rows in split])[0])
         trainer.train_step([dataset.batch(list(rows)) for rows in split])

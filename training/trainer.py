@@ -1,6 +1,7 @@
 """The state of a training run and its step; knows no file."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from transformers import get_linear_schedule_with_warmup
@@ -10,26 +11,53 @@ from features.dataset import batches_per_epoch, epoch_batches
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclass
+class TrainingConfig:
+    """How a captioner is trained; all of it decides the weights that come out.
+
+    Args:
+        data: feature store.
+        init_from: checkpoint whose weights training starts from, or None.
+        epochs: passes over the captions.
+        bs: captions per batch.
+        lr: peak learning rate of AdamW.
+        warmup_steps: optimiser steps of linear warm-up, before the linear decay to zero.
+        gradient_accumulation_steps: batches per optimiser step.
+        mixed_precision: key of DTYPES, the type that autocast uses.
+        seed: of initial weights, shuffling and dropout.
+    """
+
+    data: str
+    init_from: str | None = None
+    epochs: int = 10
+    bs: int = 40
+    lr: float = 2e-5
+    warmup_steps: int = 5000
+    gradient_accumulation_steps: int = 1
+    mixed_precision: str = "no"
+    seed: int = 0
+
+
 class Trainer:
     """The state of a run: model, optimiser, schedule, random numbers, place in the data."""
 
-    def __init__(self, model, dataset, args, device):
+    def __init__(self, model, dataset, config, device):
         """Set up optimiser and schedule.
 
         Args:
             model: ClipCaptionModel, on `device`.
             dataset: CaptionDataset.
-            args: the command line.
+            config: TrainingConfig.
         """
-        self.model, self.dataset, self.args, self.device = model, dataset, args, device
+        self.model, self.dataset, self.config, self.device = model, dataset, config, device
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=args.lr)
-        self.batches = batches_per_epoch(len(dataset), args.bs)
-        self.steps_per_epoch = math.ceil(self.batches / args.gradient_accumulation_steps)
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=config.lr)
+        self.batches = batches_per_epoch(len(dataset), config.bs)
+        self.steps_per_epoch = math.ceil(self.batches / config.gradient_accumulation_steps)
         self.scheduler = get_linear_schedule_with_warmup(
-            self.optimizer, args.warmup_steps, args.epochs * self.steps_per_epoch
+            self.optimizer, config.warmup_steps, config.epochs * self.steps_per_epoch
         )
-        self.dtype = DTYPES[args.mixed_precision]
+        self.dtype = DTYPES[config.mixed_precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.epoch = self.step = self.batch = 0  # batch: batches done in this epoch
 
@@ -62,11 +90,11 @@ class Trainer:
 
     def epoch_batches(self):
         """Yield what is left of this epoch, as lists of the batches of one optimiser step."""
-        order = epoch_batches(len(self.dataset), self.args.bs, self.args.seed, self.epoch)
+        order = epoch_batches(len(self.dataset), self.config.bs, self.config.seed, self.epoch)
         group = []
         for done in range(self.batch + 1, len(order) + 1):
             group.append(self.dataset.batch(order[done - 1]))
-            if len(group) == self.args.gradient_accumulation_steps or done == self.batches:
+            if len(group) == self.config.gradient_accumulation_steps or done == self.batches:
                 yield group
                 group = []
 

@@ -10,18 +10,25 @@ import sys
 import torch
 from tqdm import tqdm
 
-from utils.files import reason
-
 VERSION = "0.1.0"
+DISK_FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines and adds each flag's default, where it has one worth reading."""
+
+    def _get_help_string(self, action):
+        plain = action.default in (None, False, argparse.SUPPRESS) or isinstance(action.default, list)
+        text = action.help or ""
+        return text if plain or "default" in text or not action.option_strings else f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the nearest valid spelling."""
 
     def __init__(self, description, **options):
-        super().__init__(
-            description=description.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, **options
-        )
+        super().__init__(description=description.strip(), formatter_class=HelpFormatter, **options)
+        self.aliases = {}  # argument -> {a predecessor's word: its value}
         self.add_argument("--version", action="version", version=f"%(prog)s {VERSION}, torch {torch.__version__}")
 
     def parse_args(self, args=None, namespace=None):
@@ -29,6 +36,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             valid = [flag for action in self._actions for flag in action.option_strings]
             self.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], valid)}")
+        for name, words in self.aliases.items():
+            value = getattr(parsed, name)
+            setattr(parsed, name, words.get(value, value))
         return parsed
 
     def error(self, message):
@@ -67,26 +77,6 @@ def positive_float(text):
     return value
 
 
-def pick_device(name=None):
-    """Return the torch device called `name`, or the best one there is.
-
-    Args:
-        name: `cpu`, `cuda`, `cuda:1`, `mps`, ...; None picks CUDA, then MPS, then the CPU.
-    Raises: ValueError where the device does not exist here.
-    """
-    if name is None:
-        mps = getattr(torch.backends, "mps", None)
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"--device {name} cannot be used here ({reason(error)}); leave the flag out or use cpu"
-        ) from None
-    return device
-
-
 def progress_bar(total, description, unit, initial=0):
     """Return a progress bar with rate and time left on a terminal, silent elsewhere."""
     return tqdm(total=total, initial=initial, desc=description, unit=unit, disable=None, dynamic_ncols=True)
@@ -102,7 +92,8 @@ def run(main):
 
     Set CLIPCAP_DEBUG=1 to see the whole traceback.
     """
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `predict.py ... | head` ends quietly
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `predict.py ... | head` ends quietly
     try:
         sys.exit(main())
     except KeyboardInterrupt as stop:
@@ -119,7 +110,7 @@ def describe(error):
     """Say in one line what went wrong and what helps."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of device memory; use a smaller --bs or --batch_size, or --mixed_precision bf16"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         place = f" while writing {error.filename}" if error.filename else ""
         return f"no space left on the disk{place}; free some and run the same command again, finished work is kept"
     if isinstance(error, OSError) and error.errno and error.filename:

@@ -1,0 +1,205 @@
+"""OPT and other causal language models: training, checkpoints, decoding, the OPT and NICE commands."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import captions_of, read_log, run_script
+from test_scripts import one_line_error
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import predict_nice
+import train_OPT
+from features.clip_encoder import ClipEncoder
+from models.checkpoint import load_captioner
+from models.clip_caption import CaptionConfig, build_captioner
+from models.decoding import BEAM, DecodingConfig, UncachedStep, generate_captions
+from models.language import build_language_model, load_language_model, load_tokenizer, split_layers
+from utils.devices import layer_cuts, pick_devices, split_devices
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = {**SMALL, "num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64, "head_dim": 8}
+FAMILIES = {
+    "gpt2": {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "opt": {**SMALL, "ffn_dim": 32, "max_position_embeddings": 64, "word_embed_proj_dim": 16},
+    "opt projected": {**SMALL, "ffn_dim": 32, "max_position_embeddings": 64, "word_embed_proj_dim": 8},
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gpt_neox": {**SMALL, "intermediate_size": 32, "max_position_embeddings": 64},
+    "bloom": {"vocab_size": 64, "hidden_size": 16, "n_layer": 2, "n_head": 2},
+}
+
+
+def small(family):
+    """Return a random language model of a family."""
+    torch.manual_seed(0)
+    return build_language_model(AutoConfig.for_model(family.split()[0], **FAMILIES[family]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_causal_language_model(family, language_model):
+    """Loss against plain logits; the cached search equals the one that runs everything again."""
+    model = build_captioner(CaptionConfig(prefix_dim=12, prefix_length=3), small(family)).eval()
+    with torch.no_grad():  # far from uniform, so that ties decide nothing
+        model.gpt.get_input_embeddings().weight.mul_(20)
+    embedding, tokens = torch.randn(4, 12), torch.randint(3, 60, (4, 5))
+    loss = model.loss(tokens, embedding, torch.tensor([5, 5, 5, 5]))
+    logits = model(tokens, embedding)[:, 2:-1]
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    assert torch.allclose(loss, wanted, atol=1e-5)
+    tokenizer = load_tokenizer(str(language_model))
+    for config in (DecodingConfig(entry_length=8), DecodingConfig(method=BEAM, entry_length=8, num_captions=5)):
+        cached = generate_captions(model, tokenizer, embedding, config)
+        plain = generate_captions(model, tokenizer, embedding, config, UncachedStep)
+        assert [[c.tokens for c in group] for group in cached] == [[c.tokens for c in group] for group in plain]
+
+
+@pytest.fixture(scope="module")
+def opt_folder(tmp_path_factory):
+    """A small OPT with a tokenizer that begins with </s>, as OPT's does."""
+    folder = tmp_path_factory.mktemp("opt") / "opt-small"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>"]
+    tokenizer.train_from_iterator(captions_of(300), trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    ))  # fmt: skip
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "opt", **{**FAMILIES["opt"], "vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 128}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opt_run(store, opt_folder, tmp_path_factory):
+    """A captioner trained by train_OPT.py."""
+    out = tmp_path_factory.mktemp("opt_run")
+    run_script(
+        "train_OPT.py", "--data", store, "--language_model", opt_folder, "--out_dir", out, "--epochs", 2, "--bs", 4,
+        "--num_layers", 2, "--lr", 1e-2, "--warmup_steps", 2, "--only_prefix", "--device",
+    )  # fmt: skip
+    return out
+
+
+def test_train_OPT(opt_run, opt_folder):
+    config = json.loads((opt_run / "coco_prefix.json").read_text())
+    assert config["model"]["mapping_type"] == "transformer" and config["model"]["prefix_length"] == 32
+    log = read_log(opt_run, "coco_prefix")
+    assert log[-1]["loss"] < log[0]["loss"]
+    weights = torch.load(opt_run / "coco_prefix_latest.pt", weights_only=True)
+    assert "gpt.model.decoder.layers.1.fc2.weight" in weights and "clip_project.prefix_const" in weights
+    frozen = load_language_model(str(opt_folder)).state_dict()
+    assert all(torch.equal(weights[f"gpt.{name}"], value) for name, value in frozen.items())
+
+
+def test_captions_begin_with_the_begin_token(store, opt_folder):
+    from features.dataset import CaptionDataset
+    from features.store import read_store
+
+    tokens, _, _ = CaptionDataset(read_store(store), load_tokenizer(str(opt_folder))).batch([0])
+    assert tokens[0, 0] == 2
+
+
+def test_predict_OPT_is_transformers_generate(opt_run, photos, tmp_path):
+    out = tmp_path / "captions.json"
+    checkpoint = opt_run / "coco_prefix_latest.pt"
+    run_script("predict_OPT.py", photos, "--checkpoint", checkpoint, "--out", out, "--batch_size", 5)
+    model, tokenizer, _ = load_captioner(checkpoint)
+    encoder = ClipEncoder(model.config.clip_model_type)
+    images = sorted(photos.glob("*.jpg"))
+    _, embeddings, _ = next(encoder.encode_files(images))
+    newline = tokenizer("\n", add_special_tokens=False).input_ids[0]
+    for embedding, record in zip(embeddings, json.loads(out.read_text()), strict=True):
+        prompt = model.gpt.get_input_embeddings()(tokenizer(["a photo of"], return_tensors="pt").input_ids)
+        with torch.no_grad():
+            inputs = torch.cat((model.prefix(embedding[None]), prompt), 1)
+            tokens = model.gpt.generate(
+                inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long), num_beams=5,
+                max_new_tokens=30, min_length=1, eos_token_id=newline, do_sample=False,
+            )  # fmt: skip
+        assert record["caption"] == tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+
+
+def test_bare_checkpoint_of_opt(opt_run, opt_folder, tmp_path):
+    shutil.copy(opt_run / "coco_prefix_latest.pt", tmp_path / "model_coco_prefix.pt")
+    model, _, described = load_captioner(tmp_path / "model_coco_prefix.pt", str(opt_folder))
+    assert not described and (model.config.prefix_length, model.config.prefix_length_clip) == (32, 32)
+
+
+def nice(folder, run, *more, check=0):
+    return run_script("predict_nice.py", "--images", folder, "--checkpoint", run, *more, check=check)
+
+
+def test_predict_nice(opt_run, photos, tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, path in enumerate(sorted(photos.glob("*.jpg"))[:4]):
+        shutil.copy(path, folder / f"{215268660 + number}.jpg")
+    (folder / "215268700.jpg").write_text("no image")
+    monkeypatch.setattr(predict_nice, "FOLDER", tmp_path / "output_caption")
+    checkpoint = opt_run / "coco_prefix_latest.pt"
+    done = nice(folder, checkpoint, check=2)
+    one_line_error(done, "1 of 5 images")
+    captions = json.loads((tmp_path / "output_caption" / "clipcap.json").read_text())
+    assert list(captions) == ["215268660", "215268661", "215268662", "215268663", "215268700"]
+    rows = list(csv.DictReader((tmp_path / "output_caption" / "clipcap.csv").read_text().splitlines()))
+    assert [row["public_id"] for row in rows] == list(captions) and rows[0]["caption"] == captions["215268660"]
+    shutil.copy(sorted(photos.glob("*.jpg"))[5], folder / "215268700.jpg")
+    assert "4 of 5 images are captioned" in nice(folder, checkpoint).stderr
+    again = json.loads((tmp_path / "output_caption" / "clipcap.json").read_text())
+    assert {k: v for k, v in again.items() if k != "215268700"} == {k: v for k, v in captions.items() if v}
+    one_line_error(nice(folder, checkpoint, "--ofile", "x", "--prefix_length", 10, check=2), "--prefix_length 10")
+
+
+def test_layer_cuts():
+    assert layer_cuts("411", 3, 12) == [4, 11]
+    assert layer_cuts("1122", 3, 32) == [11, 22]
+    assert layer_cuts("6", 2, 12) == [6]
+    assert layer_cuts(None, 3, 12) == [4, 8]
+    for pn, devices in (("411", 2), ("48", 1), ("84", 3), ("x", 3), ("415", 3), ("12345", 3)):
+        with pytest.raises(ValueError, match=f"--pn {pn}.*would"):
+            layer_cuts(pn, devices, 12)
+    first, second = torch.device("meta", 0), torch.device("meta", 1)
+    assert split_devices([first, second], "3", 4) == [first] * 3 + [second]
+
+
+def test_gpu_numbers_without_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert pick_devices("12") == [torch.device("cpu")]
+    assert "there is none here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_split_layers_change_nothing(family):
+    """With the hooks that move activations between devices, here all the CPU, loss and gradients are the same."""
+    results = []
+    for split in (False, True):
+        torch.manual_seed(3)
+        model = build_captioner(CaptionConfig(prefix_dim=12, prefix_length=3), small(family)).eval()
+        if split:
+            split_layers(model.gpt, ["cpu", "cpu"])
+            assert model.gpt.hf_device_map
+        torch.manual_seed(4)
+        loss = model.loss(torch.randint(3, 60, (2, 5)), torch.randn(2, 12), torch.tensor([5, 3]))
+        loss.backward()
+        results.append((loss.item(), model.clip_project.model[0].weight.grad))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+
+
+def test_opt_model_is_a_name_at_the_top():
+    assert train_OPT.OPT_MODEL.startswith("facebook/opt-")
+    parser = train_OPT.get_parser()
+    assert parser.parse_args([]).language_model == train_OPT.OPT_MODEL
+    assert parser.parse_args(["--language_model", "opt"]).language_model == train_OPT.OPT_MODEL

@@ -1,0 +1,37 @@
+"""Train a captioner on OPT: train.py with other defaults.
+
+    python train_OPT.py --data data/coco/oscar_split_ViT-B_32_train.pkl --only_prefix --device 123 --pn 411
+
+The language model is OPT_MODEL below, or --language_model NAME; its layers are split over the GPUs of --device.
+"""
+
+import train
+from utils.cli import run
+
+OPT_MODEL = "facebook/opt-125m"
+# the predecessor's words for --language_model
+LANGUAGE_MODELS = {"opt": OPT_MODEL}
+
+
+def get_parser():
+    """Return train.py's parser with OPT's defaults."""
+    parser = train.get_parser()
+    parser.description = __doc__.strip()
+    parser.set_defaults(
+        data="./data/coco/oscar_split_ViT-B_32_train.pkl",
+        language_model=OPT_MODEL,
+        mapping_type="transformer",
+        prefix_length=32,
+        prefix_length_clip=32,
+    )
+    parser.aliases["language_model"] = LANGUAGE_MODELS
+    return parser
+
+
+def main(argv=None):
+    """Train as the command line says."""
+    train.main(argv, get_parser())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,104 @@
+"""Which devices a command runs on, and how a language model's layers are split over several."""
+
+import numpy as np
+import torch
+
+from utils.cli import note
+from utils.files import reason
+
+
+def add_device_flags(parser):
+    """Add --device and --pn to a command's parser."""
+    group = parser.add_argument_group("devices")
+    group.add_argument(
+        "--device", nargs="?", help="torch device, or GPU numbers: 12 is GPUs 1 and 2 (default: a GPU if there is one)"
+    )
+    group.add_argument(
+        "--pn", metavar="CUTS",
+        help="decoder layers after which the next GPU begins: 6 for two GPUs, 411 (4 and 11) or 1122 for three "
+        "(default: evenly)",
+    )  # fmt: skip
+
+
+def pick_device(name=None):
+    """Return the torch device called `name`, or the best one there is.
+
+    Args:
+        name: `cpu`, `cuda`, `cuda:1`, `mps`, ...; None picks CUDA, then MPS, then the CPU.
+    Raises: ValueError where the device does not exist here.
+    """
+    if name is None:
+        mps = getattr(torch.backends, "mps", None)
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} is not here ({reason(error)}); leave the flag out or use cpu") from None
+    return device
+
+
+def pick_devices(text=None):
+    """Return the torch devices that --device names.
+
+    Args:
+        text: a torch device, or GPU numbers written together as the predecessors do (`12`: GPUs 1 and 2); None: the
+            best one there is. Where there is no GPU at all, GPU numbers fall back to the CPU, with a warning.
+    Raises: ValueError where a device does not exist here or is named twice.
+    """
+    if not text or not text.isdigit():
+        return [pick_device(text or None)]
+    if not torch.cuda.is_available():
+        note(f"warning: --device {text} names GPUs and there is none here; going on with the CPU")
+        return [torch.device("cpu")]
+    there = torch.cuda.device_count()
+    missing = [number for number in text if int(number) >= there]
+    if missing or len(set(text)) < len(text):
+        raise ValueError(
+            f"--device {text}: {f'GPU {missing[0]} does not exist' if missing else 'a GPU is named twice'}; "
+            f"there are GPUs 0 to {there - 1}"
+        )
+    return [torch.device("cuda", int(number)) for number in text]
+
+
+def layer_cuts(pn, num_devices, num_layers):
+    """Return the layers at which the next device begins.
+
+    Args:
+        pn: the flag: `6` for two devices, `411` (4 and 11) or `1122` (11 and 22) for three; None: evenly.
+        num_devices: devices to split over.
+        num_layers: decoder layers of the language model.
+    Returns: num_devices - 1 numbers.
+    Raises: ValueError where the flag does not fit, with one that would.
+    Source: Jhryu30/cvpr2023_challenge_clipcap train_OPT.py `make_device_pn`.
+    """
+    even = [int(part[0]) for part in np.array_split(np.arange(num_layers), num_devices)][1:]
+    if pn is None:
+        return even
+    fitting = "".join(map(str, even)) if num_devices in (2, 3) else "no --pn"
+    if not pn.isdigit() or num_devices not in (2, 3) or (num_devices == 3 and len(pn) not in (2, 3, 4)):
+        raise ValueError(f"--pn {pn} does not split {num_layers} layers over {num_devices} devices; {fitting} would")
+    cuts = [int(pn)] if num_devices == 2 else [int(pn[: len(pn) // 2]), int(pn[len(pn) // 2 :])]
+    if not all(low < high for low, high in zip([0, *cuts], [*cuts, num_layers], strict=True)):
+        raise ValueError(
+            f"--pn {pn} cuts at {' and '.join(map(str, cuts))}, which does not split {num_layers} layers over "
+            f"{num_devices} devices; {fitting} would"
+        )
+    return cuts
+
+
+def split_devices(devices, pn, num_layers):
+    """Return the device of every decoder layer.
+
+    Args:
+        devices: as `pick_devices` returns them.
+        pn: the flag, checked also where everything is on one CPU.
+        num_layers: decoder layers.
+    Raises: ValueError where --pn does not fit.
+    """
+    if len(devices) == 1 and pn is not None:
+        layer_cuts(pn, 3 if len(pn) > 2 else 2, num_layers)
+        note(f"--pn {pn}: there is one device, {devices[0]}; all layers are on it")
+        return devices * num_layers
+    cuts = [0, *layer_cuts(pn, len(devices), num_layers), num_layers]
+    return [device for device, low, high in zip(devices, cuts, cuts[1:], strict=False) for _ in range(low, high)]
