@@ -198,12 +198,15 @@ def encoder_source(config, checkpoint, given, described):
         return given
     if not own:
         raise ValueError(f"{checkpoint} does not say which encoder it was trained on; pass --clip_model_type")
-    if config.clip_sha256 and not Path(own).is_file():
-        beside = config_path(checkpoint).parent / own  # a file may be named from beside the checkpoint
-        if beside.is_file():
-            return str(beside)
-        raise FileNotFoundError(f"the encoder {own} of {checkpoint} is not there any more; pass --clip_model_type FILE")
-    return own
+    if not config.clip_sha256:
+        return own
+    # a file may be named from where training ran, or from beside the checkpoint
+    for file in (Path(own), config_path(checkpoint).parent / own):
+        if file.is_file() and sha256(file) == config.clip_sha256:
+            return str(file)
+    raise FileNotFoundError(
+        f"the encoder {own} of {checkpoint} is not there, or is another file by now; pass --clip_model_type FILE"
+    )
 
 
 class Predictor:

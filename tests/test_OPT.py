@@ -170,6 +170,8 @@ def test_layer_cuts():
     for pn, devices in (("411", 2), ("48", 1), ("84", 3), ("x", 3), ("415", 3), ("12345", 3)):
         with pytest.raises(ValueError, match=f"--pn {pn}.*would"):
             layer_cuts(pn, devices, 12)
+    with pytest.raises(ValueError, match="2 layers cannot be split over 3"):
+        layer_cuts("411", 3, 2)
     first, second = torch.device("meta", 0), torch.device("meta", 1)
     assert split_devices([first, second], "3", 4) == [first] * 3 + [second]
 

@@ -1,6 +1,5 @@
 """Which devices a command runs on, and how a language model's layers are split over several."""
 
-import numpy as np
 import torch
 
 from utils.cli import note
@@ -72,7 +71,9 @@ def layer_cuts(pn, num_devices, num_layers):
     Raises: ValueError where the flag does not fit, with one that would.
     Source: Jhryu30/cvpr2023_challenge_clipcap train_OPT.py `make_device_pn`.
     """
-    even = [int(part[0]) for part in np.array_split(np.arange(num_layers), num_devices)][1:]
+    if num_devices > num_layers:
+        raise ValueError(f"{num_layers} layers cannot be split over {num_devices} devices; name at most {num_layers}")
+    even = [num_layers * i // num_devices for i in range(1, num_devices)]
     if pn is None:
         return even
     fitting = "".join(map(str, even)) if num_devices in (2, 3) else "no --pn"

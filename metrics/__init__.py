@@ -1,0 +1,1 @@
+"""Scores of captions: COCO's metrics, their uncertainty, CLIPScore, and the page that shows them."""

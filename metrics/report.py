@@ -1,0 +1,171 @@
+"""A system's scores for people: a table for the terminal; one HTML page, self-contained, with best and worst images."""
+
+import base64
+import html
+import io
+from itertools import zip_longest
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+IMAGE_SIDE = 480
+TOKENIZERS = {"java": "Stanford PTBTokenizer", "python": "Penn Treebank, without Java"}
+STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem; max-width: 78rem; font: 16px/1.5 system-ui, sans-serif; color: #1d2433;
+  background: #fff; }
+h1 { font-size: 1.6rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.25rem 0 .75rem; }
+p { margin: .25rem 0; max-width: 48rem; }
+.quiet { color: #5a6478; font-size: .9rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .9rem .35rem 0; text-align: right; border-bottom: 1px solid #e3e7ee; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; color: #5a6478; }
+td.value { font-weight: 600; }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
+.card { border: 1px solid #e3e7ee; border-radius: .5rem; overflow: hidden; overflow-wrap: anywhere; }
+.card img { display: block; width: 100%; height: 12rem; object-fit: contain; background: #f4f6f9; }
+.card div { padding: .75rem .9rem; }
+.card ul { margin: .5rem 0 0; padding-left: 1.1rem; color: #5a6478; font-size: .9rem; }
+.caption { font-weight: 600; margin: 0; }
+.other { margin: .35rem 0 0; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 3.5rem; align-items: flex-start; }
+.tables > section { max-width: 100%; }
+.tables .quiet { max-width: 26rem; margin-top: .5rem; overflow-wrap: anywhere; }
+.head { display: flex; justify-content: space-between; gap: 1rem; margin: 0 0 .4rem; color: #5a6478;
+  font-size: .85rem; }
+"""
+
+
+def text_table(result):
+    """Lay out what evaluate.py writes as JSON for a terminal."""
+    spans, other = result.get("intervals"), result.get("comparison")
+    rows = [["metric", "value", *(["95 % interval"] if spans else [])]]
+    rows[0] += [f"minus {Path(other['captions']).name}", "95 % interval", "p"] if other else []
+    for name, value in result["metrics"].items():
+        row = [name, f"{value:.3f}", *([span(spans[name])] if spans else [])]
+        if other and name in other["differences"]:
+            gap = other["differences"][name]
+            row += [f"{gap['difference']:+.3f}", span(gap["interval"]), f"{gap['p_value']:.3f}"]
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    lines += [f"{name}: left out, {reason}" for name, reason in result["unavailable"].items()]
+    numbers = {"images": result["images"], **result["statistics"]}
+    lines += [f"{name.replace('_', ' ')}: {_number(value)}" for name, value in numbers.items()]
+    return "\n".join(lines)
+
+
+def span(bounds):
+    """Return an interval as text, '' for None."""
+    return "" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
+
+
+def _number(value):
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def image_uri(path):
+    """Return an image as a data: address, at most IMAGE_SIDE wide and high, or None where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (IMAGE_SIDE, IMAGE_SIDE))
+            small = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    data = io.BytesIO()
+    small.save(data, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+
+
+def render(result, best, worst):
+    """Lay out the page.
+
+    Args:
+        result: what evaluate.py writes as JSON.
+        best, worst: lists of examples: {"image_id", "score", "captions": [texts, one per system],
+            "references": [texts], "image": data: address or None}.
+    Returns: HTML text that refers to nothing outside itself.
+    """
+    title = f"Scores of {Path(result['captions']).name}"
+    metric = "CIDEr" if "CIDEr" in result["metrics"] else next(iter(result["metrics"]), "")
+    comparison = result.get("comparison")
+    other = Path(comparison["captions"]).name if comparison else ""
+    tables = _metrics(result) + (_comparison(comparison, other) if comparison else "") + _statistics(result)
+    cards = "".join(
+        f"<h2>{name} images by {metric}</h2><div class='cards'>"
+        + "".join(_card(example, metric, other) for example in examples)
+        + "</div>"
+        for name, examples in (("Best", best), ("Worst", worst))
+        if examples
+    )
+    references, tokenizer = Path(result["references"]).name, TOKENIZERS[result["tokenizer"]]
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body><h1>{_text(title)}</h1>"
+        f"<p class='quiet'>{result['images']:,} images · references: {_text(references)} · tokens: {tokenizer}</p>\n"
+        f"<div class='tables'>{tables}</div>\n{cards}</body></html>\n"
+    )
+
+
+def _text(value):
+    return html.escape(str(value), quote=True)
+
+
+def _section(heading, head, rows, notes=()):
+    """A heading, a table and notes below it."""
+    cells = "".join(f"<th scope='col'>{_text(name)}</th>" for name in head)
+    lines = "".join(
+        f"<tr><td>{_text(row[0])}</td><td class='value'>{_text(row[1])}</td>"
+        + "".join(f"<td>{_text(cell)}</td>" for cell in row[2:])
+        + "</tr>"
+        for row in rows
+    )
+    quiet = "".join(f"<p class='quiet'>{_text(note)}.</p>" for note in notes)
+    return (
+        f"<section><h2>{_text(heading)}</h2><div class='scroll'><table><thead><tr>{cells}</tr></thead>"
+        f"<tbody>{lines}</tbody></table></div>{quiet}</section>"
+    )
+
+
+def _metrics(result):
+    """The table of metrics, and what is missing."""
+    spans = result.get("intervals", {})
+    rows = [[name, f"{value:.3f}", span(spans.get(name))] for name, value in result["metrics"].items()]
+    notes = [f"{name} is left out: {reason}" for name, reason in result["unavailable"].items()]
+    notes += [result["bootstrap"]["method"]] if spans else []
+    return _section("Metrics", ["metric", "value", "95 % interval" if spans else ""], rows, notes)
+
+
+def _comparison(other, name):
+    """The table of differences to another system."""
+    rows = [
+        [metric, f"{gap['difference']:+.3f}", span(gap["interval"]), f"{gap['p_value']:.3f}", f"{value:.3f}"]
+        for metric, gap in other["differences"].items()
+        for value in [other["metrics"][metric]]
+    ]
+    return _section(
+        f"Difference to {name}", ["metric", "difference", "95 % interval", "p", "its value"], rows, [other["method"]]
+    )
+
+
+def _statistics(result):
+    rows = [[name.replace("_", " "), _number(value)] for name, value in result["statistics"].items()]
+    return _section("Captions", ["quantity", "value"], rows)
+
+
+def _card(example, metric, other):
+    """One image, its score, the systems' captions and the references."""
+    image = f"<img alt='image {_text(example['image_id'])}' src='{example['image']}'>" if example["image"] else ""
+    captions = f"<p class='caption'>{_text(example['captions'][0])}</p>"
+    captions += "".join(f"<p class='other'>{_text(other)}: {_text(text)}</p>" for text in example["captions"][1:])
+    references = "".join(f"<li>{_text(reference)}</li>" for reference in example["references"])
+    return (
+        f"<article class='card'>{image}<div><p class='head'><span>{_text(example['image_id'])}</span>"
+        f"<span>{metric} {example['score']:.3f}</span></p>{captions}<ul>{references}</ul></div></article>"
+    )
