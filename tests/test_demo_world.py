@@ -47,7 +47,9 @@ def test_one_changed_attribute_is_wrong_in_exactly_that_attribute():
     for scene in scenes(300):
         for name, values in options.items():
             i = int(rng.integers(len(scene.groups)))
-            value = next(v for v in rng.permutation(np.array(values, dtype=object)) if v != getattr(scene.groups[i], name))
+            value = next(
+                v for v in rng.permutation(np.array(values, dtype=object)) if v != getattr(scene.groups[i], name)
+            )
             groups = list(scene.groups)
             groups[i] = replace(groups[i], **{name: value})
             edited = replace(scene, groups=tuple(groups))
@@ -173,7 +175,7 @@ def test_clip_loads_and_tells_scenes_apart():
 def test_clip_training_words_are_clips_own():
     import clip
 
-    from demo.train_clip import Words
+    from demo.clip_parts import Words
 
     words, rng = Words(), np.random.default_rng(7)
     for scene in scenes(50):

@@ -1,0 +1,177 @@
+"""The parts of the made world's CLIP: words, towers, throw-away decoder, loss, file."""
+
+import io
+import math
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import clip
+import torch
+import torch.nn.functional as F
+from clip.model import CLIP
+from torch import nn
+
+from demo.clip_cache import RESOLUTION
+from demo.world import BACKGROUNDS, COLOURS, KINDS
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # clip.load's preprocessing
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+EMBED_DIM = 256
+CLIP_CONTEXT, CLIP_VOCABULARY = 77, 49408
+DECODER_PREFIX = 4  # vectors the throw-away decoder reads
+CONTENT_WORDS = "a one two three small little large big"
+FORM_WEIGHT = 0.1  # of the caption loss at a word that says nothing about the scene
+KIND_WEIGHT = 1.5  # at a word that names a shape, which is learnt late
+RELATION_WORDS = "left right above over below under"
+RELATION_WEIGHT = 5.0  # at a word of a relation, which is learnt last
+EXPORT_RMS = 1.0  # of the image embedding's elements; cosines do not depend on it
+
+
+# ---------------------------------------------------------------- words
+class Words:
+    """The few ids of clip.tokenize that captions use, renumbered 0 .. size - 1.
+
+    Order is kept, so the end token stays the largest, which is how CLIP finds it. Id 0 is
+    padding, as in clip.tokenize.
+    """
+
+    def __init__(self):
+        grammar = "there is are to the left of right above over below under . , on in front a"
+        words = set(grammar.split()) | set(COLOURS) | set(" ".join(BACKGROUNDS).split())
+        words |= set(KINDS) | {kind + "s" for kind in KINDS}
+        words |= set("one two three small little large big".split())
+        pieces = {w: [i for i in clip.tokenize(w)[0].tolist() if i][1:-1] for w in sorted(words)}
+        start, end = clip.tokenize("a")[0].tolist()[0::2][:2]
+        self.ids = sorted({0, start, end} | {i for ids in pieces.values() for i in ids})
+        new = {old: i for i, old in enumerate(self.ids)}
+        self.pieces = {w: [new[i] for i in ids] for w, ids in pieces.items()}
+        self.start, self.end = new[start], new[end]
+        self.words = {tuple(ids): w for w, ids in self.pieces.items()}
+        self.weights = torch.full((len(self.ids),), FORM_WEIGHT)
+        for word in " ".join((*COLOURS, *BACKGROUNDS, CONTENT_WORDS)).split():
+            self.weights[self.pieces[word]] = 1.0
+        for word in RELATION_WORDS.split():
+            self.weights[self.pieces[word]] = RELATION_WEIGHT
+        for kind in KINDS:
+            self.weights[self.pieces[kind] + self.pieces[kind + "s"]] = KIND_WEIGHT
+
+    def encode(self, captions):
+        """Return [B, T] ids of captions, T the longest."""
+        rows = []
+        for caption in captions:
+            words = re.findall(r"[a-z]+|[.,]", caption.lower())
+            rows.append([self.start] + [i for w in words for i in self.pieces[w]] + [self.end])
+        width = max(map(len, rows))
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+
+    def decode(self, ids):
+        """Return the caption of a list of ids without start and end."""
+        words, held = [], []
+        for i in ids:
+            held.append(i)
+            if tuple(held) in self.words:
+                words.append(self.words[tuple(held)])
+                held = []
+        return " ".join(words + ["?"] * bool(held)).replace(" .", ".").replace(" ,", ",")
+
+
+# ---------------------------------------------------------------- modules
+def build_clip(words, context, vision, layers, width):
+    """Build the CLIP to train: OpenAI's class, with the words' small vocabulary."""
+    resnet = vision == "resnet"
+    return CLIP(
+        embed_dim=EMBED_DIM, image_resolution=RESOLUTION,
+        vision_layers=tuple(layers) if resnet else layers[0], vision_width=width,
+        vision_patch_size=None if resnet else 12,
+        context_length=context, vocab_size=len(words.ids),
+        transformer_width=64, transformer_heads=1, transformer_layers=2,
+    )  # fmt: skip
+
+
+class Decoder(nn.Module):
+    """The throw-away decoder: pooled image embedding -> caption."""
+
+    def __init__(self, vocabulary, context, width=96, layers=2):
+        super().__init__()
+        self.prefix = nn.Sequential(nn.Linear(EMBED_DIM, 256), nn.GELU(), nn.Linear(256, DECODER_PREFIX * width))
+        self.words = nn.Embedding(vocabulary, width)
+        self.places = nn.Parameter(torch.randn(context + DECODER_PREFIX, width) * 0.02)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, embedding, tokens):
+        """Return [B, T, V] logits of the token after each of `tokens` [B, T]."""
+        prefix = self.prefix(F.normalize(embedding, dim=-1) * math.sqrt(EMBED_DIM))
+        prefix = prefix.view(len(tokens), DECODER_PREFIX, -1)
+        x = torch.cat([prefix, self.words(tokens).to(prefix.dtype)], 1)  # [B, P + T, width]
+        x = x + self.places[: x.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+        return self.head(self.norm(self.layers(x, mask=mask)))[:, DECODER_PREFIX:]
+
+
+def image_batch(pictures):
+    """Return clip.load's preprocessing of uint8 [B, R, R, 3] pictures: [B, 3, R, R]."""
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().div_(255)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+    return (x - mean) / std
+
+
+def contrastive_loss(image, text, negative, scale, meanings):
+    """CLIP's loss; equal scenes in a batch are not each other's negatives.
+
+    Args:
+        image, text: [B, D] embeddings.
+        negative: [B, D] embeddings of a wrong caption for each image.
+        scale: logit scale, already exponentiated.
+        meanings: list of B hashable scene meanings.
+    Returns: scalar.
+    """
+    image, text, negative = (F.normalize(x.float(), dim=-1) for x in (image, text, negative))
+    logits = scale * image @ text.t()
+    numbers = {}
+    ids = torch.tensor([numbers.setdefault(m, len(numbers)) for m in meanings])
+    same = (ids[:, None] == ids[None]).fill_diagonal_(False)
+    logits = logits.masked_fill(same, -1e4)
+    target = torch.arange(len(logits))
+    wrong = scale * (image * negative).sum(-1, keepdim=True)  # [B, 1]
+    of_image = F.cross_entropy(torch.cat([logits, wrong], 1), target)
+    return (of_image + F.cross_entropy(logits.t(), target)) / 2
+
+
+# ---------------------------------------------------------------- saving
+def export_state_dict(model, words, rms):
+    """Return an fp16 state dict in clip.load's form.
+
+    Args:
+        model: the trained CLIP.
+        words: its Words.
+        rms: root mean square of its image embeddings; they are scaled to EXPORT_RMS.
+    """
+    state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    small = state["token_embedding.weight"]
+    full = torch.zeros(CLIP_VOCABULARY, small.shape[1])
+    full[torch.tensor(words.ids)] = small
+    state["token_embedding.weight"] = full
+    places = torch.zeros(CLIP_CONTEXT, small.shape[1])
+    places[: model.context_length] = state["positional_embedding"]
+    state["positional_embedding"] = places
+    scaled = ["visual.attnpool.c_proj.weight", "visual.attnpool.c_proj.bias", "visual.proj"]
+    for name in scaled:
+        if name in state:
+            state[name] = state[name] * (EXPORT_RMS / rms)
+    return {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def save_packed(state, path):
+    """Save a state dict, deflated: rows of zeros cost nothing, and torch.load reads it."""
+    plain = io.BytesIO()
+    torch.save(state, plain)
+    partial = Path(f"{path}.part")
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as out:
+        for name in source.namelist():
+            out.writestr(name, source.read(name))
+    os.replace(partial, path)

@@ -1,0 +1,280 @@
+"""Judge captions of the made world's test split and write report.html and report.json.
+
+    python -m demo.report --scenes demo/out/world/scenes_test.json --images demo/out/world/test \
+        --variant "MLP + GPT-2=demo/out/mlp_captions.json" --out demo/out/report.html
+
+The page holds its images, makes no request, and reads on narrow and wide windows.
+"""
+
+import argparse
+import base64
+import html
+import json
+import re
+from pathlib import Path
+
+from demo.captions import COUNT_WORDS, PLACES, RELATION_WORDS, SIZE_WORDS, judge
+from demo.world import ATTRIBUTES, COLOURS, KINDS, Scene, write_json
+
+SAMPLES = 12  # scenes in the first gallery
+EXTREMES = 6  # scenes in "all right" and in "most wrong"
+FLOOR = "floor: a caption of another scene"
+COLUMNS = ("all", *ATTRIBUTES)
+WORDS_OF = {
+    "count": [w for words in COUNT_WORDS.values() for w in words],
+    "size": [w for words in SIZE_WORDS.values() for w in words],
+    "colour": list(COLOURS),
+    "kind": [kind + s for kind in KINDS for s in ("s", "")],
+    "relation": [w for words in RELATION_WORDS.values() for w in words],
+    "background": [w for words in PLACES.values() for w in words],
+}
+
+
+# ---------------------------------------------------------------- figures
+def share_right(verdicts):
+    """Return {"scenes": n, attribute: {"right", "of", "share"}} of a list of verdicts.
+
+    "relation" is counted over scenes of two groups only.
+    """
+    figures = {"scenes": len(verdicts)}
+    for name in COLUMNS:
+        known = [v[name] for v in verdicts if v[name] is not None]
+        figures[name] = {"right": sum(known), "of": len(known), "share": sum(known) / len(known) if known else None}
+    return figures
+
+
+def judge_variant(captions, scenes):
+    """Judge a variant's captions.
+
+    Args:
+        captions: {image_id: caption}; a scene without one is judged as an empty caption.
+        scenes: records of scenes_<split>.json.
+    Returns: ({image_id: verdict}, {"all", "seen", "unseen"} -> figures).
+    """
+    verdicts = {r["image_id"]: judge(captions.get(r["image_id"], ""), Scene.from_json(r)) for r in scenes}
+    figures = {
+        "all scenes": share_right(list(verdicts.values())),
+        "seen combinations": share_right([verdicts[r["image_id"]] for r in scenes if not r["unseen"]]),
+        "unseen combinations": share_right([verdicts[r["image_id"]] for r in scenes if r["unseen"]]),
+    }
+    return verdicts, figures
+
+
+def read_captions(path):
+    """Read a captions json of predict.py: {image_id: caption}; ids as whole numbers."""
+    records = json.loads(Path(path).read_text())
+    return {int(r["image_id"]): r["caption"] for r in records}
+
+
+def read_references(scenes_json, scenes):
+    """Read the captions beside a scenes file: {image_id: [caption]}."""
+    path = Path(scenes_json)
+    path = path.with_name(path.name.replace("scenes_", "captions_"))
+    references = {r["image_id"]: [] for r in scenes}
+    for r in json.loads(path.read_text())["annotations"]:
+        references[r["image_id"]].append(r["caption"])
+    return references
+
+
+# ---------------------------------------------------------------- the page
+STYLE = """
+:root { --ink:#1f2430; --soft:#667085; --line:#e4e7ec; --good:#16794c; --bad:#b42318; --paper:#fbfbf9; }
+* { box-sizing:border-box } body { margin:0; background:var(--paper); color:var(--ink);
+  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
+main { max-width:1180px; margin:0 auto; padding:40px 20px 80px }
+h1 { font-size:clamp(1.7rem,4vw,2.5rem); line-height:1.15; margin:0 0 .4em; letter-spacing:-.02em }
+h2 { font-size:1.3rem; margin:2.2em 0 .4em } p { max-width:72ch; margin:.5em 0 } .soft { color:var(--soft) }
+code { background:#f0f1ee; padding:.1em .4em; border-radius:5px; font-size:.9em }
+.scroll { overflow-x:auto; background:#fff; border:1px solid var(--line); border-radius:14px }
+table { border-collapse:collapse; width:100%; font-size:.94rem; font-variant-numeric:tabular-nums }
+th,td { padding:.55em .8em; text-align:right; border-bottom:1px solid var(--line); white-space:nowrap }
+th:first-child,td:first-child { text-align:left } tr:last-child td { border-bottom:0 }
+thead th { color:var(--soft); font-weight:600; font-size:.82rem }
+td small { color:var(--soft); display:block; font-size:.72rem }
+tr.group td { background:#f6f7f4; font-weight:650 }
+td.all { font-weight:700 } tr.floor td { color:var(--soft); font-weight:400 }
+.grid { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr)); gap:16px; margin-top:1em }
+.card { background:#fff; border:1px solid var(--line); border-radius:14px; overflow:hidden;
+  display:flex; gap:14px; padding:14px }
+.card img { width:112px; height:112px; border-radius:10px; flex:none } .card div { min-width:0 }
+.card h3 { font-size:.74rem; color:var(--soft); margin:.6em 0 0; font-weight:600 }
+.card div > h3:first-child { margin-top:0 }
+.card p { margin:0; font-size:.93rem; line-height:1.4 } .ok { color:var(--good) } .no { color:var(--bad) }
+mark { background:#fde3df; color:var(--bad); border-radius:4px; padding:0 .15em }
+details { font-size:.85rem; color:var(--soft) }
+details p { font-size:.85rem }
+.tag { background:#eef1fb; color:#3448a5; border-radius:99px; padding:.05em .6em; font-size:.72rem }
+@media (max-width:420px) { .card { flex-direction:column } .card img { width:100%; height:auto } }
+"""
+
+
+def mark_wrong(caption, verdict):
+    """Return the caption as html, its words of wrong attributes marked."""
+    words = [w for name in ATTRIBUTES if verdict[name] is False for w in WORDS_OF[name]]
+    text = html.escape(caption) or "(no caption)"
+    if not words:
+        return text
+    pattern = "|".join(rf"\b{re.escape(w)}\b" for w in sorted(words, key=len, reverse=True))
+    return re.sub(pattern, lambda m: f"<mark>{m.group(0)}</mark>", text, flags=re.IGNORECASE)
+
+
+def _figure_row(name, figures, css=""):
+    cells = []
+    for column in COLUMNS:
+        f = figures[column]
+        share = "–" if f["share"] is None else f"{100 * f['share']:.1f}&nbsp;%"
+        cells.append(f'<td class="{column}">{share}<small>{f["right"]}/{f["of"]}</small></td>')
+    return f'<tr class="{css}"><td>{html.escape(name)}</td>{"".join(cells)}</tr>'
+
+
+def figure_table(results):
+    """Return the html table of {variant: {part: figures}}."""
+    head = "".join(f"<th>{'all right' if c == 'all' else c}</th>" for c in COLUMNS)
+    rows = []
+    for part in ("seen combinations", "unseen combinations", "all scenes"):
+        number = next(iter(results.values()))[part]["scenes"]
+        rows.append(f'<tr class="group"><td colspan="{len(COLUMNS) + 1}">{part} ({number} scenes)</td></tr>')
+        rows += [_figure_row(n, f[part], "floor" if n == FLOOR else "") for n, f in results.items()]
+    body = "".join(rows)
+    return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def scene_card(record, image, said, verdicts, references):
+    """Return one scene's html card.
+
+    Args:
+        record: of scenes_<split>.json.
+        image: Path of its picture.
+        said, verdicts: {variant: caption}, {variant: verdict}.
+        references: list of captions.
+    """
+    data = base64.b64encode(image.read_bytes()).decode()
+    lines = ['<span class="tag">unseen combination</span>'] if record["unseen"] else []
+    for name, caption in said.items():
+        wrong = [a for a in ATTRIBUTES if verdicts[name][a] is False]
+        note = '<span class="ok">✓ all right</span>'
+        if not verdicts[name]["all"]:
+            note = f'<span class="no">✗ {", ".join(wrong)}</span>'
+        lines.append(f"<h3>{html.escape(name)} · {note}</h3><p>{mark_wrong(caption, verdicts[name])}</p>")
+    told = "".join(f"<p>{html.escape(r)}</p>" for r in references)
+    lines.append(f"<details><summary>references</summary>{told}</details>")
+    picture = f'<img alt="{html.escape(references[0])}" src="data:image/jpeg;base64,{data}">'
+    return f'<article class="card">{picture}<div>{"".join(lines)}</div></article>'
+
+
+def pick_scenes(scenes, verdicts):
+    """Choose scenes to show: (evenly spread, all right in every variant, most wrong)."""
+
+    def wrong(record):
+        return sum(v[record["image_id"]][a] is False for v in verdicts.values() for a in ATTRIBUTES)
+
+    step = max(1, len(scenes) // SAMPLES)
+    samples = [scenes[min(i * step + i % 4, len(scenes) - 1)] for i in range(min(SAMPLES, len(scenes)))]
+    taken = {id(r) for r in samples}
+    rest = [r for r in scenes if id(r) not in taken]
+    best = sorted((r for r in rest if not wrong(r)), key=lambda r: -len(r["groups"]))[:EXTREMES]
+    worst = [r for r in sorted(rest, key=wrong, reverse=True) if wrong(r)][:EXTREMES]
+    return samples, best, worst
+
+
+INTRO = """<h1>What the demo's captions get right</h1>
+<p>Every figure here is about a <b>small made world</b>: rendered scenes of one to three shapes, captioned by a
+small CLIP and a small GPT-2 that know nothing else. It shows that the whole way from images to captions works and
+compares variants exactly; it says nothing about photographs.</p>
+<p>To caption photographs, use the published weights: <code>python predict.py photo.jpg --checkpoint coco</code>.</p>
+<h2>Share of captions that are right</h2>
+<p class="soft">A caption is read back by a grammar and compared with what was drawn. “All right” asks for every
+attribute at once; relation is counted where a scene has two groups; an unreadable caption is wrong in
+everything. Unseen combinations (such as a purple star) occur in no training picture and no training caption of any
+part, CLIP included.</p>"""
+
+
+def build_page(results, galleries):
+    """Return the page's html; galleries is [(title, remark, [card])]."""
+    parts = [INTRO, figure_table(results)]
+    for title, remark, cards in galleries:
+        if cards:
+            parts.append(f'<h2>{title}</h2><p class="soft">{remark}</p><div class="grid">{"".join(cards)}</div>')
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><title>Demo report</title>'
+        f"<style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>"
+    )
+
+
+def write_report(scenes_json, variants, images_dir, out_html):
+    """Judge the variants and write the page, with report.json beside it.
+
+    Args:
+        scenes_json: scenes_<split>.json; captions_<split>.json must lie beside it.
+        variants: {name: captions json of predict.py}.
+        images_dir: folder of the split's images.
+        out_html: page to write.
+    Returns: {variant: {"all scenes" | "seen combinations" | "unseen combinations": figures}}.
+    """
+    scenes = json.loads(Path(scenes_json).read_text())
+    references = read_references(scenes_json, scenes)
+    ids = [r["image_id"] for r in scenes]
+    said = {name: read_captions(path) for name, path in variants.items()}
+    verdicts, results = {}, {}
+    for name in said:
+        verdicts[name], results[name] = judge_variant(said[name], scenes)
+    shifted = {a: references[b][0] for a, b in zip(ids, ids[1:] + ids[:1], strict=True)}
+    results[FLOOR] = judge_variant(shifted, scenes)[1]
+
+    def cards(records):
+        rows = []
+        for r in records:
+            i = r["image_id"]
+            captions = {n: c.get(i, "") for n, c in said.items()}
+            image = Path(images_dir) / f"{i:06d}.jpg"
+            rows.append(scene_card(r, image, captions, {n: v[i] for n, v in verdicts.items()}, references[i]))
+        return rows
+
+    samples, best, worst = pick_scenes(scenes, verdicts)
+    galleries = [
+        ("Scenes", "Spread evenly over the test split, not chosen.", cards(samples)),
+        ("All right", "Scenes that every variant captions without a mistake.", cards(best)),
+        ("Most wrong", "Scenes with the most wrong attributes over all variants.", cards(worst)),
+    ]
+    out_html = Path(out_html)
+    out_html.parent.mkdir(parents=True, exist_ok=True)
+    out_html.write_text(build_page(results, galleries), encoding="utf-8")
+    write_json(out_html.with_suffix(".json"), results)
+    return results
+
+
+def summary_lines(results):
+    """Return the figures as lines for a terminal."""
+    width = max(map(len, results))
+    lines = []
+    for part in ("seen combinations", "unseen combinations"):
+        lines.append(f"{part:<{width}}  " + "  ".join(f"{c:>10}" for c in COLUMNS))
+        for name, figures in results.items():
+            shares = (figures[part][c]["share"] for c in COLUMNS)
+            lines.append(f"{name:<{width}}  " + "  ".join("         –" if s is None else f"{s:10.1%}" for s in shares))
+    return lines
+
+
+def get_parser():
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(description="Judge captions of the made world and write a page.")
+    parser.add_argument("--scenes", default="demo/out/world/scenes_test.json", help="scenes of the split")
+    parser.add_argument("--images", default="demo/out/world/test", help="images of the split")
+    parser.add_argument("--variant", action="append", required=True, metavar="NAME=CAPTIONS_JSON", help="repeatable")
+    parser.add_argument("--out", default="demo/out/report.html", help="page to write")
+    return parser
+
+
+def main(argv=None):
+    """Write the report the command line asks for."""
+    args = get_parser().parse_args(argv)
+    pairs = [v.partition("=") for v in args.variant]
+    if any(not path for _, _, path in pairs):
+        raise ValueError(f"--variant {args.variant}: write NAME=CAPTIONS_JSON")
+    results = write_report(args.scenes, {n: p for n, _, p in pairs}, args.images, args.out)
+    print("\n".join(summary_lines(results)))
+
+
+if __name__ == "__main__":
+    main()

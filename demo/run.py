@@ -1,0 +1,195 @@
+"""Run the whole way on the made world: draw, extract, train two variants, caption, report.
+
+    python -m demo.run --out demo/out
+
+Input: demo/weights. Output: `world/`, feature stores, `mlp/` and `transformer/` checkpoints,
+captions jsons, report.html and report.json in `--out`. Every stage is the repository's own
+command; a stage that was finished with the same command is skipped on a rerun.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo.report import summary_lines, write_report
+from demo.world import write_json, write_split
+from models.checkpoint import load_weights
+from models.checkpoint import save_weights as write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIP = "demo/weights/clip.pt"
+LANGUAGE_MODEL = "demo/weights/gpt2"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One captioner to train: its name in files, in the report, and its flags of train.py."""
+
+    name: str
+    title: str
+    epochs: int
+    flags: tuple
+
+
+VARIANTS = (
+    Variant("mlp", "MLP + fine-tuned GPT-2", 6, ("--lr", "1e-3")),
+    Variant("transformer", "transformer + frozen GPT-2", 6, (
+        "--only_prefix", "--mapping_type", "transformer", "--num_layers", "2", "--lr", "2e-3")),
+)  # fmt: skip
+TRAINING = ("--bs", "100", "--warmup_steps", "100", "--prefix_length", "10", "--prefix_length_clip", "10")
+
+
+def weights_digest():
+    """Return a short digest of the weights: with other weights every stage runs again."""
+    digest = hashlib.sha256((ROOT / CLIP).read_bytes())
+    digest.update((ROOT / LANGUAGE_MODEL / "model.safetensors").read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class Stages:
+    """Runs stages in order, times them, and skips those whose stamp shows the same command."""
+
+    def __init__(self, out):
+        self.out, self.seconds = Path(out), {}
+        self.stamps = self.out / "stages.json"
+        self.weights = weights_digest()
+        self.done = json.loads(self.stamps.read_text()) if self.stamps.exists() else {}
+
+    def run(self, name, command, outputs, work):
+        """Do one stage.
+
+        Args:
+            name: what is printed and timed.
+            command: str; a stage is skipped where it was done with the same and `outputs` exist.
+            outputs: paths that the stage writes.
+            work: callable without arguments.
+        """
+        print(f"[{name}] {command}", flush=True)
+        key = f"{command} # weights {self.weights}"
+        if self.done.get(name) == key and all(Path(p).exists() for p in outputs):
+            print(f"[{name}] done before, skipped", flush=True)
+            return
+        began = time.monotonic()
+        work()
+        missing = [str(p) for p in outputs if not Path(p).exists()]
+        if missing:
+            raise FileNotFoundError(f"stage {name} did not write {', '.join(missing)}")
+        self.seconds[name] = time.monotonic() - began
+        print(f"[{name}] {self.seconds[name]:.0f} s", flush=True)
+        # what follows a stage that ran again must run again too
+        names = list(self.done)
+        kept = names[: names.index(name)] if name in names else names
+        self.done = {n: self.done[n] for n in kept} | {name: key}
+        write_json(self.stamps, self.done)
+
+    def script(self, name, arguments, outputs):
+        """Run one of the repository's commands as a stage, from the repository's root."""
+        shown = shlex.join(["python", *map(str, arguments)])
+        command = [sys.executable, *map(str, arguments)]
+        self.run(name, shown, outputs, lambda: subprocess.run(command, cwd=ROOT, check=True))
+
+
+def draw_world(stages, scenes, test):
+    """Draw the train and test splits; returns the test split's paths."""
+    world = stages.out / "world"
+    for split, number in (("train", scenes), ("test", test)):
+        files = [world / f"captions_{split}.json", world / f"scenes_{split}.json"]
+        stages.run(
+            f"draw {split}", f"{number} scenes -> {world / split}", files,
+            lambda split=split, number=number: write_split(split, number, world, processes=2),
+        )  # fmt: skip
+    return world
+
+
+def train_variant(stages, variant, store, test_images, epochs):
+    """Train one variant and caption the test split with it; returns the captions json."""
+    folder = stages.out / variant.name
+    checkpoint = folder / f"{variant.name}_latest.pt"
+    captions = stages.out / f"captions_{variant.name}.json"
+    stages.script(f"train {variant.name}", [
+        "train.py", "--data", store, "--out_dir", folder, "--prefix", variant.name,
+        "--language_model", LANGUAGE_MODEL, "--epochs", epochs or variant.epochs,
+        "--save_every", 100, *TRAINING, *variant.flags,
+    ], [checkpoint])  # fmt: skip
+    stages.script(f"predict {variant.name}", [
+        "predict.py", test_images, "--checkpoint", checkpoint, "--out", captions,
+    ], [captions])  # fmt: skip
+    return captions
+
+
+def save_weights(out, variant, folder):
+    """Write a trained variant as the captioner `demo` that comes with the repository, in fp16.
+
+    Args:
+        out: Path of the demo's output.
+        variant: the Variant to keep.
+        folder: Path of the weights' folder; the checkpoint names CLIP and GPT-2 relative to it.
+    """
+    state = load_weights(out / variant.name / f"{variant.name}_latest.pt")
+    state = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+    config = json.loads((out / variant.name / f"{variant.name}.json").read_text())
+    config["model"] |= {"language_model": Path(LANGUAGE_MODEL).name, "clip_model_type": Path(CLIP).name}
+    write_checkpoint(folder / "demo_latest.pt", state)
+    write_json(folder / "demo.json", config)
+    print(f"{folder / 'demo_latest.pt'}: {(folder / 'demo_latest.pt').stat().st_size / 1e6:.2f} MB")
+
+
+def run_demo(out, scenes, test, epochs):
+    """Run everything.
+
+    Args:
+        out: Path of the folder to write.
+        scenes: training scenes.
+        test: test scenes.
+        epochs: of every variant, or None for its own.
+    Returns: the figures of report.json.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    began, stages = time.monotonic(), Stages(out)
+    world, store = draw_world(stages, scenes, test), out / "train.pkl"
+    stages.script("parse", [
+        "parse_coco.py", "--clip_model_type", CLIP, "--annotations", world / "captions_train.json",
+        "--images", world / "train", "--out", store,
+    ], [store])  # fmt: skip
+    variants = {v.title: train_variant(stages, v, store, world / "test", epochs) for v in VARIANTS}
+    results = write_report(world / "scenes_test.json", variants, world / "test", out / "report.html")
+    print("\n".join(summary_lines(results)))
+    print(f"{out / 'report.html'}; {time.monotonic() - began:.0f} s in all")
+    return results
+
+
+def get_parser():
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(description="Run the whole way on the made world.")
+    parser.add_argument("--out", type=Path, default=Path("demo/out"), help="folder to write")
+    parser.add_argument("--scenes", type=int, help="training scenes (default: 9000; 600 with --short)")
+    parser.add_argument("--test", type=int, help="test scenes (default: 1000; 80 with --short)")
+    parser.add_argument("--short", action="store_true", help="a minute or two, to see that everything runs")
+    parser.add_argument("--save_weights", action="store_true", help="keep the MLP variant as the captioner `demo`")
+    return parser
+
+
+def main(argv=None):
+    """Run the demo the command line asks for."""
+    args = get_parser().parse_args(argv)
+    args.out = Path(os.path.relpath(args.out.resolve(), ROOT))  # commands and files name no absolute path
+    os.chdir(ROOT)
+    scenes = args.scenes or (600 if args.short else 9000)
+    test = args.test or (80 if args.short else 1000)
+    try:
+        run_demo(args.out, scenes, test, epochs=2 if args.short else None)
+    except subprocess.CalledProcessError as error:  # the command has said why
+        sys.exit(f"error: {shlex.join(error.cmd[1:])} failed")
+    if args.save_weights:
+        save_weights(args.out, VARIANTS[0], (ROOT / CLIP).parent)
+
+
+if __name__ == "__main__":
+    main()

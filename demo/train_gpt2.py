@@ -1,0 +1,149 @@
+"""Train the made world's GPT-2 on the train split's captions, text only.
+
+    python -m demo.train_gpt2 --out demo/weights/gpt2
+
+Output: a folder for AutoModelForCausalLM / AutoTokenizer.from_pretrained, with a byte-level
+BPE of its own. It learns to say an image's caption after another caption of that image, so
+that, frozen, it can be steered by what stands before the caption: a prefix.
+"""
+
+import argparse
+import math
+import time
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+
+from demo.world import scene_captions, split_scenes
+
+END = "<|endoftext|>"
+SHARE_RETOLD = 0.75  # of the sequences hold another caption of the image first
+MOST_DROPPED = 0.4  # of that caption's tokens
+
+
+def train_tokenizer(captions, vocabulary):
+    """Return a byte-level BPE in which "." is always its own token."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(sorted(set(captions)), trainer)
+    return GPT2TokenizerFast(
+        tokenizer_object=core, bos_token=END, eos_token=END, unk_token=END, clean_up_tokenization_spaces=False
+    )
+
+
+def build_model(tokenizer, width=128, layers=4):
+    """Return a fresh GPT-2 for a tokenizer."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=128, n_embd=width, n_layer=layers, n_head=4,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def pad_rows(rows, fill):
+    """Return [N, T] ids of rows of tokens, T the longest."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+
+
+def make_sequence(captions, end, rng):
+    """Return one training sequence of an image's captions.
+
+    Most are a caption after another caption of the same image that has lost some tokens: so
+    the model learns to say again what the vectors before it say, which is what a prefix asks.
+
+    Args:
+        captions: list of token lists, one image's.
+        end: end token, also the first of every sequence.
+        rng: numpy generator.
+    Returns: (tokens, labels), labels -100 where they do not count.
+    """
+    first, second = rng.permutation(len(captions))[:2]
+    told = []
+    if rng.random() < SHARE_RETOLD:
+        keep = rng.random(len(captions[first])) >= rng.uniform(0, MOST_DROPPED)
+        told = [token for token, kept in zip(captions[first], keep, strict=True) if kept]
+    caption = captions[second] + [end]
+    return [end] + told + caption, [-100] * (1 + len(told)) + caption
+
+
+def train(model, images, end, args):
+    """Train until `args.minutes` are spent.
+
+    Args:
+        model: GPT-2.
+        images: list of lists of token lists: the captions of each image.
+        end: end token.
+        args: the command line's.
+    Returns: number of steps.
+    """
+    rng = np.random.default_rng(args.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    began, step, losses = time.monotonic(), 0, []
+    while (done := (time.monotonic() - began) / 60 / args.minutes) < 1:
+        rate = args.lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows = [make_sequence(images[i], end, rng) for i in rng.integers(0, len(images), args.bs)]
+        ids = pad_rows([tokens for tokens, _ in rows], end)  # [B, T]
+        labels = pad_rows([labels for _, labels in rows], -100)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids).logits[:, :-1]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        step += 1
+        if step % 200 == 0:
+            print(f"{step} loss {np.mean(losses[-200:]):.4f}", flush=True)
+    return step
+
+
+def get_parser():
+    """Return the command line's parser."""
+    parser = argparse.ArgumentParser(description="Train the made world's GPT-2.")
+    parser.add_argument("--scenes", type=int, default=9000, help="scenes of the train split to caption")
+    parser.add_argument("--out", default="demo/weights/gpt2", help="folder to write")
+    parser.add_argument("--minutes", type=float, default=4, help="training time, minutes")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--bs", type=int, default=128, help="captions a step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--vocabulary", type=int, default=420, help="tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order")
+    return parser
+
+
+def main(argv=None):
+    """Train as the command line says."""
+    args = get_parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    by_image = [scene_captions(scene, seed) for _, scene, seed in split_scenes("train", args.scenes)]
+    captions = [caption for same in by_image for caption in same]
+    tokenizer = train_tokenizer(captions, args.vocabulary)
+    wrong = [c for c in captions if tokenizer.decode(tokenizer.encode(c)) != c]
+    if wrong:
+        raise ValueError(f"the tokenizer changes {len(wrong)} captions, such as {wrong[0]!r}")
+    model = build_model(tokenizer)
+    images = [[tokenizer.encode(c) for c in same] for same in by_image]
+    steps = train(model, images, tokenizer.eos_token_id, args)
+    model.half().save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"{steps} steps; vocabulary {len(tokenizer)}; wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
