@@ -227,10 +227,10 @@ def fit(trainer, files, log, tokenizer, save_every, save_steps):
                     bar.set_postfix(loss=f"{log.last_loss:.3f}", refresh=False)
                     bar.update(len(group))
                     if stop.signal is not None or trainer.step % save_steps == 0:
+                        log.flush()  # first, for a continuation keeps the lines up to the state's step
                         files.save_weights(trainer.model)
                         files.save_state(trainer)
                     if stop.signal is not None:
-                        log.flush()
                         raise KeyboardInterrupt(f"step {trainer.step} is saved; the same command with --resume goes on")
             finish_epoch(trainer, files, log, tokenizer, save_every)
 
