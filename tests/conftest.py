@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def run_script(script, *arguments, check=0):
     Returns: what `subprocess.run` would have returned; the exit status must be `check`.
     """
     out, err = io.StringIO(), io.StringIO()
-    before = sys.argv
+    before, on_broken_pipe = sys.argv, signal.getsignal(signal.SIGPIPE)
     sys.argv = [script, *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -112,6 +113,7 @@ def run_script(script, *arguments, check=0):
         code = end.code or 0
     finally:
         sys.argv = before
+        signal.signal(signal.SIGPIPE, on_broken_pipe)  # `run` lets it end the process
     done = subprocess.CompletedProcess(script, code, out.getvalue(), err.getvalue())
     return checked(done, check)
 
