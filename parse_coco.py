@@ -4,9 +4,11 @@
 
 reads data/coco/annotations/train_caption.json and the images of data/coco/train2014 and val2014, and writes
 data/coco/oscar_split_ViT-B_32_train.pkl. Each image is encoded once, however many captions it has. Killed and run
-again, it goes on where it was; images that are missing or cannot be read are listed and left out.
+again, it goes on where it was; images that are missing or cannot be read are listed and left out. With --out DIR/ the
+store is a folder of shards in clip-retrieval's layout, which train.py maps instead of loading.
 """
 
+import itertools
 import os
 from pathlib import Path
 
@@ -15,10 +17,11 @@ import transformers
 
 from features.annotations import FORMATS, ImageFinder, read_annotations
 from features.clip_encoder import ClipEncoder
+from features.shards import finished_shard, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
 from features.store import PartialStore, info_path, write_store
 from utils.cli import VERSION, Parser, non_negative_int, note, positive_int, progress_bar, run
 from utils.devices import pick_device
-from utils.files import read_json, sha256
+from utils.files import read_json, sha256, write_json
 
 SHOWN = 10  # skipped images that are listed on the terminal; the json beside the store lists all
 
@@ -33,7 +36,9 @@ def get_parser():
         help="folders of images, searched in this order (default: %(default)s)",
     )  # fmt: skip
     data.add_argument("--split", default="train", help="split of a Karpathy file; train includes restval")
-    data.add_argument("--out", help="feature store to write (default: data/coco/oscar_split_{model}_{split}.pkl)")
+    data.add_argument(
+        "--out", help="pickle to write, or DIR/ for shards (default: data/coco/oscar_split_{model}_{split}.pkl)"
+    )
     data.add_argument("--strict", action="store_true", help="stop at the first missing or unreadable image")
     encoder = parser.add_argument_group("encoder")
     encoder.add_argument(
@@ -82,29 +87,112 @@ def file_key(path):
     return str(path), status.st_size, status.st_mtime_ns
 
 
-def encode_missing(encoder, paths, partial, batch_size, num_workers, strict):
-    """Encode the images that `partial` does not hold yet.
+def encode(encoder, paths, batches, args, bar):
+    """Encode image files.
 
-    Returns: {image file: why it could not be read}.
-    Raises: ValueError at the first unreadable one where `strict`.
+    Args:
+        batches: lists of indices into `paths`.
+    Yields: per batch (image files, [B, D] embeddings, {image file: why it could not be read}).
+    Raises: ValueError at the first unreadable one with --strict, and where the encoder gives NaN.
     """
-    todo = [path for path in paths if file_key(path) not in partial.rows]
-    if len(todo) < len(paths):
-        note(f"going on: {len(paths) - len(todo):,} of {len(paths):,} images are already encoded")
-    skipped = {}
-    with progress_bar(len(paths), "images", "img", initial=len(paths) - len(todo)) as bar:
-        for indices, embeddings, errors in encoder.encode_files(todo, batch_size, num_workers):
-            if errors and strict:
-                index, reason = next(iter(errors.items()))
-                raise ValueError(f"{todo[index]}: {reason}; mend or remove it, or leave out --strict")
-            bad = ~torch.isfinite(embeddings).all(1)
-            if bad.any():
-                raise ValueError(f"{encoder.name} gives NaN for {todo[indices[int(bad.nonzero()[0])]]}: check its file")
-            if indices:
-                partial.append([file_key(todo[i]) for i in indices], embeddings)
-            skipped.update({str(todo[i]): reason for i, reason in errors.items()})
-            bar.update(len(indices) + len(errors))
-    return skipped
+    for indices, embeddings, errors in encoder.encode_files(paths, batches, args.num_workers):
+        if errors and args.strict:
+            index, reason = next(iter(errors.items()))
+            raise ValueError(f"{paths[index]}: {reason}; mend or remove it, or leave out --strict")
+        bad = ~torch.isfinite(embeddings).all(1)
+        if bad.any():
+            raise ValueError(f"{encoder.name} gives NaN for {paths[indices[int(bad.nonzero()[0])]]}: check its file")
+        yield [paths[i] for i in indices], embeddings, {str(paths[i]): reason for i, reason in errors.items()}
+        bar.update(len(indices) + len(errors))
+
+
+def extract(encoder, parts, args):
+    """Encode what the parts of a store still lack, the images of all of them in one stream.
+
+    Args:
+        parts: (file that is made, {image file: its records}) pairs.
+    Yields: per part (file, {readable image file: its records}, [N, D] their embeddings, {image file: why it could not
+        be read}); what its rows were kept in is removed when the next one is asked for.
+    """
+    images, identity = sum(len(found) for _, found in parts), encoder.identity()
+    todo, batches, counts = [], [], []
+    for file, found in parts:
+        encoded = PartialStore.encoded(file, identity)
+        missing = [path for path in found if file_key(path) not in encoded]
+        indices = range(len(todo), len(todo) + len(missing))
+        own = [indices[start : start + args.batch_size] for start in range(0, len(missing), args.batch_size)]
+        todo, batches, counts = todo + missing, batches + own, [*counts, len(own)]
+    if len(todo) < images:
+        note(f"going on: {images - len(todo):,} of {images:,} images are already encoded")
+    with progress_bar(images, "images", "img", initial=images - len(todo)) as bar:
+        stream = encode(encoder, todo, batches, args, bar)
+        for (file, found), count in zip(parts, counts, strict=True):
+            partial, skipped = PartialStore(file, identity), {}
+            for files, embeddings, errors in itertools.islice(stream, count):
+                if files:
+                    partial.append([file_key(path) for path in files], embeddings)
+                skipped |= errors
+            read = {path: records for path, records in found.items() if str(path) not in skipped}
+            yield file, read, partial.embeddings([file_key(path) for path in read]), skipped
+            partial.remove()
+
+
+def write_pickle(encoder, found, out, args, info, skipped):
+    """Encode all images into one pickle; arguments as those of `write_folder`."""
+    for _, read, embeddings, unreadable in extract(encoder, [(out, found)], args):
+        captions, empty = build_captions(read)
+        summary = summarize(read, skipped | unreadable, len(captions), empty)
+        write_store(out, embeddings, captions, info | summary)
+    return summary
+
+
+def write_folder(encoder, found, out, args, info, skipped):
+    """Encode the images into shards; those that are on the disk already, made of the same, stay.
+
+    Args:
+        found: {image file: its records}.
+        out: folder to write.
+        info: for the json beside it.
+        skipped: {image file or id: why it has been left out so far}.
+    Returns: the json's counts and skipped images.
+    Raises: ValueError where no caption is left.
+    """
+    paths, rows = list(found), shard_rows(len(found))
+    parts, stamps = [], {}
+    for number, start in enumerate(range(0, len(paths), rows)):
+        images = {path: found[path] for path in paths[start : start + rows]}
+        made_of = [(*file_key(path), *(record["caption"] for record in same)) for path, same in images.items()]
+        stamp = shard_stamp(encoder.identity(), made_of)
+        left_out = finished_shard(out, number, stamp)
+        if left_out is None:
+            file = shard_files(out, number)[0]
+            stamps[file] = number, stamp
+            parts.append((file, images))
+        else:
+            skipped |= left_out
+    for file, read, embeddings, unreadable in extract(encoder, parts, args):
+        write_shard(out, *stamps[file], embeddings, read, unreadable)
+        skipped |= unreadable
+    remove_shards(out, -(-len(paths) // rows))
+    read = {path: records for path, records in found.items() if str(path) not in skipped}
+    captions, empty = build_captions(read)
+    summary = summarize(read, skipped, len(captions), empty)
+    write_json(info_path(out), info | summary | {"shards": -(-len(paths) // rows)})
+    return summary
+
+
+def summarize(read, skipped, captions, empty):
+    """Return what the json beside a store says of its contents.
+
+    Raises: ValueError where no caption is left.
+    """
+    if not captions:
+        report_skipped(skipped)
+        raise ValueError(
+            f"no captions left: {len(skipped):,} images could not be read and {empty:,} captions are empty"
+        )
+    counts = {"images": len(read), "captions": captions, "empty_captions": empty, "images_skipped": len(skipped)}
+    return counts | {"skipped": skipped}
 
 
 def build_captions(found):
@@ -147,8 +235,7 @@ def main(argv=None):
     """Extract the features of one split."""
     args = get_parser().parse_args(argv)
     out = args.out or default_out(args.clip_model_type, args.split)
-    if out.endswith("/") or Path(out).is_dir():
-        raise ValueError(f"--out {out} is a folder; give the name of a file, such as {Path(out) / 'train.pkl'}")
+    folder = out.endswith("/") or Path(out).is_dir()
     records = read_annotations(args.annotations, args.split)
     found, skipped = find_images(records, ImageFinder(args.images, args.annotations), args.strict)
     encoder = ClipEncoder(args.clip_model_type, pick_device(args.device))
@@ -158,26 +245,17 @@ def main(argv=None):
         "split": args.split, "images_found": len(found),
         "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     }  # fmt: skip
-    if not skipped and is_done(out, info):
+    if not skipped and not folder and is_done(out, info):
         note(f"{out} is complete: {len(found):,} images of {args.annotations}; nothing to do")
         return
-    partial = PartialStore(out, {"name": encoder.name, "sha256": encoder.sha256, "embed_dim": encoder.embed_dim})
+    if folder:
+        Path(out).mkdir(parents=True, exist_ok=True)
     try:
-        skipped |= encode_missing(encoder, list(found), partial, args.batch_size, args.num_workers, args.strict)
+        done = (write_folder if folder else write_pickle)(encoder, found, out, args, info, skipped)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on from here") from None
-    found = {path: records for path, records in found.items() if str(path) not in skipped}
-    captions, empty = build_captions(found)
-    report_skipped(skipped)
-    if not captions:
-        raise ValueError(
-            f"no captions left: {len(skipped):,} images could not be read and {empty:,} captions are empty"
-        )
-    counts = {"images": len(found), "captions": len(captions), "empty_captions": empty, "images_skipped": len(skipped)}
-    embeddings = partial.embeddings([file_key(path) for path in found])
-    write_store(out, embeddings, captions, info | counts | {"skipped": skipped})
-    partial.remove()
-    note(f"{out}: {len(found):,} images, {len(captions):,} captions, {len(skipped):,} images skipped")
+    report_skipped(done["skipped"])
+    note(f"{out}: {done['images']:,} images, {done['captions']:,} captions, {done['images_skipped']:,} images skipped")
 
 
 if __name__ == "__main__":

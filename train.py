@@ -82,6 +82,9 @@ def get_parser():
         "--mixed_precision", choices=DTYPES, default=defaults.mixed_precision, help="autocast to this type"
     )
     optimiser.add_argument(
+        "--group_by_length", action="store_true", help="batches of captions of similar length: less padding"
+    )
+    optimiser.add_argument(
         "--seed", type=non_negative_int, default=defaults.seed, help="of initial weights, shuffling, dropout"
     )
     add_device_flags(parser)

@@ -68,19 +68,25 @@ class ClipEncoder:
         """Embed texts, cut to CLIP's context; returns [B, D] float32 on the CPU, not normalised."""
         return self.model.encode_text(self.tokenize(texts, truncate=True).to(self.device)).float().cpu()
 
-    def encode_files(self, paths, batch_size=64, num_workers=0):
+    def identity(self):
+        """Return what tells this encoder's embeddings from another's: name, sha256 of its file, width."""
+        return {"name": self.name, "sha256": self.sha256, "embed_dim": self.embed_dim}
+
+    def encode_files(self, paths, batches=64, num_workers=0):
         """Embed image files, in order.
 
         Args:
             paths: image files.
-            batch_size: images per call of the encoder.
+            batches: list of lists of indices into `paths`, one per call of the encoder; or the size of such a batch.
             num_workers: processes that read and preprocess images.
         Yields: per batch (indices into `paths`, [B, D] float32 embeddings, {index: why it could not be read}).
         """
+        if isinstance(batches, int):
+            batches = [range(len(paths))[start : start + batches] for start in range(0, len(paths), batches)]
         loader = DataLoader(
             ImageFiles(paths, self.preprocess),
-            batch_size=batch_size,
-            num_workers=min(num_workers, (len(paths) + batch_size - 1) // batch_size),
+            batch_sampler=batches,
+            num_workers=min(num_workers, len(batches)),
             collate_fn=collate_images,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_leave_ctrl_c_to_parent,

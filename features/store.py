@@ -1,8 +1,8 @@
 """The feature store: CLIP embeddings and the captions that point into them.
 
 On disk a pickle in the predecessors' format, `{"clip_embedding": [N, D], "captions": [{"image_id", "caption",
-"clip_embedding": row, ...}]}`, with a json beside it that says how it was made. Rows are one per image; the
-predecessors' files, one row per caption, are read as they are.
+"clip_embedding": row, ...}]}`, or a folder of shards (features/shards.py), with a json beside it that says how it was
+made. Rows are one per image; the predecessors' files, one row per caption, are read as they are.
 """
 
 import io
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from features.shards import MappedCaptions, read_shards
 from utils.files import atomic_path, read_json, reason, write_json
 
 
@@ -22,8 +23,9 @@ class FeatureStore:
     """Embeddings with their captions.
 
     Args:
-        clip_embedding: [N, D] float tensor.
-        captions: records with `image_id`, `caption` and `clip_embedding`, the row of their image.
+        clip_embedding: [N, D] float tensor, or MappedEmbeddings.
+        captions: list of records with `image_id`, `caption` and `clip_embedding`, the row of their image; or
+            MappedCaptions.
         info: what the json beside the store says, or {}.
         path: where it was read from.
     """
@@ -38,10 +40,19 @@ class FeatureStore:
         """D, the width of the embeddings."""
         return self.clip_embedding.shape[1]
 
+    def index(self):
+        """Return ([N captions] int64 row of each caption's image, [N] length of its text without blanks around)."""
+        if isinstance(self.captions, MappedCaptions):
+            return self.captions.embedding_index, self.captions.lengths
+        rows = np.fromiter((record["clip_embedding"] for record in self.captions), np.int64, len(self.captions))
+        lengths = (len(record["caption"].strip()) for record in self.captions)
+        return rows, np.fromiter(lengths, np.int64, len(self.captions))
+
 
 def info_path(path):
-    """Return the json beside a store: `x.pkl` -> `x.json`."""
-    return Path(path).with_suffix(".json")
+    """Return the json beside a store: `x.pkl` -> `x.json`, `x/` -> `x.json`."""
+    path = Path(path)
+    return path.with_name(path.name + ".json") if path.is_dir() else path.with_suffix(".json")
 
 
 def write_store(path, clip_embedding, captions, info):
@@ -60,9 +71,15 @@ def write_store(path, clip_embedding, captions, info):
 def read_store(path):
     """Read a feature store, ours or a predecessor's, running no code that the file may hold.
 
+    Args:
+        path: pickle, or folder of shards.
     Raises: FileNotFoundError; ValueError naming what is wrong and which caption.
     """
     path = Path(path)
+    info = read_json(info_path(path)) if info_path(path).is_file() else {}
+    info = info if isinstance(info, dict) else {}
+    if path.is_dir():
+        return FeatureStore(*read_shards(path, info.get("shards")), info, path)
     if not path.is_file():
         raise FileNotFoundError(f"feature store {path} does not exist; make it with parse_coco.py, or check --data")
     with open(path, "rb") as file:
@@ -83,9 +100,7 @@ def read_store(path):
         row = int((~torch.isfinite(embedding)).any(1).nonzero()[0])
         raise ValueError(f"{path}: embedding row {row} holds NaN or infinity; extract it again")
     _check_captions(value["captions"], len(embedding), path)
-    beside = info_path(path)
-    info = read_json(beside) if beside.is_file() else {}
-    return FeatureStore(embedding, value["captions"], info if isinstance(info, dict) else {}, path)
+    return FeatureStore(embedding, value["captions"], info, path)
 
 
 def _check_captions(captions, rows, path):
@@ -159,6 +174,15 @@ class PartialStore:
         self.rows = {}  # image key -> row
         self._resume(encoder)
 
+    @classmethod
+    def encoded(cls, store_path, encoder):
+        """Return the keys of the images that are encoded already, without beginning a folder where there is none."""
+        if not Path(f"{store_path}.partial").is_dir():
+            return set()
+        partial = cls(store_path, encoder)
+        partial.close()
+        return set(partial.rows)
+
     def _resume(self, encoder):
         """Read the journal, drop what a kill left unfinished, and open both files for appending."""
         journal, data = self.folder / "journal.jsonl", self.folder / "embeddings.f32"
@@ -202,6 +226,8 @@ class PartialStore:
 
     def embeddings(self, keys):
         """Return the [N, D] float32 rows of these images."""
+        if not keys:
+            return torch.empty(0, self.dim)
         self.data.flush()
         stored = np.memmap(self.folder / "embeddings.f32", np.float32, "r", shape=(len(self.rows), self.dim))
         return torch.from_numpy(stored[[self.rows[key] for key in keys]])

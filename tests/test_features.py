@@ -300,15 +300,27 @@ def test_every_caption_once_per_epoch():
     assert [len(batch) for batch in epoch_batches(3, 10, 0, 0)] == [3]
 
 
-def test_token_cache_is_never_stale(language_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("features.dataset.CACHE_FROM", 1)
+def test_group_by_length_keeps_every_caption():
+    lengths = np.random.default_rng(0).integers(5, 50, 1003)
+    batches = epoch_batches(1003, 10, 1, 0, lengths)
+    assert len(set(np.concatenate(batches))) == 1000
+    padding = [sum(lengths[batch].max() - lengths[batch]) for batch in batches]
+    plain = [sum(lengths[batch].max() - lengths[batch]) for batch in epoch_batches(1003, 10, 1, 0)]
+    assert sum(padding) < sum(plain) / 5
+    assert np.corrcoef(range(100), [lengths[batch].max() for batch in batches])[0, 1] < 0.5  # not shortest first
+
+
+def test_captions_are_tokenised_once(language_model, tmp_path):
     tokenizer = load_tokenizer(str(language_model))
     make_store(tmp_path / "x.pkl")
-    store = read_store(tmp_path / "x.pkl")
-    fresh = CaptionDataset(store, tokenizer)
-    cached = CaptionDataset(store, tokenizer)
-    assert np.array_equal(fresh.tokens, cached.tokens)
-    assert len(list(tmp_path.glob("*_tokens-*.npz"))) == 1
-    store.captions[0]["caption"] = "a blue circle"
-    changed = CaptionDataset(store, tokenizer)
-    assert tokenizer.decode(changed.batch([0])[0][0]) == "a blue circle"
+    seen = []
+
+    def counting(texts, **options):
+        seen.extend(texts)
+        return tokenizer(texts, **options)
+
+    dataset = CaptionDataset(read_store(tmp_path / "x.pkl"), counting)
+    order = [np.array([2, 0]), np.array([1, 3]), np.array([0, 3])]
+    passes = [[tokens.tolist() for tokens, _, _ in dataset.batches(order)] for _ in range(2)]
+    assert sorted(seen) == sorted(dataset.store.captions[i]["caption"] for i in range(4))
+    assert passes[0] == passes[1] == [dataset.batch(indices)[0].tolist() for indices in order]

@@ -24,6 +24,7 @@ class TrainingConfig:
         warmup_steps: optimiser steps of linear warm-up, before the linear decay to zero.
         gradient_accumulation_steps: batches per optimiser step.
         mixed_precision: key of DTYPES, the type that autocast uses.
+        group_by_length: batches hold captions of similar length.
         seed: of initial weights, shuffling and dropout.
     """
 
@@ -35,6 +36,7 @@ class TrainingConfig:
     warmup_steps: int = 5000
     gradient_accumulation_steps: int = 1
     mixed_precision: str = "no"
+    group_by_length: bool = False
     seed: int = 0
 
 
@@ -90,10 +92,11 @@ class Trainer:
 
     def epoch_batches(self):
         """Yield what is left of this epoch, as lists of the batches of one optimiser step."""
-        order = epoch_batches(len(self.dataset), self.config.bs, self.config.seed, self.epoch)
+        lengths = self.dataset.text_lengths if self.config.group_by_length else None
+        order = epoch_batches(len(self.dataset), self.config.bs, self.config.seed, self.epoch, lengths)
         group = []
-        for done in range(self.batch + 1, len(order) + 1):
-            group.append(self.dataset.batch(order[done - 1]))
+        for done, batch in enumerate(self.dataset.batches(order[self.batch :]), self.batch + 1):
+            group.append(batch)
             if len(group) == self.config.gradient_accumulation_steps or done == self.batches:
                 yield group
                 group = []

@@ -1,0 +1,274 @@
+"""The feature store as a folder of shards, for what does not fit in memory: clip-retrieval's layout.
+
+    img_emb/img_emb_0000.npy         float16 [n, D], memory-mapped
+    metadata/metadata_0000.parquet   n rows: image_path, caption, image_id; captions, where an image has several
+
+Row i of a parquet describes row i of the npy beside it. Folders written by clip-retrieval are read as they are; ours
+are read by the embedding-reader package.
+"""
+
+import bisect
+import hashlib
+import json
+import mmap
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from utils.files import atomic_path, reason
+
+ROWS_MAPPED = 2048  # rows gathered before their pages are given back: a page fault maps 64 KiB around a row
+SHARDS = 64  # that a store is cut into, so that many processes have work, while a shard has between these many images
+MIN_ROWS, MAX_ROWS = 1 << 10, 1 << 17
+STAMP = b"clipcap"  # key of the parquet's metadata: what the shard was made from
+
+
+def shard_files(folder, number):
+    """Return a shard's two files, (npy, parquet)."""
+    folder = Path(folder)
+    return folder / "img_emb" / f"img_emb_{number:04d}.npy", folder / "metadata" / f"metadata_{number:04d}.parquet"
+
+
+def shard_rows(images):
+    """Return how many images a shard holds; a power of two, so that a few more images leave the first shards alone."""
+    rows = MIN_ROWS
+    while rows < MAX_ROWS and rows * SHARDS < images:
+        rows *= 2
+    return rows
+
+
+def shard_stamp(encoder, made_of):
+    """Return what tells whether a shard on disk was made of these image files and captions by this encoder."""
+    return hashlib.sha256(json.dumps([encoder, made_of]).encode()).hexdigest()
+
+
+def write_shard(folder, number, stamp, embeddings, images, skipped):
+    """Write one shard; the parquet last, so that a shard that has one is whole.
+
+    Args:
+        folder: of the store.
+        stamp: see `shard_stamp`.
+        embeddings: [n, D] float32 tensor.
+        images: {image file: its records, with `image_id` and `caption`}, n of them.
+        skipped: {image file: why it is in no row}.
+    """
+    npy, parquet = shard_files(folder, number)
+    with atomic_path(npy) as temporary, open(temporary, "wb") as file:
+        np.save(file, embeddings.half().numpy())
+    captions = [[text for record in same if (text := record["caption"]).strip()] for same in images.values()]
+    ids = [same[0]["image_id"] for same in images.values()]
+    numbers = all(isinstance(i, int) for i in ids)
+    columns = {
+        "image_path": pa.array(map(str, images), pa.string()),
+        "caption": pa.array((texts[0] if texts else "" for texts in captions), pa.string()),
+        "image_id": pa.array(ids, pa.int64()) if numbers else pa.array(map(str, ids), pa.string()),
+        "captions": pa.array(captions, pa.list_(pa.string())),
+    }
+    table = pa.table(columns).replace_schema_metadata({STAMP: json.dumps({"stamp": stamp, "skipped": skipped})})
+    with atomic_path(parquet) as temporary:
+        pq.write_table(table, temporary)
+
+
+def remove_shards(folder, count):
+    """Delete the shards from number `count` on, which an earlier run with more images left."""
+    while any(file.is_file() for file in shard_files(folder, count)):
+        for file in shard_files(folder, count):
+            file.unlink(missing_ok=True)
+        count += 1
+
+
+def finished_shard(folder, number, stamp):
+    """Return {image file: why it was skipped} of a shard on disk with this stamp, or None where there is none."""
+    npy, parquet = shard_files(folder, number)
+    if not (npy.is_file() and parquet.is_file()):
+        return None
+    stored = json.loads((pq.read_schema(parquet).metadata or {}).get(STAMP, b"{}"))
+    return stored["skipped"] if stored.get("stamp") == stamp else None
+
+
+class MappedEmbeddings:
+    """Rows of several npy files as one [N, D] array on the disk."""
+
+    def __init__(self, files):
+        """Map the files.
+
+        Args:
+            files: npy files, each [n, D] of floats.
+        Raises: ValueError naming the file that is damaged or does not fit the first one.
+        """
+        self.files, self.parts = files, [_map_array(file) for file in files]
+        dim = self.parts[0].shape[1]
+        for file, part in zip(files, self.parts, strict=True):
+            if part.shape[1] != dim:
+                raise ValueError(f"{file} is {part.shape[1]} wide and {files[0]} {dim}: they are of two encoders")
+        self.ends = np.cumsum([len(part) for part in self.parts])
+        self.shape = (int(self.ends[-1]), dim)
+        self.gathered = 0
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        """Gather rows.
+
+        Args:
+            rows: [B] row numbers.
+        Returns: [B, D] float32 tensor.
+        Raises: ValueError naming the file and row that holds NaN or infinity.
+        """
+        rows = np.asarray(rows)
+        parts = np.searchsorted(self.ends, rows, side="right")
+        out = np.empty((len(rows), self.shape[1]), np.float32)
+        for part in np.unique(parts):
+            chosen = np.flatnonzero(parts == part)
+            within = rows[chosen] - (self.ends[part] - len(self.parts[part]))
+            out[chosen] = self.parts[part][within]
+            bad = ~np.isfinite(out[chosen]).all(1)
+            if bad.any():
+                raise ValueError(f"{self.files[part]}, row {within[bad][0]} holds NaN or infinity; extract it again")
+        self.gathered += len(rows)
+        if self.gathered >= ROWS_MAPPED:
+            self._give_pages_back()
+        return torch.from_numpy(out)
+
+    def _give_pages_back(self):
+        """Unmap what was read: the system keeps it cached, but it no longer counts as this process' memory."""
+        self.gathered = 0
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for part in self.parts:
+                part._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def _map_array(file):
+    """Map one npy file.
+
+    Raises: ValueError where it is damaged, with expected and found size, or holds no [n, D] floats.
+    """
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({_shortfall(file) or reason(error)}); extract this shard again") from None
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise ValueError(f"{file}: {list(array.shape)} {array.dtype} are no embeddings, which are [n, D] floats")
+    return array
+
+
+def _shortfall(file):
+    """Say how many bytes a truncated npy should have and has, or return ''."""
+    try:
+        with open(file, "rb") as stream:
+            np.lib.format.read_magic(stream)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)  # what np.save writes for plain numbers
+            expected = stream.tell() + int(np.prod(shape)) * dtype.itemsize
+    except ValueError:
+        return ""
+    found = file.stat().st_size
+    return f"{expected:,} bytes expected, {found:,} found" if found < expected else ""
+
+
+class MappedCaptions:
+    """The captions of a folder of shards, kept as Arrow text: about 60 bytes each instead of a Python object's 400.
+
+    Behaves as the list of records of a pickle: `len`, and `[i]` gives `image_id`, `caption`, `clip_embedding`.
+    """
+
+    def __init__(self, files, rows):
+        """Read the parquet files.
+
+        Args:
+            files: parquet files, one per npy.
+            rows: how many rows each npy has.
+        Raises: ValueError naming the file that is damaged, does not fit its npy, or holds no captions.
+        """
+        texts, ids, embedding_index, first = [], [], [], 0
+        for file, expected in zip(files, rows, strict=True):
+            text, image_id, row = _read_metadata(file, expected)
+            texts.append(text)
+            ids.append(image_id)
+            embedding_index.append(first + row)
+            first += expected
+        self.texts, self.ids = texts, ids
+        self.ends = np.cumsum([len(text) for text in texts]).tolist()
+        self.starts_of_rows = np.cumsum([0, *rows])
+        self.embedding_index = np.concatenate(embedding_index)
+        self.lengths = np.concatenate([pc.binary_length(pc.utf8_trim_whitespace(text)).to_numpy() for text in texts])
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def __getitem__(self, number):
+        part = bisect.bisect_right(self.ends, number)
+        row = int(self.embedding_index[number])
+        caption = self.texts[part][int(number) - (self.ends[part] - len(self.texts[part]))].as_py()
+        image_id = self.ids[part][row - int(self.starts_of_rows[part])].as_py()
+        return {"image_id": image_id, "caption": caption, "clip_embedding": row}
+
+
+def _read_metadata(file, rows):
+    """Read one parquet.
+
+    Args:
+        file: parquet file.
+        rows: how many the npy beside it has.
+    Returns: (texts of n captions, image ids of `rows` rows, [n] row of each caption).
+    Raises: ValueError.
+    """
+    try:
+        parquet = pq.ParquetFile(file, memory_map=True)
+        names = parquet.schema_arrow.names
+        found = [name for name in ("captions", "caption", "image_id", "image_path") if name in names]
+        table = parquet.read(found).combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is damaged ({reason(error)}); extract this shard again") from None
+    if len(table) != rows:
+        raise ValueError(f"{file} has {len(table):,} rows and the npy of its number {rows:,}; extract this shard again")
+    if not {"captions", "caption"} & set(found):
+        raise ValueError(f"{file} has no column caption, but {', '.join(names)}: images without captions train nothing")
+    ids = next((table[name] for name in ("image_id", "image_path") if name in found), None)
+    ids = pa.array(range(rows)) if ids is None else ids.combine_chunks()
+    column = table[found[0]].combine_chunks()
+    if found[0] == "captions":
+        return pc.fill_null(column.flatten(), ""), ids, pc.list_parent_indices(column).to_numpy()
+    return pc.fill_null(column.cast(pa.string()), ""), ids, np.arange(rows)
+
+
+def find_shards(folder, count=None):
+    """Pair up a folder's files.
+
+    Args:
+        folder: of the store.
+        count: how many shards there should be, if known.
+    Returns: (npy files, parquet files), by number.
+    Raises: FileNotFoundError where it holds no shards; ValueError naming a part that is missing.
+    """
+    folder = Path(folder)
+    npy, parquet = ({_number(f): f for f in folder.glob(p)} for p in ("img_emb/*.npy", "metadata/*.parquet"))
+    if not npy and not parquet:
+        raise FileNotFoundError(
+            f"{folder} holds no shards (img_emb/img_emb_0000.npy, metadata/metadata_0000.parquet, ...); make them with "
+            f"parse_coco.py --out {folder}/, or check --data"
+        )
+    for number in range(max(count or 0, max(npy, default=0) + 1, max(parquet, default=0) + 1)):
+        for files, wanted in zip((npy, parquet), shard_files(folder, number), strict=True):
+            if number not in files:
+                raise ValueError(f"{wanted} is missing: {folder} is not whole; extract it again, finished parts stay")
+    numbers = sorted(npy)
+    return [npy[n] for n in numbers], [parquet[n] for n in numbers]
+
+
+def _number(file):
+    """Return the number that ends a file's name."""
+    match = re.search(r"(\d+)$", file.stem)
+    return int(match[1]) if match else 0
+
+
+def read_shards(folder, count=None):
+    """Return (MappedEmbeddings, MappedCaptions) of a folder; raises as `find_shards` and the two classes do."""
+    arrays, tables = find_shards(folder, count)
+    embeddings = MappedEmbeddings(arrays)
+    return embeddings, MappedCaptions(tables, [len(part) for part in embeddings.parts])
