@@ -22,6 +22,7 @@ from features.store import PartialStore, info_path, write_store
 from utils.cli import VERSION, Parser, non_negative_int, note, positive_int, progress_bar, run
 from utils.devices import pick_device
 from utils.files import read_json, sha256, write_json
+from utils.precision import add_dtype_flag
 
 SHOWN = 10  # skipped images that are listed on the terminal; the json beside the store lists all
 
@@ -50,6 +51,7 @@ def get_parser():
         help="processes that decode images (default: %(default)s)",
     )  # fmt: skip
     encoder.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    add_dtype_flag(encoder)
     return parser
 
 
@@ -217,9 +219,8 @@ def is_done(out, info):
     if not (Path(out).is_file() and info_path(out).is_file()):
         return False
     stored = read_json(info_path(out))
-    same = all(
-        stored.get(key) == info[key] for key in ("clip_model_type", "clip_sha256", "annotations_sha256", "split")
-    )
+    made_of = ("clip_model_type", "clip_sha256", "dtype", "annotations_sha256", "split")
+    same = all(stored.get(key) == info[key] for key in made_of)
     return same and not stored.get("skipped") and stored.get("images_found") == info["images_found"]
 
 
@@ -238,11 +239,11 @@ def main(argv=None):
     folder = out.endswith("/") or Path(out).is_dir()
     records = read_annotations(args.annotations, args.split)
     found, skipped = find_images(records, ImageFinder(args.images, args.annotations), args.strict)
-    encoder = ClipEncoder(args.clip_model_type, pick_device(args.device))
+    encoder = ClipEncoder(args.clip_model_type, pick_device(args.device), args.dtype)
     info = {
         "clip_model_type": args.clip_model_type, "clip_sha256": encoder.sha256, "embed_dim": encoder.embed_dim,
-        "normalized": False, "annotations": args.annotations, "annotations_sha256": sha256(args.annotations),
-        "split": args.split, "images_found": len(found),
+        "dtype": encoder.dtype, "normalized": False, "annotations": args.annotations,
+        "annotations_sha256": sha256(args.annotations), "split": args.split, "images_found": len(found),
         "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     }  # fmt: skip
     if not skipped and not folder and is_done(out, info):

@@ -30,6 +30,7 @@ from utils.cli import (
 )  # fmt: skip
 from utils.devices import add_device_flags, pick_devices, split_devices
 from utils.files import sha256, write_json
+from utils.precision import add_dtype_flag, pick_dtype, prepare_for_inference
 
 NAMES = (*PRETRAINED, DEMO)
 
@@ -76,6 +77,7 @@ def add_captioner_flags(parser):
         "--num_workers", type=non_negative_int, default=min(4, os.cpu_count() or 1), help="processes that read images"
     )
     add_device_flags(parser)
+    add_dtype_flag(batches)
 
 
 def decoding_config(args):
@@ -128,14 +130,16 @@ class Captioner:
     """Encoder, mapping network, language model and tokenizer, ready to caption."""
 
     def __init__(
-        self, checkpoint="coco", clip_model_type=None, language_model=None, normalize_prefix=None, device=None, pn=None
-    ):
+        self, checkpoint="coco", clip_model_type=None, language_model=None, normalize_prefix=None, device=None, pn=None,
+        dtype=None,
+    ):  # fmt: skip
         """Load everything.
 
         Args:
             checkpoint: `coco`, `conceptual`, `coco-transformer`, `demo`, or a file.
             clip_model_type, language_model, normalize_prefix: what a bare checkpoint does not say.
             device, pn: the flags --device and --pn; None takes a GPU if there is one.
+            dtype: the flag --dtype.
         Raises: ValueError where an argument contradicts the checkpoint; FileNotFoundError where a file is missing.
         """
         devices = pick_devices(device)
@@ -154,8 +158,9 @@ class Captioner:
             )
         self.model, self.tokenizer, described = load_captioner(checkpoint, language_model, normalize_prefix)
         self.model.place(split_devices(devices, pn, self.model.gpt.config.num_hidden_layers))
+        prepare_for_inference(self.model, pick_dtype(dtype, self.device), self.device)
         source = encoder_source(self.model.config, checkpoint, clip_model_type, described)
-        self.encoder = ClipEncoder(source, self.device)
+        self.encoder = ClipEncoder(source, self.device, dtype)
         if self.encoder.embed_dim != self.model.config.prefix_dim:
             raise ValueError(
                 f"encoder {source} gives embeddings {self.encoder.embed_dim} wide and {checkpoint} was trained on "
@@ -180,6 +185,14 @@ class Captioner:
     def caption_embeddings(self, clip_embedding, decoding):
         """Caption CLIP embeddings [B, D]; returns per image a list of Caption, best first."""
         return generate_captions(self.model, self.tokenizer, clip_embedding.to(self.device), decoding)
+
+
+def captioner_of(args):
+    """Return the Captioner that the command line asks for."""
+    return Captioner(
+        args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device, args.pn,
+        args.dtype,
+    )  # fmt: skip
 
 
 def encoder_source(config, checkpoint, given, described):
@@ -280,9 +293,7 @@ def main(argv=None, parser=None):
     """
     args = (parser or get_parser()).parse_args(argv)
     decoding, paths = decoding_config(args), find_images(args.images)
-    captioner = Captioner(
-        args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device, args.pn
-    )
+    captioner = captioner_of(args)
     workers = 0 if len(paths) <= args.batch_size else args.num_workers
     results = []
     try:

@@ -86,9 +86,7 @@ def main(argv=None):
         note(f"going on: {len(paths) - len(todo):,} of {len(paths):,} images are captioned")
     if not todo:
         return 0
-    captioner = predict.Captioner(
-        args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device, args.pn
-    )
+    captioner = predict.captioner_of(args)
     if args.prefix_length not in (None, captioner.model.config.prefix_length):
         own = captioner.model.config.prefix_length
         raise ValueError(

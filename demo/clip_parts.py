@@ -1,4 +1,4 @@
-"""The parts of the made world's CLIP: words, towers, throw-away decoder, loss, file."""
+"""The parts of the made world's CLIP: words, towers, throw-away heads, loss, file."""
 
 import io
 import math
@@ -14,18 +14,12 @@ from clip.model import CLIP
 from torch import nn
 
 from demo.clip_cache import RESOLUTION
-from demo.world import BACKGROUNDS, COLOURS, KINDS
+from demo.world import BACKGROUNDS, COLOURS, KINDS, RELATIONS, SIZES
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # clip.load's preprocessing
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 EMBED_DIM = 256
 CLIP_CONTEXT, CLIP_VOCABULARY = 77, 49408
-DECODER_PREFIX = 4  # vectors the throw-away decoder reads
-CONTENT_WORDS = "a one two three small little large big"
-FORM_WEIGHT = 0.1  # of the caption loss at a word that says nothing about the scene
-KIND_WEIGHT = 1.5  # at a word that names a shape, which is learnt late
-RELATION_WORDS = "left right above over below under"
-RELATION_WEIGHT = 5.0  # at a word of a relation, which is learnt last
 EXPORT_RMS = 1.0  # of the image embedding's elements; cosines do not depend on it
 
 
@@ -48,14 +42,6 @@ class Words:
         new = {old: i for i, old in enumerate(self.ids)}
         self.pieces = {w: [new[i] for i in ids] for w, ids in pieces.items()}
         self.start, self.end = new[start], new[end]
-        self.words = {tuple(ids): w for w, ids in self.pieces.items()}
-        self.weights = torch.full((len(self.ids),), FORM_WEIGHT)
-        for word in " ".join((*COLOURS, *BACKGROUNDS, CONTENT_WORDS)).split():
-            self.weights[self.pieces[word]] = 1.0
-        for word in RELATION_WORDS.split():
-            self.weights[self.pieces[word]] = RELATION_WEIGHT
-        for kind in KINDS:
-            self.weights[self.pieces[kind] + self.pieces[kind + "s"]] = KIND_WEIGHT
 
     def encode(self, captions):
         """Return [B, T] ids of captions, T the longest."""
@@ -65,16 +51,6 @@ class Words:
             rows.append([self.start] + [i for w in words for i in self.pieces[w]] + [self.end])
         width = max(map(len, rows))
         return torch.tensor([row + [0] * (width - len(row)) for row in rows])
-
-    def decode(self, ids):
-        """Return the caption of a list of ids without start and end."""
-        words, held = [], []
-        for i in ids:
-            held.append(i)
-            if tuple(held) in self.words:
-                words.append(self.words[tuple(held)])
-                held = []
-        return " ".join(words + ["?"] * bool(held)).replace(" .", ".").replace(" ,", ",")
 
 
 # ---------------------------------------------------------------- modules
@@ -90,27 +66,42 @@ def build_clip(words, context, vision, layers, width):
     )  # fmt: skip
 
 
-class Decoder(nn.Module):
-    """The throw-away decoder: pooled image embedding -> caption."""
+class Heads(nn.Module):
+    """The throw-away heads: what the scene holds, read off the pooled image embedding by linear maps.
 
-    def __init__(self, vocabulary, context, width=96, layers=2):
+    One head per attribute of the first group, of the second one, of the relation and of the background. What a linear
+    map reads, a captioner's small mapping network can learn to read from a few thousand pictures.
+    """
+
+    CHOICES = {"count": (1, 2, 3), "size": SIZES, "colour": COLOURS, "kind": KINDS}
+
+    def __init__(self):
         super().__init__()
-        self.prefix = nn.Sequential(nn.Linear(EMBED_DIM, 256), nn.GELU(), nn.Linear(256, DECODER_PREFIX * width))
-        self.words = nn.Embedding(vocabulary, width)
-        self.places = nn.Parameter(torch.randn(context + DECODER_PREFIX, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary)
+        self.names = [(role, name) for role in (0, 1) for name in self.CHOICES]
+        widths = [len(self.CHOICES[name]) for _, name in self.names] + [1 + len(RELATIONS), len(BACKGROUNDS)]
+        self.layers = nn.ModuleList(nn.Linear(EMBED_DIM, width) for width in widths)
 
-    def forward(self, embedding, tokens):
-        """Return [B, T, V] logits of the token after each of `tokens` [B, T]."""
-        prefix = self.prefix(F.normalize(embedding, dim=-1) * math.sqrt(EMBED_DIM))
-        prefix = prefix.view(len(tokens), DECODER_PREFIX, -1)
-        x = torch.cat([prefix, self.words(tokens).to(prefix.dtype)], 1)  # [B, P + T, width]
-        x = x + self.places[: x.shape[1]]
-        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
-        return self.head(self.norm(self.layers(x, mask=mask)))[:, DECODER_PREFIX:]
+    def forward(self, embedding):
+        """Return per head the [B, choices] logits of image embeddings [B, D]."""
+        x = F.normalize(embedding.float(), dim=-1) * math.sqrt(EMBED_DIM)
+        return [layer(x) for layer in self.layers]
+
+    def targets(self, scenes):
+        """Return [heads, B] right choices, -1 where a scene has no second group."""
+        rows = []
+        for scene in scenes:
+            row = [
+                self.CHOICES[name].index(getattr(scene.groups[role], name)) if role < len(scene.groups) else -1
+                for role, name in self.names
+            ]
+            relation = 0 if scene.relation is None else 1 + RELATIONS.index(scene.relation)
+            rows.append([*row, relation, BACKGROUNDS.index(scene.background)])
+        return torch.tensor(rows).T
+
+    def loss(self, embedding, scenes):
+        """Return the mean cross-entropy of all heads."""
+        pairs = zip(self(embedding), self.targets(scenes), strict=True)
+        return sum(F.cross_entropy(logits, right, ignore_index=-1) for logits, right in pairs) / len(self.layers)
 
 
 def image_batch(pictures):
@@ -143,6 +134,14 @@ def contrastive_loss(image, text, negative, scale, meanings):
 
 
 # ---------------------------------------------------------------- saving
+def import_state_dict(state, words, context):
+    """Return what `export_state_dict` wrote in the form that training uses."""
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    state["token_embedding.weight"] = state["token_embedding.weight"][torch.tensor(words.ids)]
+    state["positional_embedding"] = state["positional_embedding"][:context]
+    return state
+
+
 def export_state_dict(model, words, rms):
     """Return an fp16 state dict in clip.load's form.
 

@@ -15,17 +15,19 @@ from torch.utils.data import DataLoader, Dataset
 from features.images import ImageError, read_image
 from utils.cli import nearest, note
 from utils.files import reason, sha256
+from utils.precision import pick_dtype, prepare_for_inference
 
 
 class ClipEncoder:
     """OpenAI's CLIP with its own preprocessing."""
 
-    def __init__(self, clip_model_type, device="cpu"):
+    def __init__(self, clip_model_type, device="cpu", dtype=None):
         """Load the encoder.
 
         Args:
             clip_model_type: a name of `clip.available_models()`, or the path of a CLIP `.pt` (state dict or JIT).
-            device: torch device; on the CPU the weights are float32, elsewhere as CLIP stores them.
+            device: torch device.
+            dtype: `auto`, `fp32`, `bf16` or `int8`; None: float32 on the CPU, elsewhere as CLIP stores the weights.
         Raises: ValueError for a name that is neither, or a file that is no CLIP; FileNotFoundError where a named
             model is not in the cache and cannot be fetched.
         """
@@ -33,14 +35,16 @@ class ClipEncoder:
             # clip's own import of pkg_resources and use of torch.jit.load; neither is the user's to mend
             warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
             warnings.filterwarnings("ignore", message=".*torch.jit.load. is deprecated")
-            self._load_clip(clip_model_type, device)
+            self._load_clip(clip_model_type, device, dtype)
 
-    def _load_clip(self, clip_model_type, device):
+    def _load_clip(self, clip_model_type, device, dtype):
         import clip  # takes a second, and not every command needs it
 
         self.name, self.device = str(clip_model_type), torch.device(device)
         self.model, self.preprocess = _load(clip, self.name, self.device)
         self.model.eval().requires_grad_(False)
+        self.dtype = pick_dtype(dtype, self.device)
+        prepare_for_inference(self.model, self.dtype, self.device)
         self.tokenize = clip.tokenize
         self.input_resolution = self.model.visual.input_resolution  # R
         self.embed_dim = self.model.text_projection.shape[1]  # D
@@ -69,8 +73,9 @@ class ClipEncoder:
         return self.model.encode_text(self.tokenize(texts, truncate=True).to(self.device)).float().cpu()
 
     def identity(self):
-        """Return what tells this encoder's embeddings from another's: name, sha256 of its file, width."""
-        return {"name": self.name, "sha256": self.sha256, "embed_dim": self.embed_dim}
+        """Return what tells this encoder's embeddings from another's: name, sha256 of its file, width, numbers."""
+        same = {"name": self.name, "sha256": self.sha256, "embed_dim": self.embed_dim}
+        return same | ({"dtype": self.dtype} if self.dtype in ("bf16", "int8") else {})
 
     def encode_files(self, paths, batches=64, num_workers=0):
         """Embed image files, in order.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.activations import NewGELUActivation
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()  # a bar for loading weights says nothing about the work
@@ -21,7 +22,7 @@ def load_language_model(source, dtype=torch.float32):
     Returns: the model, in evaluation mode.
     Raises: FileNotFoundError where it is neither here nor reachable; ValueError where it is no causal language model.
     """
-    return _from_pretrained(AutoModelForCausalLM, source, dtype=dtype).eval()
+    return _fuse_gelu(_from_pretrained(AutoModelForCausalLM, source, dtype=dtype).eval())
 
 
 def build_language_model(config, dtype=torch.float32):
@@ -30,7 +31,16 @@ def build_language_model(config, dtype=torch.float32):
     Args:
         config: its configuration, as transformers' object.
     """
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return _fuse_gelu(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+
+
+def _fuse_gelu(gpt):
+    """Let GPT-2's activation run as one kernel instead of eight, each of which training keeps a tensor for."""
+    for parent in list(gpt.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(parent, name, torch.nn.GELU(approximate="tanh"))
+    return gpt
 
 
 def load_language_config(source):

@@ -182,7 +182,6 @@ def test_clip_training_words_are_clips_own():
         caption = write_caption(scene, rng)
         ids = [i for i in words.encode([caption])[0].tolist() if i]
         assert [words.ids[i] for i in ids] == [i for i in clip.tokenize(caption)[0].tolist() if i]
-        assert words.decode(ids[1:-1]) == caption.lower()
 
 
 def test_gpt2_loads_and_its_tokens_round_trip():
