@@ -118,7 +118,7 @@ class ClipCaptionModel(nn.Module):
         """Return the mean cross-entropy over all caption tokens of the batch.
 
         Padding is told by position, not by token id: the predecessor ignores id 0 and so never learns `!`.
-        Logits are computed for caption positions only.
+        Logits are computed for the positions only that a caption token follows.
 
         Args:
             tokens: [B, T] token ids, padded on the right with any id.
@@ -131,12 +131,22 @@ class ClipCaptionModel(nn.Module):
         lengths = lengths.to(tokens.device)
         positions = torch.arange(embeddings.shape[1], device=tokens.device)  # [P + T]
         mask = positions < (self.config.prefix_length + lengths)[:, None]  # [B, P + T]
-        out = self.gpt(
-            inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False, logits_to_keep=tokens.shape[1] + 1
-        )
         real = mask[:, self.config.prefix_length :]  # [B, T]
-        logits = out.logits[:, :-1][real.to(out.logits.device)]  # [sum(lengths), V]
-        return F.cross_entropy(logits.float(), tokens[real].to(logits.device))
+        telling = F.pad(real, (0, 1))  # [B, T + 1] of the last positions: those that a real token follows
+
+        def keep_telling(_, inputs):
+            hidden = inputs[0][:, -telling.shape[1] :]  # [B, T + 1, E]
+            return (hidden[telling.to(hidden.device)],)  # [sum(lengths), E]
+
+        # the output layer, a third of GPT-2's work, is spared what no loss is taken of
+        hook = self.gpt.get_output_embeddings().register_forward_pre_hook(keep_telling)
+        try:
+            out = self.gpt(
+                inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False, logits_to_keep=telling.shape[1]
+            )
+        finally:
+            hook.remove()
+        return F.cross_entropy(out.logits.float(), tokens[real].to(out.logits.device))  # of [sum(lengths), V]
 
     def place(self, layer_devices):
         """Put the captioner where it runs; returns itself.
