@@ -23,7 +23,7 @@ import numpy as np
 from features.annotations import ImageFinder, normal_id, read_annotations
 from metrics import ptb
 from metrics.bootstrap import compare, intervals
-from metrics.coco import METRICS, caption_statistics, coco_scores
+from metrics.coco import METRICS, caption_statistics, coco_scores, too_few_distinct
 from metrics.report import image_uri, render, text_table
 from utils.cli import Parser, non_negative_int, note, positive_int, run
 from utils.files import read_json, write_json, write_text
@@ -35,7 +35,6 @@ COMPARISON = "interval: paired bootstrap; p: two-sided paired randomisation test
 # How a NICE json starts, {public_id: caption} or a list of objects: saves parsing large files of other formats twice.
 NICE_JSON = re.compile(r'\s*(?:\{\s*"[^"]*"\s*:\s*"|\[\s*\{[^{}]*"public_id"\s*:)')
 NAMED = 5  # examples in an error
-FEW_DIFFERENT = 0.05  # below this share of distinct captions the model may ignore the image
 
 
 def get_parser():
@@ -313,9 +312,9 @@ def main(argv=None):
     if args.out:
         write_json(args.out, {**result, "per_image": per_image(scores[0], systems[0])})
     print(text_table(result))  # last: a reader that closes the pipe early ends the program
-    distinct = result["statistics"]["share_of_distinct_captions"]
-    if distinct < FEW_DIFFERENT and result["images"] > NAMED:
-        note(f"warning: only {distinct:.1%} of the captions are distinct; the model may not see the image")
+    warning = too_few_distinct(result["statistics"], result["images"])
+    if warning:
+        note(warning)
 
 
 if __name__ == "__main__":

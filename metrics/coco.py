@@ -19,6 +19,7 @@ import numpy as np
 from metrics import ptb
 
 METRICS = ("Bleu", "METEOR", "ROUGE_L", "CIDEr", "SPICE")  # in pycocoevalcap's order
+FEW_DISTINCT, MANY_IMAGES = 0.05, 5  # below this share, with more images, the model may not see the image
 NEEDS_JAVA = ("METEOR", "SPICE")
 BLEU_ORDER = 4
 # Meteor 1.5, English: alpha, beta, gamma, delta, and the weights of exact, stem, synonym and paraphrase matches.
@@ -176,6 +177,14 @@ def caption_statistics(tokens, training=None):
         repeated = sum(caption in training for caption in tokens)
         statistics["share_repeated_from_training"] = repeated / len(tokens)
     return statistics
+
+
+def too_few_distinct(statistics, images):
+    """Return a warning where a system's captions hardly differ, else None; `statistics` of `caption_statistics`."""
+    share = statistics["share_of_distinct_captions"]
+    if images <= MANY_IMAGES or share >= FEW_DISTINCT:
+        return None
+    return f"warning: only {share:.1%} of the captions are distinct; the model may not see the image"
 
 
 def _bleu(scores, targets, candidates):
