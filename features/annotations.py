@@ -17,7 +17,11 @@ IMAGE_SUFFIXES = frozenset(
 )
 # COCO_val2014_000000060623.jpg, 000000060623.jpg (COCO 2017), 215268662.jpg (NICE)
 NUMBERED = re.compile(r"(?:COCO_[A-Za-z]+\d{4}_)?0*(\d+)")
-FORMATS = "[{image_id, caption}], COCO captions_*.json, Karpathy dataset_*.json, or CSV, TSV, JSONL with image,caption"
+FORMATS = (
+    "[{image_id, caption}], {image_id: caption}, COCO captions_*.json, Karpathy dataset_*.json, or CSV, TSV, JSONL "
+    "with image,caption or the NICE challenge's public_id,caption_gt"
+)
+NICE = {"public_id": "image_id", "caption_gt": "caption"}  # its names -> ours
 
 
 def image_id_of(path):
@@ -53,11 +57,15 @@ def read_annotations(path, split="train"):
     else:
         value = read_json(path)
         if isinstance(value, list):
-            records = value
+            records = [_from_nice(record) for record in value]
         elif isinstance(value, dict) and "annotations" in value:
             records = _read_coco(value, path)
         elif isinstance(value, dict) and "images" in value:
             records = _read_karpathy(value, path, split)
+        elif isinstance(value, dict) and isinstance(next(iter(value.values()), None), str):
+            # parsed again as pairs, for an id given twice must not be lost
+            pairs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=list)
+            records = [{"image_id": image_id, "caption": caption} for image_id, caption in pairs]
         else:
             raise ValueError(f"{path} is none of the formats that are read: {FORMATS}")
     for number, record in enumerate(records, 1):
@@ -84,7 +92,7 @@ def _check(record, number, path):
 
 
 def _read_table(path, delimiter):
-    """Read a table with columns `image` and `caption`; others are kept."""
+    """Read a table with columns `image` or `image_id`, and `caption`; others are kept."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         try:
             reader = csv.DictReader(file, delimiter=delimiter, strict=True)
@@ -92,14 +100,22 @@ def _read_table(path, delimiter):
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, line {reader.line_num + 1}: {error}") from None
     columns = reader.fieldnames or []
-    if not {"image", "caption"} <= set(columns):
+    known = {NICE.get(name, name) for name in columns}
+    if "caption" not in known or not {"image", "image_id"} & known:
         raise ValueError(f"{path} has columns {', '.join(columns) or 'none'}; it needs image and caption")
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
             raise ValueError(
                 f"{path}, record {number} has not {len(columns)} fields like the header: quote the caption"
             )
-    return [_from_image(row) for row in rows]
+    return [_from_image(row) if "image" in row else _from_nice(row) for row in rows]
+
+
+def _from_nice(row):
+    """Return a record for a row of the NICE challenge; anything else stays as it is."""
+    if not isinstance(row, dict) or "public_id" not in row:
+        return row
+    return {NICE.get(name, name): value for name, value in row.items()}
 
 
 def _read_lines(path):
@@ -128,13 +144,14 @@ def _read_coco(value, path):
     images = value.get("images", [])
     if not isinstance(images, list) or not isinstance(value["annotations"], list):
         raise ValueError(f"{path}: 'images' and 'annotations' must be lists")
-    names = {normal_id(image.get("id", "")): image.get("file_name") for image in images if isinstance(image, dict)}
-    records = []
+    told = {  # `domain` is nocaps'
+        normal_id(image.get("id", "")): {key: image[key] for key in ("file_name", "domain") if image.get(key)}
+        for image in images
+        if isinstance(image, dict)
+    }
     for number, annotation in enumerate(value["annotations"], 1):
         _check(annotation, number, path)
-        name = names.get(normal_id(annotation["image_id"]))
-        records.append({**annotation, "file_name": name} if name else annotation)
-    return records
+    return [{**annotation, **told.get(normal_id(annotation["image_id"]), {})} for annotation in value["annotations"]]
 
 
 def _read_karpathy(value, path, split):

@@ -68,9 +68,11 @@ class ClipEncoder:
             return torch.cat([self.encode_images(half) for half in pixels.chunk(2)])
 
     @torch.inference_mode()
-    def encode_texts(self, texts):
-        """Embed texts, cut to CLIP's context; returns [B, D] float32 on the CPU, not normalised."""
-        return self.model.encode_text(self.tokenize(texts, truncate=True).to(self.device)).float().cpu()
+    def encode_texts(self, texts, batch_size=256):
+        """Embed texts, cut to CLIP's context; returns [N, D] float32 on the CPU, not normalised."""
+        batches = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
+        tokens = (self.tokenize(batch, truncate=True).to(self.device) for batch in batches)
+        return torch.cat([self.model.encode_text(batch).float().cpu() for batch in tokens])
 
     def identity(self):
         """Return what tells this encoder's embeddings from another's: name, sha256 of its file, width, numbers."""

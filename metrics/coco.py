@@ -55,6 +55,12 @@ class Scores:
     unavailable: dict
     tokenizer: str
 
+    def keep(self, name, per_image, overall=None, statistics=None):
+        """Store one metric's values; without `overall` and `statistics` the metric is the mean over images."""
+        self.per_image[name] = np.array(per_image, float)
+        self.metrics[name] = float(self.per_image[name].mean() if overall is None else overall)
+        self.statistics[name] = self.per_image[name][:, None] if statistics is None else statistics
+
 
 def coco_scores(captions, references, metrics=METRICS, tokenizer="auto"):
     """Score one caption per image against its references.
@@ -210,21 +216,16 @@ def _rouge(scores, targets, candidates):
     """ROUGE-L: the mean over images."""
     from pycocoevalcap.rouge.rouge import Rouge
 
-    _keep(scores, "ROUGE_L", *Rouge().compute_score(targets, candidates))
+    overall, per_image = Rouge().compute_score(targets, candidates)
+    scores.keep("ROUGE_L", per_image, overall)
 
 
 def _cider(scores, targets, candidates):
     """CIDEr: the mean over images."""
     from pycocoevalcap.cider.cider import Cider
 
-    _keep(scores, "CIDEr", *Cider().compute_score(targets, candidates))
-
-
-def _keep(scores, name, overall, per_image, statistics=None):
-    """Store one metric's values; without statistics the metric is the mean over images."""
-    scores.metrics[name] = float(overall)
-    scores.per_image[name] = np.array(per_image, float)
-    scores.statistics[name] = scores.per_image[name][:, None] if statistics is None else statistics
+    overall, per_image = Cider().compute_score(targets, candidates)
+    scores.keep("CIDEr", per_image, overall)
 
 
 def _meteor(scores, targets, candidates):
@@ -255,7 +256,7 @@ def _meteor(scores, targets, candidates):
             meteor.lock.release()
         meteor.meteor_p.kill()
         meteor.meteor_p.wait()
-    _keep(scores, "METEOR", overall, per_image, np.array(meteor.counts))  # [N, 23]
+    scores.keep("METEOR", per_image, overall, np.array(meteor.counts))  # [N, 23]
 
 
 def _spice(scores, targets, candidates):
@@ -267,7 +268,7 @@ def _spice(scores, targets, candidates):
         overall, per_image = Spice().compute_score(targets, candidates)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         raise Unavailable(f"SPICE's Java program failed ({error}); it was written for Java 8") from error
-    _keep(scores, "SPICE", overall, [scene["All"]["f"] for scene in per_image])
+    scores.keep("SPICE", [scene["All"]["f"] for scene in per_image], overall)
 
 
 _SCORERS = {"Bleu": _bleu, "METEOR": _meteor, "ROUGE_L": _rouge, "CIDEr": _cider, "SPICE": _spice}
@@ -277,7 +278,7 @@ def from_sums(name, sums, images):
     """Compute a metric from sums of per-image statistics.
 
     Args:
-        name: one of METRICS.
+        name: of Scores.statistics; other than "Bleu" and "METEOR", the metric is a mean over images.
         sums: [B, k] sums over B samples of images.
         images: images per sample.
     Returns: {metric: [B]}, four of them for "Bleu".

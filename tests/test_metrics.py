@@ -250,7 +250,7 @@ def worse():
 
 def test_bootstrap_resamples_bleu_from_its_counts():
     scores = coco_scores(CAPTIONS, REFERENCES, ["Bleu"], "python")
-    counts = next(bootstrap._draws(5, 1, seed=3))
+    counts = bootstrap._draw(np.random.default_rng(3), 1, 5)
     drawn = [image_id for image_id, count in zip(CAPTIONS, counts[0], strict=True) for _ in range(int(count))]
     again = coco_scores(
         {row: CAPTIONS[i] for row, i in enumerate(drawn)}, {row: REFERENCES[i] for row, i in enumerate(drawn)},
