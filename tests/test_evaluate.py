@@ -117,10 +117,10 @@ def test_caption_formats(tmp_path):
     [
         ("a.json", [{"image_id": 5, "caption": "a"}, {"image_id": "05", "caption": "b"}], "1 images .image_id 5."),
         ("a.json", '{"5": "a", "5": "b"}', "several captions"),
-        ("a.json", '{"5": "a", "6": null}', "record 2: the caption is None"),
+        ("a.json", '{"5": "a", "6": null}', "record 2 has the caption None"),
         ("a.json", '{"5": "a",', "a.json is not valid JSON"),
         ("a.json", {"5": ["a"]}, "none of the formats"),
-        ("a.json", [{"image_id": 5, "caption": None}], "record 1: the caption is None"),
+        ("a.json", [{"image_id": 5, "caption": None}], "record 1 has the caption None"),
         ("a.json", [{"caption": "a"}], "record 1 has no 'image_id'"),
         ("a.json", [], "holds no captions"),
         ("a.csv", "public_id,text\n5,a\n", "has columns public_id, text"),
