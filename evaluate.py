@@ -9,6 +9,9 @@ Stanford CoreNLP besides; without them the others are computed on the same token
 domain too.
 """
 
+if __name__ == "__main__":
+    import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
+
 import os
 from pathlib import Path
 

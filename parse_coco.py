@@ -9,6 +9,9 @@ store is a folder of shards in clip-retrieval's layout, which train.py maps inst
 record without encoding.
 """
 
+if __name__ == "__main__":
+    import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
+
 import itertools
 import os
 from pathlib import Path
@@ -36,7 +39,7 @@ def get_parser():
     data.add_argument("--annotations", default="data/coco/annotations/train_caption.json", help=FORMATS)
     data.add_argument(
         "--images", nargs="+", default=["data/coco/train2014", "data/coco/val2014"], metavar="DIR",
-        help="folders of images, searched in this order (default: %(default)s)",
+        help="folders of images, searched in this order (default: data/coco/train2014 and val2014)",
     )  # fmt: skip
     data.add_argument("--split", default="train", help="split of a Karpathy file; train includes restval")
     data.add_argument(

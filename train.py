@@ -8,6 +8,9 @@ or a crash, the same command with --resume goes on to the same weights. With --v
 coco_prefix_best.pt holds the weights of the highest CIDEr.
 """
 
+if __name__ == "__main__":
+    import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
+
 import time
 from dataclasses import asdict, fields
 
