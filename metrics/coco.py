@@ -6,7 +6,6 @@ out of the scores and named with the reason.
 
 import contextlib
 import functools
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -98,8 +97,6 @@ def coco_scores(captions, references, metrics=METRICS, tokenizer="auto"):
 
 def _check(captions, references, metrics, tokenizer):
     """Refuse what cannot be scored; Raises: ValueError."""
-    if importlib.util.find_spec("pycocoevalcap") is None:
-        raise ValueError("scoring needs pycocoevalcap; run: pip install pycocoevalcap")
     if not captions:
         raise ValueError("there are no captions to score")
     missing = [image_id for image_id in captions if not references.get(image_id)]
@@ -216,16 +213,14 @@ def _rouge(scores, targets, candidates):
     """ROUGE-L: the mean over images."""
     from pycocoevalcap.rouge.rouge import Rouge
 
-    overall, per_image = Rouge().compute_score(targets, candidates)
-    scores.keep("ROUGE_L", per_image, overall)
+    scores.keep("ROUGE_L", Rouge().compute_score(targets, candidates)[1])
 
 
 def _cider(scores, targets, candidates):
     """CIDEr: the mean over images."""
     from pycocoevalcap.cider.cider import Cider
 
-    overall, per_image = Cider().compute_score(targets, candidates)
-    scores.keep("CIDEr", per_image, overall)
+    scores.keep("CIDEr", Cider().compute_score(targets, candidates)[1])
 
 
 def _meteor(scores, targets, candidates):
@@ -265,10 +260,10 @@ def _spice(scores, targets, candidates):
 
     try:
         os.environ.setdefault("JDK_JAVA_OPTIONS", SPICE_OPTIONS)
-        overall, per_image = Spice().compute_score(targets, candidates)
+        _, per_image = Spice().compute_score(targets, candidates)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         raise Unavailable(f"SPICE's Java program failed ({error}); it was written for Java 8") from error
-    scores.keep("SPICE", [scene["All"]["f"] for scene in per_image], overall)
+    scores.keep("SPICE", [scene["All"]["f"] for scene in per_image])
 
 
 _SCORERS = {"Bleu": _bleu, "METEOR": _meteor, "ROUGE_L": _rouge, "CIDEr": _cider, "SPICE": _spice}
