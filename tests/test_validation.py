@@ -110,3 +110,15 @@ def test_one_row_per_caption_and_collapse(store, language_model, tmp_path):
     assert len(Validation(read_store(tmp_path / "old.pkl"), read_store(store)).rows) == 30
     done = train(store, language_model, tmp_path, "--val_data", tmp_path / "old.pkl", "--epochs", 1)
     assert "only 3.3% of the captions are distinct" in done.stderr
+
+
+def test_validation_data_of_shards(store, photos, clip_file, language_model, run, tmp_path):
+    """A folder of shards, whose rows are float16, is scored like the pickle."""
+    run_script(
+        "parse_coco.py", "--clip_model_type", clip_file, "--annotations", photos / "captions.csv", "--images", photos,
+        "--out", f"{tmp_path}/val/", "--num_workers", 0,
+    )  # fmt: skip
+    train(store, language_model, tmp_path / "run", "--val_data", tmp_path / "val", "--epochs", 1)
+    scores = scores_of(tmp_path / "run")[0]["validation"]
+    assert scores.keys() == scores_of(run)[0]["validation"].keys() and scores["Bleu_1"] > 0
+    assert len(Validation(read_store(tmp_path / "val"), read_store(store)).rows) == 12
