@@ -112,7 +112,7 @@ def score_files(args, finder):
     Args:
         finder: ImageFinder, or None without --images.
     Returns: result as `--out` writes it, less the images; [Scores, one per system]; [{image id: caption}, likewise];
-        {image id: references}.
+        References.
     Raises: FileNotFoundError, ValueError.
     """
     references = read_references(args.references, args.split)
@@ -124,29 +124,31 @@ def score_files(args, finder):
     training = None
     if args.train_captions:
         training = set(ptb.tokenize([record["caption"] for record in read_records(args.train_captions, "train")]))
+    if args.clip_model_type:  # first, for an image may be missing
+        encoder = ClipEncoder(args.clip_model_type, pick_device(args.device))
+        embeddings = embed_images(encoder, {i: references.find_image(finder, i) for i in ids})
     scores = [coco_scores(system, references.captions, args.metrics, args.tokenizer) for system in systems]
     if args.clip_model_type:
-        encoder = ClipEncoder(args.clip_model_type, pick_device(args.device))
-        embeddings = embed_images(encoder, ids, finder)
         for system, captions in zip(scores, systems, strict=True):
             add_clip_scores(system, captions, references.captions, embeddings, encoder.encode_texts)
     result = describe(args, scores, training)
     domains = score_domains(systems[0], references, args)
     if domains:
         result["domains"] = domains
-    return result, scores, systems, references.captions
+    return result, scores, systems, references
 
 
-def embed_images(encoder, ids, finder):
-    """Return the images' CLIP embeddings, [N, D].
+def embed_images(encoder, images):
+    """Return the CLIP embeddings, [N, D], of {image id: file or None}.
 
     Raises: ValueError where an image is missing or unreadable.
     """
-    paths = [finder.find({"image_id": image_id}) for image_id in ids]
-    missing = [image_id for image_id, path in zip(ids, paths, strict=True) if path is None]
+    missing = [image_id for image_id, path in images.items() if path is None]
     if missing:
-        raise ValueError(f"--images lacks {len(missing):,} of {len(ids):,} images ({named(missing)}); add their folder")
-    parts = []
+        raise ValueError(
+            f"--images lacks {len(missing):,} of {len(images):,} images ({named(missing)}); add their folder"
+        )
+    parts, paths = [], list(images.values())
     with progress_bar(len(paths), "images", "img") as bar:
         for _, embeddings, errors in encoder.encode_files(paths, BATCH, min(4, os.cpu_count() or 1)):
             if errors:
@@ -208,12 +210,12 @@ def pick_examples(scores, systems, references, number, finder=None):
 
     def example(row):
         image_id = scores.ids[row]
-        path = finder.find({"image_id": image_id}) if finder else None
+        path = references.find_image(finder, image_id) if finder else None
         return {
             "image_id": image_id,
             "score": float(values[row]),
             "captions": [system[image_id] for system in systems],
-            "references": references[image_id],
+            "references": references.captions[image_id],
             "image": image_uri(path) if path else None,
         }
 

@@ -22,13 +22,17 @@ class References:
 
     Args:
         captions: {image id: [caption, ...]}.
-        ids: {id that the image's file name would give: image id}, where the file tells names.
+        names: {image id: file name}, where the file tells it.
         domains: {image id: "in-domain", "near-domain" or "out-domain"} of nocaps, else {}.
     """
 
     captions: dict
-    ids: dict
+    names: dict
     domains: dict
+
+    def find_image(self, finder, image_id):
+        """Return an image's file by an ImageFinder, or None."""
+        return finder.find({"image_id": image_id, "file_name": self.names.get(image_id)})
 
 
 @contextlib.contextmanager
@@ -83,8 +87,9 @@ def read_captions(path, references, split):
         references: References; an id that is not theirs but the name of one of their images becomes that image's.
     Raises: ValueError naming images with two captions.
     """
+    ids = {image_id_of(name): image_id for image_id, name in references.names.items()}
     pairs = [(record["image_id"], record["caption"]) for record in read_records(path, split)]
-    pairs = [(i if i in references.captions else references.ids.get(i, i), caption) for i, caption in pairs]
+    pairs = [(i if i in references.captions else ids.get(i, i), caption) for i, caption in pairs]
     twice = [image_id for image_id, count in collections.Counter(i for i, _ in pairs).items() if count > 1]
     if twice:
         raise ValueError(
@@ -103,7 +108,7 @@ def read_references(path, split):
         image_id = record["image_id"]
         references.captions[image_id].append(record["caption"])
         if record.get("file_name"):
-            references.ids[image_id_of(record["file_name"])] = image_id
+            references.names[image_id] = record["file_name"]
         if record.get("domain"):
             references.domains[image_id] = record["domain"]
     empty = [image_id for image_id, texts in references.captions.items() if not all(text.strip() for text in texts)]

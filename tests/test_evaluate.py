@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,10 +245,11 @@ def test_same_captions_warn(tmp_path, capsys):
 def test_examples_do_not_overlap(tmp_path):
     captions = {i: "a dog" if i % 2 else "a cat" for i in range(5)}
     scores = evaluate.coco_scores(captions, {i: ["a dog"] for i in range(5)}, ["ROUGE_L"], "python")
-    best, worst = evaluate.pick_examples(scores, [captions], {i: ["a dog"] for i in range(5)}, 12)
+    references = References({i: ["a dog"] for i in range(5)}, {}, {})
+    best, worst = evaluate.pick_examples(scores, [captions], references, 12)
     assert [e["image_id"] for e in best] == [1, 3, 0] and [e["image_id"] for e in worst] == [4, 2]
     Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
-    found, _ = evaluate.pick_examples(scores, [captions], {i: ["a"] for i in range(5)}, 1, ImageFinder([tmp_path]))
+    found, _ = evaluate.pick_examples(scores, [captions], references, 1, ImageFinder([tmp_path]))
     assert found[0]["image"].startswith("data:image/jpeg")
 
 
@@ -318,13 +320,15 @@ def nocaps_file(path):
     return save(path, {"images": images, "annotations": annotations}), [image["file_name"][:-4] for image in images]
 
 
-def test_nocaps(tmp_path, capsys):
-    """Captions by file name find their image; each domain scores as a file of that domain alone would."""
+def test_nocaps(photos, tmp_path, capsys):
+    """Captions by file name find their image, as does the page; each domain scores as a file of its own would."""
     references, names = nocaps_file(tmp_path / "nocaps_val.json")
     texts = ("a dog runs", "a cat", "two birds over a lake", "the sea", "a tree")
     captions = result_file(tmp_path / "a.json", dict(zip(names, texts, strict=True)))
     out, page = tmp_path / "scores.json", tmp_path / "page.html"
-    evaluate.main([captions, references, "--out", str(out), "--html", str(page), *FAST])
+    for name, photo in zip(names, sorted(photos.glob("*.jpg")), strict=False):
+        shutil.copy(photo, tmp_path / f"{name}.jpg")
+    evaluate.main([captions, references, "--out", str(out), "--html", str(page), "--images", str(tmp_path), *FAST])
     result = json.loads(out.read_text())
     assert {name: part["images"] for name, part in result["domains"].items()} == {
         "in-domain": 1, "near-domain": 2, "out-domain": 2,
@@ -335,4 +339,4 @@ def test_nocaps(tmp_path, capsys):
     assert result["metrics"]["CIDEr"] != result["domains"]["near-domain"]["metrics"]["CIDEr"]
     printed = capsys.readouterr().out
     assert re.search(r"\nnear-domain +2 +\d", printed) and re.search(r"\noverall +5 +\d", printed)
-    assert "<h2>Domains</h2>" in page.read_text()
+    assert "<h2>Domains</h2>" in page.read_text() and page.read_text().count("data:image/jpeg") == 5

@@ -185,10 +185,11 @@ def test_demo_commands(monkeypatch):
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_the_picture_and_files_exist():
-    for target in re.findall(r"\]\(((?!http)[^)#]+)\)|src=\"([^\"]+)\"", (ROOT / "README.md").read_text()):
+@pytest.mark.parametrize("page", ("README.md", "data/README.md", "docs/your_data.md", "docs/reproduce.md"))
+def test_links_and_files_exist(page):
+    for target in re.findall(r"\]\(((?!http)[^)#]+)\)|src=\"([^\"]+)\"", (ROOT / page).read_text()):
         path = next(filter(None, target))
-        assert (ROOT / path).exists(), path
+        assert ((ROOT / page).parent / path).exists(), path
 
 
 def test_published_weights_are_named():
