@@ -251,7 +251,10 @@ def _meteor(scores, targets, candidates):
             meteor.lock.release()
         meteor.meteor_p.kill()
         meteor.meteor_p.wait()
-    scores.keep("METEOR", per_image, overall, np.array(meteor.counts))  # [N, 23]
+    counts = np.array(meteor.counts)  # [N, 23]
+    # one chunk that is everything counts as none, in an image's score and in the sum (Meteor's MeteorStats.addStats)
+    counts[(counts[:, 20] == 1) & (counts[:, 21:23] == counts[:, 0:2]).all(axis=1), 20] = 0
+    scores.keep("METEOR", per_image, overall, counts)
 
 
 def _spice(scores, targets, candidates):
@@ -303,7 +306,5 @@ def _meteor_from_sums(sums):
         precision, recall = (matched / total).T
         mean = 1 / ((1 - alpha) / precision + alpha / recall)
         fragmentation = sums[:, 20] / sums[:, 21:23].mean(axis=1)
-        whole = (sums[:, 20] == 1) & (sums[:, 21:23] == lengths).all(axis=1)  # one chunk that is everything
-        fragmentation[whole] = 0
         score = mean * (1 - gamma * fragmentation**beta)
     return np.nan_to_num(score)

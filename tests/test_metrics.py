@@ -143,6 +143,8 @@ def test_small_set_with_java():
     )
     first = scores.statistics["METEOR"][:5].sum(0, keepdims=True)
     assert from_sums("METEOR", first, 5)["METEOR"][0] == pytest.approx(EXPECTED_METEOR, rel=1e-9)
+    total = scores.statistics["METEOR"].sum(0, keepdims=True)  # a whole match among others counts as no chunk
+    assert from_sums("METEOR", total, 7)["METEOR"][0] == pytest.approx(scores.metrics["METEOR"], rel=1e-9)
     assert scores.tokenizer == "java" and scores.per_image["METEOR"][5:].tolist() == [1, 0]
 
 
