@@ -43,7 +43,7 @@ def test_best_is_the_epoch_of_the_highest_cider(run):
 def test_scores_are_those_of_evaluate(run, photos, tmp_path):
     """predict.py on the images with the best weights, then evaluate.py."""
     captions, out = tmp_path / "captions.json", tmp_path / "scores.json"
-    run_script("predict.py", photos, "--checkpoint", run / "run_best.pt", "--out", captions)
+    run_script("predict.py", photos, "--checkpoint", run / "run_best.pt", "--dtype", "fp32", "--out", captions)
     run_script(
         "evaluate.py", captions, photos / "captions.csv", "--tokenizer", "python", "--out", out,
         "--metrics", "Bleu", "ROUGE_L", "CIDEr",
