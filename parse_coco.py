@@ -5,8 +5,12 @@
 reads data/coco/annotations/train_caption.json and the images of data/coco/train2014 and val2014, and writes
 data/coco/oscar_split_ViT-B_32_train.pkl. Each image is encoded once, however many captions it has. Killed and run
 again, it goes on where it was; images that are missing or cannot be read are listed and left out. With --out DIR/ the
-store is a folder of shards in clip-retrieval's layout, which train.py maps instead of loading.
+store is a folder of shards in clip-retrieval's layout, which train.py maps instead of loading. --check lists every bad
+record without encoding.
 """
+
+if __name__ == "__main__":
+    import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
 import itertools
 import os
@@ -16,6 +20,7 @@ import torch
 import transformers
 
 from features.annotations import FORMATS, ImageFinder, read_annotations
+from features.check import find_faults
 from features.clip_encoder import ClipEncoder
 from features.shards import finished_shard, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
 from features.store import PartialStore, info_path, write_store
@@ -34,13 +39,16 @@ def get_parser():
     data.add_argument("--annotations", default="data/coco/annotations/train_caption.json", help=FORMATS)
     data.add_argument(
         "--images", nargs="+", default=["data/coco/train2014", "data/coco/val2014"], metavar="DIR",
-        help="folders of images, searched in this order (default: %(default)s)",
+        help="folders of images, searched in this order (default: data/coco/train2014 and val2014)",
     )  # fmt: skip
     data.add_argument("--split", default="train", help="split of a Karpathy file; train includes restval")
     data.add_argument(
         "--out", help="pickle to write, or DIR/ for shards (default: data/coco/oscar_split_{model}_{split}.pkl)"
     )
     data.add_argument("--strict", action="store_true", help="stop at the first missing or unreadable image")
+    data.add_argument(
+        "--check", action="store_true", help="print every bad record as place, file, reason; encode nothing"
+    )
     encoder = parser.add_argument_group("encoder")
     encoder.add_argument(
         "--clip_model_type", default="ViT-B/32", help="a name of OpenAI's clip, or the path of a CLIP .pt"
@@ -232,9 +240,20 @@ def report_skipped(skipped):
         note(f"... and {len(skipped) - SHOWN:,} more; the json beside the store lists them all")
 
 
+def check(annotations, split, images, num_workers):
+    """Print every bad record as `place<TAB>file<TAB>reason`; returns 2 where there is one."""
+    faults, records, found = find_faults(annotations, split, images, num_workers)
+    for fault in faults:
+        print("\t".join(fault))
+    note(f"{annotations}: {records:,} records of {found:,} images; {len(faults):,} faults")
+    return 2 if faults else 0
+
+
 def main(argv=None):
     """Extract the features of one split."""
     args = get_parser().parse_args(argv)
+    if args.check:
+        return check(args.annotations, args.split, args.images, args.num_workers)
     out = args.out or default_out(args.clip_model_type, args.split)
     folder = out.endswith("/") or Path(out).is_dir()
     records = read_annotations(args.annotations, args.split)
@@ -248,7 +267,7 @@ def main(argv=None):
     }  # fmt: skip
     if not skipped and not folder and is_done(out, info):
         note(f"{out} is complete: {len(found):,} images of {args.annotations}; nothing to do")
-        return
+        return 0
     if folder:
         Path(out).mkdir(parents=True, exist_ok=True)
     try:
@@ -257,6 +276,7 @@ def main(argv=None):
         raise KeyboardInterrupt("the same command goes on from here") from None
     report_skipped(done["skipped"])
     note(f"{out}: {done['images']:,} images, {done['captions']:,} captions, {done['images_skipped']:,} images skipped")
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ prints `path<TAB>caption` per image. A checkpoint that train.py wrote needs no o
 recognised from its keys and shapes. `class Predictor` is the same for other code.
 """
 
+if __name__ == "__main__":
+    import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
+
 import glob
 import os
 from pathlib import Path
@@ -70,7 +73,9 @@ def add_captioner_flags(parser):
     decoding.add_argument(
         "--decoder", choices=("clipcap", "transformers"), default="clipcap", help="whose search: ours or the library's"
     )
-    decoding.add_argument("--stop_token", default=defaults.stop_token, help="text that ends a caption")
+    decoding.add_argument(
+        "--stop_token", default=defaults.stop_token, help="text that ends a caption (default: %(default)r)"
+    )
     batches = parser.add_argument_group("batches")
     batches.add_argument("--batch_size", type=positive_int, default=32, help="images at a time")
     batches.add_argument(

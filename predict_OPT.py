@@ -6,6 +6,9 @@ As the predecessor: the prompt "a photo of", transformers' beam search with 5 be
 the line. --beam_size 1 is greedy, --top_p samples.
 """
 
+if __name__ == "__main__":
+    import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
+
 import predict
 from train_OPT import LANGUAGE_MODELS
 from utils.cli import run

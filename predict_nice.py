@@ -6,6 +6,9 @@ The json is {public_id: caption}, the csv has the columns public_id,caption that
 again, it goes on; an image that cannot be read is listed, gets a row with an empty caption, and is tried again.
 """
 
+if __name__ == "__main__":
+    import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
+
 import csv
 import io
 from pathlib import Path

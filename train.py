@@ -4,8 +4,12 @@
 
 writes into coco_train/: coco_prefix-000.pt, coco_prefix-001.pt, ... and coco_prefix_latest.pt, coco_prefix.json (what
 predict.py needs to know), coco_prefix-log.jsonl (a line per step) and coco_prefix-loss.png. Stopped by Ctrl-C, SIGTERM
-or a crash, the same command with --resume goes on to the same weights.
+or a crash, the same command with --resume goes on to the same weights. With --val_data every epoch is scored, and
+coco_prefix_best.pt holds the weights of the highest CIDEr.
 """
+
+if __name__ == "__main__":
+    import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
 import time
 from dataclasses import asdict, fields
@@ -17,11 +21,11 @@ from features.dataset import CaptionDataset
 from features.store import read_store
 from models.checkpoint import load_weights, tokenizer_folder
 from models.clip_caption import CaptionConfig, build_captioner
-from models.decoding import DecodingConfig, generate_captions
 from models.language import check_tokenizer, context_length, load_language_model, load_tokenizer
 from training.log import TrainingLog
 from training.run_files import RunFiles, StopRequest
 from training.trainer import DTYPES, Trainer, TrainingConfig
+from training.validation import Validation, show_samples
 from utils.cli import (
     VERSION,
     Parser,
@@ -35,8 +39,6 @@ from utils.cli import (
 from utils.devices import add_device_flags, pick_devices, split_devices
 from utils.files import disk_errors, read_json, write_json
 
-SAMPLES = 8  # images captioned after every epoch
-SAMPLE_LENGTH = 40  # tokens of such a caption
 RN_DIMS = (640, 768, 1024)  # widths of CLIP's ResNets: RN50x4; RN50x16; RN50 and RN50x64
 
 
@@ -45,6 +47,9 @@ def get_parser():
     parser = Parser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--data", default="./data/coco/oscar_split_train.pkl", help="feature store of parse_coco.py")
+    files.add_argument(
+        "--val_data", metavar="F", help="feature store to score after every epoch, by BLEU, ROUGE-L, CIDEr"
+    )
     files.add_argument("--out_dir", default="./checkpoints", help="folder to write")
     files.add_argument("--prefix", default="coco_prefix", help="name that the written files begin with")
     files.add_argument("--init_from", metavar="FILE", help="checkpoint whose weights training starts from")
@@ -194,30 +199,13 @@ def resume(files, trainer):
     return True
 
 
-def show_samples(model, tokenizer, dataset, epoch):
-    """Caption a few images of the data, show the first beside its reference, and warn where all are alike."""
-    rows = list(dict.fromkeys(dataset.embedding_index[:1000].tolist()))[:SAMPLES]
-    embeddings = dataset.clip_embedding[rows].float().to(next(model.parameters()).device)
-    model.eval()
-    captions = [group[0].text.strip() for group in generate_captions(
-        model, tokenizer, embeddings, DecodingConfig(entry_length=SAMPLE_LENGTH)
-    )]  # fmt: skip
-    reference = dataset.store.captions[dataset.records[0]]["caption"]
-    note(f"epoch {epoch} sample: {captions[0]!r}; reference: {reference!r}")
-    if len(rows) > 1 and len(set(captions)) == 1:
-        note(
-            f"warning: {len(rows)} different images got the same caption; train longer, raise --lr, or check that the "
-            f"embeddings differ"
-        )
-
-
-def fit(trainer, files, log, tokenizer, save_every, save_steps):
+def fit(trainer, files, log, tokenizer, save_every, save_steps, validation=None):
     """Run the epochs that are left.
 
     Args:
         save_every: epochs between checkpoints.
         save_steps: optimiser steps between saves to resume from.
-
+        validation: Validation to run after every epoch.
     Raises: KeyboardInterrupt after a stop was asked for and the state saved; ValueError where the loss is not finite.
     """
     epochs = trainer.config.epochs
@@ -235,7 +223,7 @@ def fit(trainer, files, log, tokenizer, save_every, save_steps):
                         files.save_state(trainer)
                     if stop.signal is not None:
                         raise KeyboardInterrupt(f"step {trainer.step} is saved; the same command with --resume goes on")
-            finish_epoch(trainer, files, log, tokenizer, save_every)
+            finish_epoch(trainer, files, log, tokenizer, save_every, validation)
 
 
 def step_and_log(trainer, group, log, files):
@@ -259,10 +247,14 @@ def step_and_log(trainer, group, log, files):
     log.add(trainer.step, trainer.epoch, loss, rate, examples / (time.perf_counter() - started))
 
 
-def finish_epoch(trainer, files, log, tokenizer, save_every):
+def finish_epoch(trainer, files, log, tokenizer, save_every, validation):
     """Save and show what an epoch ends with, and count it."""
     epoch = trainer.epoch
     random = torch.get_rng_state()  # samples must not change what training draws next
+    if validation:
+        log.flush()
+        files.save_state(trainer)  # a stop while validating loses no step
+        validation.run(trainer, tokenizer, files, log)
     show_samples(trainer.model, tokenizer, trainer.dataset, epoch)
     torch.set_rng_state(random)
     log.flush()
@@ -291,7 +283,8 @@ def prepare(config, training, store, devices, pn=None):
     return Trainer(model, dataset, training, devices[0]), tokenizer
 
 
-def train(config, training, store, files, devices, pn=None, resuming=False, save_every=1, save_steps=10_000):
+def train(config, training, store, files, devices, pn=None, resuming=False, save_every=1, save_steps=10_000,
+          validation=None):  # fmt: skip
     """Train a captioner, or go on with a run.
 
     Args:
@@ -299,7 +292,7 @@ def train(config, training, store, files, devices, pn=None, resuming=False, save
         devices: torch devices; the language model's layers are split over them.
         pn: where they are split; None: evenly.
         resuming: go on with the run in `files`, where there is one.
-        save_every, save_steps: see `fit`.
+        save_every, save_steps, validation: see `fit`.
     Returns: the captioner.
     """
     resuming = resuming and files.config.is_file()
@@ -319,8 +312,8 @@ def train(config, training, store, files, devices, pn=None, resuming=False, save
         f"{len(trainer.dataset):,} captions of {len(store.clip_embedding):,} rows; {learning:.1f} M of {total:.1f} M "
         f"parameters learn, on {', '.join(map(str, devices))}"
     )
-    with TrainingLog(files.log, trainer.step) as log:
-        fit(trainer, files, log, tokenizer, save_every, save_steps)
+    with TrainingLog(files.log, trainer.step, trainer.epoch) as log:
+        fit(trainer, files, log, tokenizer, save_every, save_steps, validation)
     return model
 
 
@@ -329,6 +322,7 @@ def main(argv=None, parser=None):
     args = (parser or get_parser()).parse_args(argv)
     devices, store = pick_devices(args.device), read_store(args.data)
     check_width(store, args.is_rn)
+    validation = Validation(read_store(args.val_data), store) if args.val_data else None
     train(
         caption_config(args, store),
         training_config(args),
@@ -339,6 +333,7 @@ def main(argv=None, parser=None):
         args.resume,
         args.save_every,
         args.save_steps,
+        validation,
     )
 
 

@@ -5,6 +5,9 @@
 The language model is OPT_MODEL below, or --language_model NAME; its layers are split over the GPUs of --device.
 """
 
+if __name__ == "__main__":
+    import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
+
 import train
 from utils.cli import run
 

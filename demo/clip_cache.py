@@ -9,7 +9,6 @@ that a batch holds hard negatives on the image side and on the caption side.
 
 import argparse
 import io
-import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from demo.draw import draw_scene
-from demo.world import JPEG_QUALITY, Scene, edit_scene, sample_scene, write_json
+from demo.world import JPEG_QUALITY, Scene, edit_scene, sample_scene
+from utils.files import read_json, write_json
 
 CHUNK = 16000  # pictures a file
 FAMILY = 4  # a scene and its edits
@@ -80,7 +80,7 @@ def read_chunks(out):
     """
     chunks = []
     for listing in sorted(Path(out).glob("[0-9][0-9][0-9].json")):
-        scenes = [Scene.from_json(r) for r in json.loads(listing.read_text())]
+        scenes = [Scene.from_json(r) for r in read_json(listing)]
         chunks.append((np.load(listing.with_suffix(".npy"), mmap_mode="r"), scenes))
     return chunks
 

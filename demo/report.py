@@ -9,12 +9,12 @@ The page holds its images, makes no request, and reads on narrow and wide window
 import argparse
 import base64
 import html
-import json
 import re
 from pathlib import Path
 
 from demo.captions import COUNT_WORDS, PLACES, RELATION_WORDS, SIZE_WORDS, judge
-from demo.world import ATTRIBUTES, COLOURS, KINDS, Scene, write_json
+from demo.world import ATTRIBUTES, COLOURS, KINDS, Scene
+from utils.files import read_json, write_json
 
 SAMPLES = 12  # scenes in the first gallery
 EXTREMES = 6  # scenes in "all right" and in "most wrong"
@@ -62,8 +62,7 @@ def judge_variant(captions, scenes):
 
 def read_captions(path):
     """Read a captions json of predict.py: {image_id: caption}; ids as whole numbers."""
-    records = json.loads(Path(path).read_text())
-    return {int(r["image_id"]): r["caption"] for r in records}
+    return {int(r["image_id"]): r["caption"] for r in read_json(path)}
 
 
 def read_references(scenes_json, scenes):
@@ -71,7 +70,7 @@ def read_references(scenes_json, scenes):
     path = Path(scenes_json)
     path = path.with_name(path.name.replace("scenes_", "captions_"))
     references = {r["image_id"]: [] for r in scenes}
-    for r in json.loads(path.read_text())["annotations"]:
+    for r in read_json(path)["annotations"]:
         references[r["image_id"]].append(r["caption"])
     return references
 
@@ -212,7 +211,7 @@ def write_report(scenes_json, variants, images_dir, out_html):
         out_html: page to write.
     Returns: {variant: {"all scenes" | "seen combinations" | "unseen combinations": figures}}.
     """
-    scenes = json.loads(Path(scenes_json).read_text())
+    scenes = read_json(scenes_json)
     references = read_references(scenes_json, scenes)
     ids = [r["image_id"] for r in scenes]
     said = {name: read_captions(path) for name, path in variants.items()}

@@ -9,7 +9,6 @@ command; a stage that was finished with the same command is skipped on a rerun.
 
 import argparse
 import hashlib
-import json
 import os
 import shlex
 import subprocess
@@ -19,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.report import summary_lines, write_report
-from demo.world import write_json, write_split
+from demo.world import write_split
 from models.checkpoint import load_weights
 from models.checkpoint import save_weights as write_checkpoint
+from utils.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIP = "demo/weights/clip.pt"
@@ -60,7 +60,7 @@ class Stages:
         self.out, self.seconds = Path(out), {}
         self.stamps = self.out / "stages.json"
         self.weights = weights_digest()
-        self.done = json.loads(self.stamps.read_text()) if self.stamps.exists() else {}
+        self.done = read_json(self.stamps) if self.stamps.exists() else {}
 
     def run(self, name, command, outputs, work):
         """Do one stage.
@@ -134,7 +134,7 @@ def save_weights(out, variant, folder):
     """
     state = load_weights(out / variant.name / f"{variant.name}_latest.pt")
     state = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
-    config = json.loads((out / variant.name / f"{variant.name}.json").read_text())
+    config = read_json(out / variant.name / f"{variant.name}.json")
     config["model"] |= {"language_model": Path(LANGUAGE_MODEL).name, "clip_model_type": Path(CLIP).name}
     write_checkpoint(folder / "demo_latest.pt", state)
     write_json(folder / "demo.json", config)

@@ -26,21 +26,27 @@ RELATIONS = (" left", " right", " above", " below", " over", " under")
 RELATION_WEIGHT = 4  # in the loss: one word in ten says who is where, and it is the hardest to learn
 
 
-def train_tokenizer(captions, vocabulary):
-    """Return a byte-level BPE in which "." is always its own token."""
+def train_bpe(captions, vocabulary, special):
+    """Return a byte-level BPE of `vocabulary` tokens, the special ones first."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[END],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(sorted(set(captions)), trainer)
+    core.train_from_iterator(captions, trainer)
+    return core
+
+
+def train_tokenizer(captions, vocabulary):
+    """Return a byte-level BPE in which "." is always its own token."""
     return GPT2TokenizerFast(
-        tokenizer_object=core, bos_token=END, eos_token=END, unk_token=END, clean_up_tokenization_spaces=False
-    )
+        tokenizer_object=train_bpe(sorted(set(captions)), vocabulary, [END]),
+        bos_token=END, eos_token=END, unk_token=END, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
 
 
 def build_model(tokenizer, width=128, layers=4):

@@ -7,7 +7,6 @@ annotations) and `scenes_<split>.json` (what is really in the picture, for the j
 """
 
 import argparse
-import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from utils.files import write_json
 
 KINDS = ("circle", "square", "triangle", "star", "heart", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white")
@@ -185,13 +186,6 @@ def _render(job):
         partial = f"{job.path}.{os.getpid()}.part"
         draw_scene(job.scene, job.seed + (1,)).save(partial, format="JPEG", quality=JPEG_QUALITY)
         os.replace(partial, job.path)
-
-
-def write_json(path, value):
-    """Write json so that a reader never sees half a file."""
-    partial = Path(f"{path}.{os.getpid()}.part")
-    partial.write_text(json.dumps(value))
-    os.replace(partial, path)
 
 
 def write_split(split, number, out, processes=2):

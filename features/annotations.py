@@ -17,7 +17,11 @@ IMAGE_SUFFIXES = frozenset(
 )
 # COCO_val2014_000000060623.jpg, 000000060623.jpg (COCO 2017), 215268662.jpg (NICE)
 NUMBERED = re.compile(r"(?:COCO_[A-Za-z]+\d{4}_)?0*(\d+)")
-FORMATS = "[{image_id, caption}], COCO captions_*.json, Karpathy dataset_*.json, or CSV, TSV, JSONL with image,caption"
+FORMATS = (
+    "[{image_id, caption}], {image_id: caption}, COCO captions_*.json, Karpathy dataset_*.json, or CSV, TSV, JSONL "
+    "with image,caption or the NICE challenge's public_id,caption_gt"
+)
+NICE = {"public_id": "image_id", "caption_gt": "caption"}  # its names -> ours
 
 
 def image_id_of(path):
@@ -42,119 +46,145 @@ def read_annotations(path, split="train"):
     Returns: list of records.
     Raises: FileNotFoundError; ValueError naming the malformed record or the missing split.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"annotations {path} do not exist; pass --annotations FILE")
-    suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        records = _read_table(path, "\t" if suffix == ".tsv" else ",")
-    elif suffix in (".jsonl", ".ndjson"):
-        records = _read_lines(path)
-    else:
-        value = read_json(path)
-        if isinstance(value, list):
-            records = value
-        elif isinstance(value, dict) and "annotations" in value:
-            records = _read_coco(value, path)
-        elif isinstance(value, dict) and "images" in value:
-            records = _read_karpathy(value, path, split)
-        else:
-            raise ValueError(f"{path} is none of the formats that are read: {FORMATS}")
-    for number, record in enumerate(records, 1):
-        _check(record, number, path)
+    records = []
+    for place, record, error in read_places(path, split):
+        if error:
+            raise ValueError(f"{path}, {place} {error}")
+        records.append(record)
     if not records:
         raise ValueError(f"{path} holds no captions")
     return records
 
 
-def _check(record, number, path):
-    """Refuse a record without image or caption.
+def read_places(path, split="train"):
+    """Read image-caption pairs, bad ones too; arguments as those of `read_annotations`.
 
-    Raises: ValueError naming the record by its number, counted from 1.
+    Yields: (where it is, "record 3" or "line 4"; the record; None or what is wrong with it).
+    Raises: FileNotFoundError; ValueError where the file as a whole cannot be read.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"annotations {path} do not exist; pass --annotations FILE")
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        places = _read_table(path, "\t" if suffix == ".tsv" else ",")
+    elif suffix in (".jsonl", ".ndjson"):
+        places = _read_lines(path)
+    else:
+        places = _read_json(path, split)
+    for place, record in places:
+        yield place, record, _error(record)
+
+
+def _error(record):
+    """Return what is wrong with a record, or None; a record that could not be read is a ValueError that says so."""
+    if isinstance(record, ValueError):
+        return str(record)
     if not isinstance(record, dict):
-        raise ValueError(f"{path}, record {number}: {str(record)[:60]!r} is no object with image_id and caption")
+        return f"is no object with image_id and caption: {str(record)[:60]!r}"
     for key in ("image_id", "caption"):
         if key not in record:
-            raise ValueError(f"{path}, record {number} has no {key!r}: {json.dumps(record)[:120]}")
+            return f"has no {key!r}: {json.dumps(record)[:120]}"
     if not isinstance(record["image_id"], str | int) or not str(record["image_id"]).strip():
-        raise ValueError(f"{path}, record {number}: image_id {record['image_id']!r} is neither a number nor a name")
+        return f"has image_id {record['image_id']!r}, which is neither a number nor a name"
     if not isinstance(record["caption"], str):
-        raise ValueError(f"{path}, record {number}: the caption is {record['caption']!r}, not text")
+        return f"has the caption {record['caption']!r}, which is not text"
+    return None
 
 
 def _read_table(path, delimiter):
-    """Read a table with columns `image` and `caption`; others are kept."""
+    """Read a table with columns `image` or `image_id`, and `caption`; others are kept."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         try:
             reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-            rows = list(reader)
+            columns = reader.fieldnames or []
+            known = {NICE.get(name, name) for name in columns}
+            if "caption" not in known or not {"image", "image_id"} & known:
+                raise ValueError(f"{path} has columns {', '.join(columns) or 'none'}; it needs image and caption")
+            for row in reader:
+                if None in row or None in row.values():
+                    row = ValueError(f"has not {len(columns)} fields like the header: quote the caption")
+                yield f"line {reader.line_num}", _from_row(row)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, line {reader.line_num + 1}: {error}") from None
-    columns = reader.fieldnames or []
-    if not {"image", "caption"} <= set(columns):
-        raise ValueError(f"{path} has columns {', '.join(columns) or 'none'}; it needs image and caption")
-    for number, row in enumerate(rows, 1):
-        if None in row or None in row.values():
-            raise ValueError(
-                f"{path}, record {number} has not {len(columns)} fields like the header: quote the caption"
-            )
-    return [_from_image(row) for row in rows]
 
 
 def _read_lines(path):
     """Read one JSON object a line, with `image` and `caption`."""
-    records = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not valid JSON: {error.msg}") from None
-        records.append(_from_image(row) if isinstance(row, dict) and "image" in row else row)
-    return records
+            row = ValueError(f"is not valid JSON: {error.msg}")
+        yield f"line {number}", _from_row(row)
 
 
-def _from_image(row):
-    """Return a record for a row that names its image's file."""
-    row = dict(row)
+def _from_row(row):
+    """Return a record for a row that names its image's file or is of the NICE challenge; others stay as they are."""
+    if not isinstance(row, dict) or not {"image", "public_id"} & row.keys():
+        return row
+    row = {NICE.get(name, name): value for name, value in row.items()}
+    if "image" not in row:
+        return row
     file_name = str(row.pop("image") or "")
     return {"image_id": image_id_of(file_name) if file_name else "", "file_name": file_name, **row}
 
 
+def _read_json(path, split):
+    """Read a JSON file of any format above."""
+    value = read_json(path)
+    if isinstance(value, list):
+        records = map(_from_row, value)
+    elif isinstance(value, dict) and "annotations" in value:
+        records = _read_coco(value, path)
+    elif isinstance(value, dict) and "images" in value:
+        yield from _read_karpathy(value, path, split)
+        return
+    elif isinstance(value, dict) and isinstance(next(iter(value.values()), None), str):
+        # parsed again as pairs, for an id given twice must not be lost
+        pairs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=list)
+        records = ({"image_id": image_id, "caption": caption} for image_id, caption in pairs)
+    else:
+        raise ValueError(f"{path} is none of the formats that are read: {FORMATS}")
+    for number, record in enumerate(records, 1):
+        yield f"record {number}", record
+
+
 def _read_coco(value, path):
-    """Read COCO's own format."""
+    """Read COCO's own format; an image's file name and nocaps' domain are added to its captions."""
     images = value.get("images", [])
     if not isinstance(images, list) or not isinstance(value["annotations"], list):
         raise ValueError(f"{path}: 'images' and 'annotations' must be lists")
-    names = {normal_id(image.get("id", "")): image.get("file_name") for image in images if isinstance(image, dict)}
-    records = []
-    for number, annotation in enumerate(value["annotations"], 1):
-        _check(annotation, number, path)
-        name = names.get(normal_id(annotation["image_id"]))
-        records.append({**annotation, "file_name": name} if name else annotation)
-    return records
+    told = {
+        normal_id(image.get("id", "")): {key: image[key] for key in ("file_name", "domain") if image.get(key)}
+        for image in images
+        if isinstance(image, dict)
+    }
+    for annotation in value["annotations"]:
+        known = isinstance(annotation, dict) and told.get(normal_id(annotation.get("image_id", "")))
+        yield {**annotation, **known} if known else annotation
 
 
 def _read_karpathy(value, path, split):
     """Read one split of Karpathy's format."""
-    wanted = {"train", "restval"} if split == "train" else {split}
-    records = []
+    wanted, found = {"train", "restval"} if split == "train" else {split}, set()
     for number, image in enumerate(value["images"], 1):
         try:
+            found.add(image["split"])
             if image["split"] not in wanted:
                 continue
             image_id = image["cocoid"] if "cocoid" in image else image_id_of(image["filename"])
             name = os.path.join(image.get("filepath", ""), image["filename"])
-            for sentence in image["sentences"]:
-                records.append({"image_id": image_id, "caption": sentence["raw"], "file_name": name})
+            captions = [sentence["raw"] for sentence in image["sentences"]]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}, image {number} lacks {error}: {json.dumps(image)[:120]}") from None
-    if not records:
-        found = sorted({image["split"] for image in value["images"]})
-        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(found)}: pass one as --split")
-    return records
+            yield f"image {number}", ValueError(f"lacks {error}: {json.dumps(image)[:120]}")
+            continue
+        for caption in captions:
+            yield f"image {number}", {"image_id": image_id, "caption": caption, "file_name": name}
+    if not wanted & found:
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted(found))}: pass one as --split")
 
 
 def list_images(folder):

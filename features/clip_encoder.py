@@ -68,9 +68,11 @@ class ClipEncoder:
             return torch.cat([self.encode_images(half) for half in pixels.chunk(2)])
 
     @torch.inference_mode()
-    def encode_texts(self, texts):
-        """Embed texts, cut to CLIP's context; returns [B, D] float32 on the CPU, not normalised."""
-        return self.model.encode_text(self.tokenize(texts, truncate=True).to(self.device)).float().cpu()
+    def encode_texts(self, texts, batch_size=256):
+        """Embed texts, cut to CLIP's context; returns [N, D] float32 on the CPU, not normalised."""
+        batches = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
+        tokens = (self.tokenize(batch, truncate=True).to(self.device) for batch in batches)
+        return torch.cat([self.model.encode_text(batch).float().cpu() for batch in tokens])
 
     def identity(self):
         """Return what tells this encoder's embeddings from another's: name, sha256 of its file, width, numbers."""
@@ -87,15 +89,8 @@ class ClipEncoder:
         Yields: per batch (indices into `paths`, [B, D] float32 embeddings, {index: why it could not be read}).
         """
         if isinstance(batches, int):
-            batches = [range(len(paths))[start : start + batches] for start in range(0, len(paths), batches)]
-        loader = DataLoader(
-            ImageFiles(paths, self.preprocess),
-            batch_sampler=batches,
-            num_workers=min(num_workers, len(batches)),
-            collate_fn=collate_images,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_ctrl_c_to_parent,
-        )
+            batches = slices(len(paths), batches)
+        loader = image_loader(paths, self.preprocess, batches, num_workers, pin_memory=self.device.type == "cuda")
         for indices, pixels, errors in loader:
             embeddings = self.encode_images(pixels) if indices else torch.empty(0, self.embed_dim)
             yield indices, embeddings, errors
@@ -122,6 +117,23 @@ def _load(clip, name, device):
         ) from None
     except (RuntimeError, KeyError, AttributeError, EOFError) as error:
         raise ValueError(f"{name} is no CLIP in OpenAI's format ({reason(error)})") from None
+
+
+def slices(number, size):
+    """Return `number` indices in batches of `size`."""
+    return [range(number)[start : start + size] for start in range(0, number, size)]
+
+
+def image_loader(paths, preprocess, batches, num_workers, pin_memory=False, collate=None):
+    """Return a loader of `ImageFiles`; `collate` joins a batch of them, `collate_images` unless given."""
+    return DataLoader(
+        ImageFiles(paths, preprocess),
+        batch_sampler=batches,
+        num_workers=min(num_workers, len(batches)),
+        collate_fn=collate or collate_images,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_ctrl_c_to_parent,
+    )
 
 
 def _leave_ctrl_c_to_parent(_worker):

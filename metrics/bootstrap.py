@@ -8,7 +8,7 @@ import numpy as np
 
 from metrics.coco import from_sums
 
-LEVEL = 0.95
+TAILS = (2.5, 97.5)  # percentiles of a 95 % interval
 CHUNK = 100  # samples at a time: bounds memory at CHUNK x images
 
 
@@ -20,7 +20,8 @@ def intervals(scores, samples=1000, seed=0):
         samples: bootstrap samples.
         seed: of the draw.
     """
-    return _percentiles(_values(scores, _draws(len(scores.ids), samples, seed)))
+    rng, images = np.random.default_rng(seed), len(scores.ids)
+    return _percentiles(_sampled(samples, lambda rows: _metrics([(scores, _draw(rng, rows, images))])))
 
 
 def compare(first, second, samples=1000, seed=0):
@@ -36,61 +37,53 @@ def compare(first, second, samples=1000, seed=0):
     """
     if first.ids != second.ids:
         raise ValueError("the two systems must have captions of the same images in the same order")
-    images, common = len(first.ids), [name for name in first.statistics if name in second.statistics]
-    ones = np.ones((1, images))
-    observed = _difference(_values(first, [ones], common), _values(second, [ones], common))
-    drawn = [_values(system, _draws(images, samples, seed), common) for system in (first, second)]
-    swapped = _difference(*_swap(first, second, common, samples, seed))
-    bounds = _percentiles(_difference(*drawn))
+    rng, images = np.random.default_rng(seed), len(first.ids)
+
+    def difference(own, other):
+        """The metrics where each side takes its own captions `own` [B, N] times and the other's `other` times."""
+        left = _metrics([(first, own), (second, other)])
+        right = _metrics([(second, own), (first, other)])
+        return {name: left[name] - right[name] for name in left if name in right}
+
+    def swapped(rows):
+        keep = rng.integers(2, size=(rows, images)).astype(float)
+        return difference(keep, 1 - keep)
+
+    none = np.zeros((1, images))
+    observed = difference(none + 1, none)
+    bounds = _percentiles(_sampled(samples, lambda rows: difference(_draw(rng, rows, images), none)))
+    random = _sampled(samples, swapped)
     return {
         name: {
             "difference": float(value[0]),
             "interval": bounds[name],
             # the observed assignment is one of the possible ones, hence + 1; the tolerance absorbs rounding
-            "p_value": float((1 + np.sum(np.abs(swapped[name]) >= abs(value[0]) - 1e-12)) / (samples + 1)),
+            "p_value": float((1 + np.sum(np.abs(random[name]) >= abs(value[0]) - 1e-12)) / (samples + 1)),
         }
         for name, value in observed.items()
     }
 
 
-def _draws(images, samples, seed):
-    """Yield [<= CHUNK, N] how often each image is in each sample."""
-    rng = np.random.default_rng(seed)
-    for start in range(0, samples, CHUNK):
-        rows = min(CHUNK, samples - start)
-        drawn = rng.integers(images, size=(rows, images)) + images * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * images).reshape(rows, images).astype(float)
+def _draw(rng, rows, images):
+    """Return how often each image is in each sample, [rows, N]."""
+    drawn = rng.integers(images, size=(rows, images)) + images * np.arange(rows)[:, None]
+    return np.bincount(drawn.ravel(), minlength=rows * images).reshape(rows, images).astype(float)
 
 
-def _values(scores, draws, names=None):
-    """Return {metric: [samples]} over drawn images."""
-    names = list(scores.statistics) if names is None else names
-    parts = [[from_sums(n, counts @ scores.statistics[n], len(scores.ids)) for n in names] for counts in draws]
-    return _joined(parts)
+def _metrics(parts):
+    """Return {metric: [B]} of samples put together from systems; parts: (Scores, how often each image [B, N])."""
+    values, names = {}, [name for name in parts[0][0].statistics if all(name in s.statistics for s, _ in parts)]
+    for name in names:
+        sums = sum(counts @ scores.statistics[name] for scores, counts in parts)
+        values |= from_sums(name, sums, len(parts[0][0].ids))
+    return values
 
 
-def _swap(first, second, names, samples, seed):
-    """Return {metric: [samples]} of two systems after swapping them on a random half of the images."""
-    rng = np.random.default_rng(seed)
-    images, sides = len(first.ids), ([], [])
-    for start in range(0, samples, CHUNK):
-        keep = rng.integers(2, size=(min(CHUNK, samples - start), images)).astype(float)
-        for side, mask in zip(sides, (keep, 1 - keep), strict=True):
-            sums = {n: mask @ first.statistics[n] + (1 - mask) @ second.statistics[n] for n in names}
-            side.append([from_sums(n, total, images) for n, total in sums.items()])
-    return [_joined(side) for side in sides]
-
-
-def _joined(parts):
-    """Concatenate chunks of lists of {metric: [rows]} into one {metric: [samples]}."""
-    merged = [{name: values for part in chunk for name, values in part.items()} for chunk in parts]
-    return {name: np.concatenate([chunk[name] for chunk in merged]) for name in merged[0]}
-
-
-def _difference(first, second):
-    return {name: first[name] - second[name] for name in first}
+def _sampled(samples, values):
+    """Join what `values(rows)` gives for chunks of samples: {metric: [samples]}."""
+    parts = [values(min(CHUNK, samples - start)) for start in range(0, samples, CHUNK)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _percentiles(values):
-    tail = 50 * (1 - LEVEL)
-    return {name: tuple(float(v) for v in np.percentile(value, (tail, 100 - tail))) for name, value in values.items()}
+    return {name: tuple(float(v) for v in np.percentile(value, TAILS)) for name, value in values.items()}

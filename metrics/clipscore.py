@@ -10,6 +10,23 @@ WEIGHT = 2.5  # section 3 of the paper
 PROMPT = "A photo depicts "
 
 
+def add_clip_scores(scores, captions, references, image_embeddings, encode_texts):
+    """Add CLIPScore and RefCLIPScore to a system's scores.
+
+    Args:
+        scores: metrics.coco.Scores of N images.
+        captions: {image id: caption}.
+        references: {image id: [caption, ...]}.
+        image_embeddings: [N, D], in the order of `scores.ids`.
+        encode_texts: function of a list of texts to [number, D].
+    """
+    told = encode_texts([PROMPT + captions[i] for i in scores.ids])
+    scores.keep("CLIPScore", clip_scores(image_embeddings, told))
+    flat = encode_texts([PROMPT + reference for i in scores.ids for reference in references[i]])
+    ends = np.cumsum([len(references[i]) for i in scores.ids])
+    scores.keep("RefCLIPScore", ref_clip_scores(image_embeddings, told, np.split(np.asarray(flat), ends[:-1])))
+
+
 def clip_scores(image_embeddings, caption_embeddings):
     """Score captions against their images without references.
 

@@ -6,7 +6,6 @@ out of the scores and named with the reason.
 
 import contextlib
 import functools
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import numpy as np
 from metrics import ptb
 
 METRICS = ("Bleu", "METEOR", "ROUGE_L", "CIDEr", "SPICE")  # in pycocoevalcap's order
+FEW_DISTINCT, MANY_IMAGES = 0.05, 5  # below this share, with more images, the model may not see the image
 NEEDS_JAVA = ("METEOR", "SPICE")
 BLEU_ORDER = 4
 # Meteor 1.5, English: alpha, beta, gamma, delta, and the weights of exact, stem, synonym and paraphrase matches.
@@ -53,6 +53,12 @@ class Scores:
     tokens: list
     unavailable: dict
     tokenizer: str
+
+    def keep(self, name, per_image, overall=None, statistics=None):
+        """Store one metric's values; without `overall` and `statistics` the metric is the mean over images."""
+        self.per_image[name] = np.array(per_image, float)
+        self.metrics[name] = float(self.per_image[name].mean() if overall is None else overall)
+        self.statistics[name] = self.per_image[name][:, None] if statistics is None else statistics
 
 
 def coco_scores(captions, references, metrics=METRICS, tokenizer="auto"):
@@ -91,8 +97,6 @@ def coco_scores(captions, references, metrics=METRICS, tokenizer="auto"):
 
 def _check(captions, references, metrics, tokenizer):
     """Refuse what cannot be scored; Raises: ValueError."""
-    if importlib.util.find_spec("pycocoevalcap") is None:
-        raise ValueError("scoring needs pycocoevalcap; run: pip install pycocoevalcap")
     if not captions:
         raise ValueError("there are no captions to score")
     missing = [image_id for image_id in captions if not references.get(image_id)]
@@ -178,6 +182,14 @@ def caption_statistics(tokens, training=None):
     return statistics
 
 
+def too_few_distinct(statistics, images):
+    """Return a warning where a system's captions hardly differ, else None; `statistics` of `caption_statistics`."""
+    share = statistics["share_of_distinct_captions"]
+    if images <= MANY_IMAGES or share >= FEW_DISTINCT:
+        return None
+    return f"warning: only {share:.1%} of the captions are distinct; the model may not see the image"
+
+
 def _bleu(scores, targets, candidates):
     """BLEU-1 to -4; statistics: candidate length, closest reference length, n-grams, matched n-grams."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
@@ -201,21 +213,14 @@ def _rouge(scores, targets, candidates):
     """ROUGE-L: the mean over images."""
     from pycocoevalcap.rouge.rouge import Rouge
 
-    _keep(scores, "ROUGE_L", *Rouge().compute_score(targets, candidates))
+    scores.keep("ROUGE_L", Rouge().compute_score(targets, candidates)[1])
 
 
 def _cider(scores, targets, candidates):
     """CIDEr: the mean over images."""
     from pycocoevalcap.cider.cider import Cider
 
-    _keep(scores, "CIDEr", *Cider().compute_score(targets, candidates))
-
-
-def _keep(scores, name, overall, per_image, statistics=None):
-    """Store one metric's values; without statistics the metric is the mean over images."""
-    scores.metrics[name] = float(overall)
-    scores.per_image[name] = np.array(per_image, float)
-    scores.statistics[name] = scores.per_image[name][:, None] if statistics is None else statistics
+    scores.keep("CIDEr", Cider().compute_score(targets, candidates)[1])
 
 
 def _meteor(scores, targets, candidates):
@@ -246,7 +251,10 @@ def _meteor(scores, targets, candidates):
             meteor.lock.release()
         meteor.meteor_p.kill()
         meteor.meteor_p.wait()
-    _keep(scores, "METEOR", overall, per_image, np.array(meteor.counts))  # [N, 23]
+    counts = np.array(meteor.counts)  # [N, 23]
+    # one chunk that is everything counts as none, in an image's score and in the sum (Meteor's MeteorStats.addStats)
+    counts[(counts[:, 20] == 1) & (counts[:, 21:23] == counts[:, 0:2]).all(axis=1), 20] = 0
+    scores.keep("METEOR", per_image, overall, counts)
 
 
 def _spice(scores, targets, candidates):
@@ -255,10 +263,10 @@ def _spice(scores, targets, candidates):
 
     try:
         os.environ.setdefault("JDK_JAVA_OPTIONS", SPICE_OPTIONS)
-        overall, per_image = Spice().compute_score(targets, candidates)
+        _, per_image = Spice().compute_score(targets, candidates)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         raise Unavailable(f"SPICE's Java program failed ({error}); it was written for Java 8") from error
-    _keep(scores, "SPICE", overall, [scene["All"]["f"] for scene in per_image])
+    scores.keep("SPICE", [scene["All"]["f"] for scene in per_image])
 
 
 _SCORERS = {"Bleu": _bleu, "METEOR": _meteor, "ROUGE_L": _rouge, "CIDEr": _cider, "SPICE": _spice}
@@ -268,7 +276,7 @@ def from_sums(name, sums, images):
     """Compute a metric from sums of per-image statistics.
 
     Args:
-        name: one of METRICS.
+        name: of Scores.statistics; other than "Bleu" and "METEOR", the metric is a mean over images.
         sums: [B, k] sums over B samples of images.
         images: images per sample.
     Returns: {metric: [B]}, four of them for "Bleu".
@@ -298,7 +306,5 @@ def _meteor_from_sums(sums):
         precision, recall = (matched / total).T
         mean = 1 / ((1 - alpha) / precision + alpha / recall)
         fragmentation = sums[:, 20] / sums[:, 21:23].mean(axis=1)
-        whole = (sums[:, 20] == 1) & (sums[:, 21:23] == lengths).all(axis=1)  # one chunk that is everything
-        fragmentation[whole] = 0
         score = mean * (1 - gamma * fragmentation**beta)
     return np.nan_to_num(score)

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-from itertools import zip_longest
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -40,28 +39,50 @@ td.value { font-weight: 600; }
 """
 
 
-def text_table(result):
-    """Lay out what evaluate.py writes as JSON for a terminal."""
-    spans, other = result.get("intervals"), result.get("comparison")
-    rows = [["metric", "value", *(["95 % interval"] if spans else [])]]
-    rows[0] += [f"minus {Path(other['captions']).name}", "95 % interval", "p"] if other else []
-    for name, value in result["metrics"].items():
-        row = [name, f"{value:.3f}", *([span(spans[name])] if spans else [])]
-        if other and name in other["differences"]:
-            gap = other["differences"][name]
-            row += [f"{gap['difference']:+.3f}", span(gap["interval"]), f"{gap['p_value']:.3f}"]
-        rows.append(row)
-    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
-    lines += [f"{name}: left out, {reason}" for name, reason in result["unavailable"].items()]
-    numbers = {"images": result["images"], **result["statistics"]}
-    lines += [f"{name.replace('_', ' ')}: {_number(value)}" for name, value in numbers.items()]
+def tables(result):
+    """Lay out what evaluate.py writes as JSON.
+
+    Yields: (heading, head, rows, notes); all cells are text, the second of a row is its value.
+    """
+    spans, metrics = result.get("intervals", {}), result["metrics"]
+    rows = [[name, _number(value), *([span(spans[name])] if spans else [])] for name, value in metrics.items()]
+    notes = [f"{name} is left out: {reason}" for name, reason in result["unavailable"].items()]
+    notes += [result["bootstrap"]["method"]] if spans else []
+    yield "Metrics", ["metric", "value", *(["95 % interval"] if spans else [])], rows, notes
+    if "domains" in result:
+        parts = {**result["domains"], "overall": result}
+        names = [name for name in metrics if all(name in part["metrics"] for part in parts.values())]
+        rows = [
+            [domain, _number(part["images"]), *(_number(part["metrics"][name]) for name in names)]
+            for domain, part in parts.items()
+        ]
+        yield "Domains", ["domain", "images", *names], rows, ["each domain is scored as a set of its own"]
+    other = result.get("comparison")
+    if other:
+        rows = [
+            [name, f"{gap['difference']:+.3f}", span(gap["interval"]), f"{gap['p_value']:.3f}"]
+            + [_number(other["metrics"][name])]
+            for name, gap in other["differences"].items()
+        ]
+        head = ["metric", "difference", "95 % interval", "p", "its value"]
+        yield f"Difference to {Path(other['captions']).name}", head, rows, [other["method"]]
+    rows = [[name.replace("_", " "), _number(value)] for name, value in result["statistics"].items()]
+    yield "Captions", ["quantity", "value"], rows, []
+
+
+def text_tables(result):
+    """Return the tables for a terminal."""
+    lines = [f"{result['images']:,} images"]
+    for heading, head, rows, notes in tables(result):
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows)]
+        lines += ["", heading, *("  ".join(row).rstrip() for row in cells), *notes]
     return "\n".join(lines)
 
 
 def span(bounds):
-    """Return an interval as text, '' for None."""
-    return "" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
+    """Return an interval as text."""
+    return f"{bounds[0]:.3f} to {bounds[1]:.3f}"
 
 
 def _number(value):
@@ -95,7 +116,7 @@ def render(result, best, worst):
     metric = "CIDEr" if "CIDEr" in result["metrics"] else next(iter(result["metrics"]), "")
     comparison = result.get("comparison")
     other = Path(comparison["captions"]).name if comparison else ""
-    tables = _metrics(result) + (_comparison(comparison, other) if comparison else "") + _statistics(result)
+    sections = "".join(_section(*table) for table in tables(result))
     cards = "".join(
         f"<h2>{name} images by {metric}</h2><div class='cards'>"
         + "".join(_card(example, metric, other) for example in examples)
@@ -109,7 +130,7 @@ def render(result, best, worst):
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body><h1>{_text(title)}</h1>"
         f"<p class='quiet'>{result['images']:,} images · references: {_text(references)} · tokens: {tokenizer}</p>\n"
-        f"<div class='tables'>{tables}</div>\n{cards}</body></html>\n"
+        f"<div class='tables'>{sections}</div>\n{cards}</body></html>\n"
     )
 
 
@@ -117,7 +138,7 @@ def _text(value):
     return html.escape(str(value), quote=True)
 
 
-def _section(heading, head, rows, notes=()):
+def _section(heading, head, rows, notes):
     """A heading, a table and notes below it."""
     cells = "".join(f"<th scope='col'>{_text(name)}</th>" for name in head)
     lines = "".join(
@@ -131,32 +152,6 @@ def _section(heading, head, rows, notes=()):
         f"<section><h2>{_text(heading)}</h2><div class='scroll'><table><thead><tr>{cells}</tr></thead>"
         f"<tbody>{lines}</tbody></table></div>{quiet}</section>"
     )
-
-
-def _metrics(result):
-    """The table of metrics, and what is missing."""
-    spans = result.get("intervals", {})
-    rows = [[name, f"{value:.3f}", span(spans.get(name))] for name, value in result["metrics"].items()]
-    notes = [f"{name} is left out: {reason}" for name, reason in result["unavailable"].items()]
-    notes += [result["bootstrap"]["method"]] if spans else []
-    return _section("Metrics", ["metric", "value", "95 % interval" if spans else ""], rows, notes)
-
-
-def _comparison(other, name):
-    """The table of differences to another system."""
-    rows = [
-        [metric, f"{gap['difference']:+.3f}", span(gap["interval"]), f"{gap['p_value']:.3f}", f"{value:.3f}"]
-        for metric, gap in other["differences"].items()
-        for value in [other["metrics"][metric]]
-    ]
-    return _section(
-        f"Difference to {name}", ["metric", "difference", "95 % interval", "p", "its value"], rows, [other["method"]]
-    )
-
-
-def _statistics(result):
-    rows = [[name.replace("_", " "), _number(value)] for name, value in result["statistics"].items()]
-    return _section("Captions", ["quantity", "value"], rows)
 
 
 def _card(example, metric, other):

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.cli import note
+from utils.cli import note, shows_progress
 from utils.files import atomic_path, reason, sha256
 
 
@@ -60,7 +60,7 @@ def fetch(name):
         import gdown
 
         with atomic_path(path) as temporary:
-            if gdown.download(id=pretrained.drive_id, output=str(temporary), quiet=False) is None:
+            if gdown.download(id=pretrained.drive_id, output=str(temporary), quiet=not shows_progress()) is None:
                 raise OSError("the download was refused")
     except Exception as error:  # gdown raises errors of its own, of requests and of the system
         raise FileNotFoundError(

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from demo.train_gpt2 import train_bpe
 from utils.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,13 +50,7 @@ def captions_of(number, seed=0):
 def language_model(tmp_path_factory):
     """A GPT-2 of 2 layers, 16 wide, with its own byte-level tokenizer, as a folder."""
     folder = tmp_path_factory.mktemp("models") / "gpt2-small"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(captions_of(300), trainer)
+    tokenizer = train_bpe(captions_of(300), 330, ["<|endoftext|>"])
     end = "<|endoftext|>"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end).save_pretrained(folder)
     torch.manual_seed(0)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import captions_of, read_log, run_script
 from test_scripts import one_line_error
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import predict_nice
 import train_OPT
+from demo.train_gpt2 import train_bpe
 from features.clip_encoder import ClipEncoder
 from models.checkpoint import load_captioner
 from models.clip_caption import CaptionConfig, build_captioner
@@ -62,13 +63,7 @@ def test_any_causal_language_model(family, language_model):
 def opt_folder(tmp_path_factory):
     """A small OPT with a tokenizer that begins with </s>, as OPT's does."""
     folder = tmp_path_factory.mktemp("opt") / "opt-small"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>"]
-    tokenizer.train_from_iterator(captions_of(300), trainers.BpeTrainer(
-        vocab_size=330, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    ))  # fmt: skip
+    tokenizer = train_bpe(captions_of(300), 330, ["<s>", "<pad>", "</s>"])
     tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>"

@@ -3,15 +3,21 @@
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import run_script
 from PIL import Image
 
 import evaluate
+import features.references
 from features.annotations import ImageFinder
+from features.clip_encoder import ClipEncoder
+from features.references import References
 
 ROOT = Path(evaluate.__file__).resolve().parent
 SHARED = ROOT.parent / "shared" / "coco"
@@ -68,20 +74,20 @@ def test_reference_formats(tmp_path):
         save(tmp_path / "lines.jsonl", "\n".join(json.dumps({"image": f"{r['image_id']}.jpg", **r}) for r in listed)),
         save(tmp_path / "train_caption.json", listed),
     ):
-        assert evaluate.read_references(path, "test") == REFERENCES
+        assert evaluate.read_references(path, "test").captions == REFERENCES
     expected = {1: ["A cat"], 2: ["a dog, running"]}
-    assert evaluate.read_references(save(tmp_path / "nice.csv", "\ufeff" + table), "test") == expected
-    assert evaluate.read_references(save(tmp_path / "nice.csv.gz", table), "test") == expected
+    assert evaluate.read_references(save(tmp_path / "nice.csv", "\ufeff" + table), "test").captions == expected
+    assert evaluate.read_references(save(tmp_path / "nice.csv.gz", table), "test").captions == expected
     nice = [{"public_id": i, "caption_gt": texts[0]} for i, texts in expected.items()]
-    assert evaluate.read_references(save(tmp_path / "nice.json", nice), "test") == expected
+    assert evaluate.read_references(save(tmp_path / "nice.json", nice), "test").captions == expected
     path = save(tmp_path / "own.json", {str(i): texts[0] for i, texts in expected.items()})
-    assert evaluate.read_references(path, "test") == expected
+    assert evaluate.read_references(path, "test").captions == expected
 
 
 def test_karpathy_splits(tmp_path):
     path = save(tmp_path / "dataset_flickr.json", karpathy(["train", "restval", "val", "test", "test"]))
-    assert evaluate.read_references(path, "test") == {4: ["test 4", "a dog"], 5: ["test 5", "a dog"]}
-    assert list(evaluate.read_references(path, "train")) == [1, 2]
+    assert evaluate.read_references(path, "test").captions == {4: ["test 4", "a dog"], 5: ["test 5", "a dog"]}
+    assert list(evaluate.read_references(path, "train").captions) == [1, 2]
     with pytest.raises(ValueError, match="no split 'dev'"):
         evaluate.read_references(path, "dev")
 
@@ -92,8 +98,8 @@ def test_karpathy_coco_must_be_whole(tmp_path, monkeypatch):
         evaluate.read_references(path, "train")
     with pytest.raises(ValueError, match="not 5,000"):
         evaluate.read_references(path, "test")
-    monkeypatch.setattr(evaluate, "KARPATHY_COCO", {"train": 2})
-    assert len(evaluate.read_references(path, "train")) == 2
+    monkeypatch.setattr(features.references, "KARPATHY_COCO", {"train": 2})
+    assert len(evaluate.read_references(path, "train").captions) == 2
 
 
 def test_caption_formats(tmp_path):
@@ -104,7 +110,7 @@ def test_caption_formats(tmp_path):
         ("nice.json", {"60623": "a dog", "beach": "the sea"}),
         ("nice.csv", "public_id,caption\n60623,a dog\nbeach,the sea\n"),
     ):
-        assert evaluate.read_captions(save(tmp_path / name, value), "test") == expected
+        assert evaluate.read_captions(save(tmp_path / name, value), References({}, {}, {}), "test") == expected
 
 
 @pytest.mark.parametrize(
@@ -112,20 +118,20 @@ def test_caption_formats(tmp_path):
     [
         ("a.json", [{"image_id": 5, "caption": "a"}, {"image_id": "05", "caption": "b"}], "1 images .image_id 5."),
         ("a.json", '{"5": "a", "5": "b"}', "several captions"),
-        ("a.json", '{"5": "a", "6": null}', "record 2: needs public_id"),
+        ("a.json", '{"5": "a", "6": null}', "record 2 has the caption None"),
         ("a.json", '{"5": "a",', "a.json is not valid JSON"),
         ("a.json", {"5": ["a"]}, "none of the formats"),
-        ("a.json", [{"image_id": 5, "caption": None}], "record 1: the caption is None"),
+        ("a.json", [{"image_id": 5, "caption": None}], "record 1 has the caption None"),
         ("a.json", [{"caption": "a"}], "record 1 has no 'image_id'"),
         ("a.json", [], "holds no captions"),
-        ("a.csv", "public_id,text\n5,a\n", "record 1: needs public_id"),
+        ("a.csv", "public_id,text\n5,a\n", "has columns public_id, text"),
         ("a.csv", 'public_id,caption\n5,"a\n', "a.csv, line"),
         ("a.json.gz", "[{", "a.json.gz is not valid JSON"),
     ],
 )
 def test_bad_files(tmp_path, name, value, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.read_captions(save(tmp_path / name, value), "test")
+        evaluate.read_captions(save(tmp_path / name, value), References({}, {}, {}), "test")
 
 
 def test_damaged_gzip_and_missing_file(tmp_path):
@@ -201,7 +207,7 @@ def test_compare(tmp_path, files, capsys):
         metrics["CIDEr"] - comparison["metrics"]["CIDEr"]
     )
     assert "randomisation" in comparison["method"] and 0 < comparison["differences"]["CIDEr"]["p_value"] <= 1
-    assert "minus other.json" in capsys.readouterr().out and "randomisation" in page.read_text()
+    assert "Difference to other.json" in capsys.readouterr().out and "randomisation" in page.read_text()
 
 
 def test_page(tmp_path, files):
@@ -220,6 +226,7 @@ def test_flags_that_cannot_work(tmp_path, files):
     for flags, message in (
         (["--out", str(tmp_path)], "is a folder"),
         (["--images", str(tmp_path)], "pass --html"),
+        (["--clip_model_type", "ViT-B/32"], "pass --images"),
         (["--compare", files[0], "--bootstrap", "0"], "at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -238,10 +245,11 @@ def test_same_captions_warn(tmp_path, capsys):
 def test_examples_do_not_overlap(tmp_path):
     captions = {i: "a dog" if i % 2 else "a cat" for i in range(5)}
     scores = evaluate.coco_scores(captions, {i: ["a dog"] for i in range(5)}, ["ROUGE_L"], "python")
-    best, worst = evaluate.pick_examples(scores, [captions], {i: ["a dog"] for i in range(5)}, 12)
+    references = References({i: ["a dog"] for i in range(5)}, {}, {})
+    best, worst = evaluate.pick_examples(scores, [captions], references, 12)
     assert [e["image_id"] for e in best] == [1, 3, 0] and [e["image_id"] for e in worst] == [4, 2]
     Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
-    found, _ = evaluate.pick_examples(scores, [captions], {i: ["a"] for i in range(5)}, 1, ImageFinder([tmp_path]))
+    found, _ = evaluate.pick_examples(scores, [captions], references, 1, ImageFinder([tmp_path]))
     assert found[0]["image"].startswith("data:image/jpeg")
 
 
@@ -262,3 +270,73 @@ def test_coco_sample(tmp_path):
     evaluate.main([*files, "--out", str(out), *FAST])
     metrics = json.loads(out.read_text())["metrics"]
     assert [f"{value:.3f}" for value in metrics.values()] == ["0.579", "0.404", "0.279", "0.191", "0.396", "0.600"]
+
+
+def test_clip_scores(photos, clip_file, tmp_path):
+    """CLIPScore and RefCLIPScore by hand, in json, table, page, comparison and intervals."""
+    texts = {i: [f"a {word} circle", "a star on the sand"] for i, word in enumerate(("red", "blue", "green"), 1)}
+    captions = result_file(tmp_path / "a.json", {i: t[0] for i, t in texts.items()})
+    other = result_file(tmp_path / "b.json", dict.fromkeys(texts, "a house"))
+    out, page = tmp_path / "scores.json", tmp_path / "page.html"
+    done = run_script(
+        "evaluate.py", captions, coco_file(tmp_path / "r.json", texts), "--images", tmp_path, photos, "--html", page,
+        "--clip_model_type", clip_file, "--compare", other, "--out", out, *FAST,
+    )  # fmt: skip
+    result = json.loads(out.read_text())
+    encoder = ClipEncoder(clip_file)
+    unit = torch.nn.functional.normalize
+    paths = [photos / f"COCO_val2014_{i:012d}.jpg" for i in texts]
+    images = unit(next(encoder.encode_files(paths))[1].double())
+    said = unit(encoder.encode_texts([f"A photo depicts a {w} circle" for w in ("red", "blue", "green")]).double())
+    clip = 2.5 * (images * said).sum(1).clamp(min=0)
+    both = 2 * clip / (clip + 1)  # the caption is one of its own references
+    assert result["metrics"]["CLIPScore"] == pytest.approx(clip.mean().item(), rel=1e-6)
+    assert result["metrics"]["RefCLIPScore"] == pytest.approx(both.mean().item(), rel=1e-6)
+    assert result["per_image"][2]["CLIPScore"] == pytest.approx(clip[2].item(), rel=1e-6)
+    assert "RefCLIPScore" in result["intervals"] and "CLIPScore" in result["comparison"]["differences"]
+    assert re.search(r"\nCLIPScore +\d\.\d{3}  ", done.stdout) and "<td>RefCLIPScore</td>" in page.read_text()
+
+
+def test_clip_scores_need_every_image(photos, clip_file, tmp_path):
+    texts = {1: ["a dog"], 99: ["a cat"]}
+    files = [
+        result_file(tmp_path / "a.json", {i: t[0] for i, t in texts.items()}),
+        coco_file(tmp_path / "r.json", texts),
+    ]
+    flags = ["--clip_model_type", str(clip_file), "--images", str(photos)]
+    with pytest.raises(ValueError, match="lacks 1 of 2 images .image_id 99.; add"):
+        evaluate.main([*files, *flags, *FAST])
+    (tmp_path / "99.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="99.jpg: not a readable image"):
+        evaluate.main([*files, *flags, str(tmp_path), *FAST])
+
+
+def nocaps_file(path):
+    """A nocaps json: ids of its own, hexadecimal file names, a domain per image."""
+    domains = ("in-domain", "near-domain", "near-domain", "out-domain", "out-domain")
+    images = [{"id": i, "file_name": f"00{i}ea2087020901.jpg", "domain": domain} for i, domain in enumerate(domains)]
+    texts = ("a red dog runs", "a blue cat on a mat", "two birds fly over a lake", "the sea at night", "an old tree")
+    annotations = [{"image_id": i, "caption": f"{text} {end}"} for i, text in enumerate(texts) for end in ("", "here")]
+    return save(path, {"images": images, "annotations": annotations}), [image["file_name"][:-4] for image in images]
+
+
+def test_nocaps(photos, tmp_path, capsys):
+    """Captions by file name find their image, as does the page; each domain scores as a file of its own would."""
+    references, names = nocaps_file(tmp_path / "nocaps_val.json")
+    texts = ("a dog runs", "a cat", "two birds over a lake", "the sea", "a tree")
+    captions = result_file(tmp_path / "a.json", dict(zip(names, texts, strict=True)))
+    out, page = tmp_path / "scores.json", tmp_path / "page.html"
+    for name, photo in zip(names, sorted(photos.glob("*.jpg")), strict=False):
+        shutil.copy(photo, tmp_path / f"{name}.jpg")
+    evaluate.main([captions, references, "--out", str(out), "--html", str(page), "--images", str(tmp_path), *FAST])
+    result = json.loads(out.read_text())
+    assert {name: part["images"] for name, part in result["domains"].items()} == {
+        "in-domain": 1, "near-domain": 2, "out-domain": 2,
+    }  # fmt: skip
+    alone = result_file(tmp_path / "near.json", dict(list(zip(names, texts, strict=True))[1:3]))
+    evaluate.main([alone, references, "--out", str(out), *FAST])
+    assert result["domains"]["near-domain"]["metrics"] == json.loads(out.read_text())["metrics"]
+    assert result["metrics"]["CIDEr"] != result["domains"]["near-domain"]["metrics"]["CIDEr"]
+    printed = capsys.readouterr().out
+    assert re.search(r"\nnear-domain +2 +\d", printed) and re.search(r"\noverall +5 +\d", printed)
+    assert "<h2>Domains</h2>" in page.read_text() and page.read_text().count("data:image/jpeg") == 5

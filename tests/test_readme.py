@@ -1,7 +1,9 @@
-"""The README's commands run as they stand, in a folder laid out as it says, on small models under the real names."""
+"""The commands of the README and of docs/ run as they stand, but for one epoch, in a folder laid out as they say, on
+small models under the real names."""
 
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
@@ -11,23 +13,28 @@ from conftest import ROOT, run_script
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import predict
-from features import clip_encoder
+from features import clip_encoder, references
+from metrics import coco
 from models import language, pretrained
 from utils.files import read_json, write_json
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line.split("#")[0].strip()
-    for kind, block in BLOCKS
-    if kind == "bash"
-    for line in block.replace("\\\n", " ").splitlines()
-    if re.match(r"(\.venv/bin/)?python \w+\.py", line)
-]
+
+def blocks(page):
+    """Return a page's fenced blocks that name a language: [(language, text)]."""
+    return re.findall(r"```(\w+)\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def commands(block):
+    """Return the words of the `python script.py` commands of a bash block."""
+    lines = (line.split(" #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
+    return [shlex.split(line)[1:] for line in lines if re.match(r"(\.venv/bin/)?python \w+\.py", line)]
+
+
+COMMANDS = [words for kind, block in blocks("README.md") if kind == "bash" for words in commands(block)]
 
 
 def lay_out(folder, photos):
-    """Make the folders that the README and data/README.md speak of."""
+    """Make the folders that the pages speak of."""
     with open(photos / "captions.csv") as file:
         rows = list(csv.DictReader(file))
     coco = folder / "data" / "coco"
@@ -50,6 +57,31 @@ def lay_out(folder, photos):
         shutil.copytree(folder / "my" / "photos", folder / name)
     shutil.copytree(folder / "my" / "photos", folder / "data" / "nice" / "images")
     shutil.copy(photos / rows[0]["image"], folder / "photo.jpg")
+    lay_out_published(folder, photos, records)
+
+
+def lay_out_published(folder, photos, records):
+    """Make what docs/reproduce.md fetches: Karpathy's split, nocaps, Conceptual Captions."""
+    splits = dict(zip(range(1, 13), ("train", "restval", "val", "test") * 3, strict=True))
+    images = []
+    for number, split in splits.items():
+        year = "train2014" if number % 2 else "val2014"
+        sentences = [{"raw": record["caption"]} for record in records if record["image_id"] == number]
+        images.append({"cocoid": number, "filepath": year, "filename": f"COCO_{year}_{number:012d}.jpg",
+                       "split": split, "sentences": sentences})  # fmt: skip
+    write_json(folder / "data" / "coco" / "annotations" / "dataset_coco.json", {"images": images})
+    (folder / "data" / "nocaps" / "val").mkdir(parents=True)
+    heads = [{"id": i, "file_name": f"{i}ea2.jpg", "domain": ("in-domain", "out-domain")[i % 2]} for i in range(4)]
+    annotations = [{"image_id": i, "caption": records[i]["caption"]} for i in range(4)]
+    write_json(folder / "data/nocaps/nocaps_val_4500_captions.json", {"images": heads, "annotations": annotations})
+    for number, (head, record) in enumerate(zip(heads, records, strict=False), 1):
+        picture = photos / f"COCO_val2014_{number:012d}.jpg"
+        shutil.copy(picture, folder / "data" / "nocaps" / "val" / head["file_name"])
+        for split in ("train", "val"):
+            piece = folder / "data" / "cc" / split / "00000"
+            piece.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, piece / f"{number:09d}.jpg")
+            (piece / f"{number:09d}.txt").write_text(record["caption"])
 
 
 @pytest.fixture
@@ -88,47 +120,76 @@ def fetched(name):
     return f"published/{name}/coco_prefix_latest.pt"
 
 
-def publish(name):
-    """Keep what the last command trained as the published captioner `name`."""
-    folder = shutil.copytree("coco_train", f"published/{name}")
+def publish(folder, name):
+    """Keep a trained captioner as the published one `name`."""
+    folder = shutil.copytree(folder, f"published/{name}")
     config = read_json(f"{folder}/coco_prefix.json")
     config["model"]["normalize_prefix"] = name == "coco-transformer"
     write_json(f"{folder}/coco_prefix.json", config)
 
 
+def run_one_epoch(words):
+    """Run a command; a training for one epoch only."""
+    return run_script(*map(os.path.expanduser, words), *(["--epochs", 1] if words[0].startswith("train") else []))
+
+
 def test_commands(workplace):
     """Training first, in the README's order, then captioning."""
-    commands = [shlex.split(command)[1:] for command in COMMANDS if "demo" not in command]
-    training = [words for words in commands if words[0].startswith(("parse", "train"))]
-    captioning = [words for words in commands if words not in training]
+    own = [words for words in COMMANDS if not any("demo" in word for word in words)]
+    training = [words for words in own if words[0].startswith(("parse", "train"))]
+    captioning = [words for words in own if words not in training]
     assert len(training) >= 8 and len(captioning) >= 7 and any("--num_layres" in words for words in training)
     for words in training:
-        run_script(*words)
+        run_one_epoch(words)
         if words[0] == "train.py" and words[-1] == "./coco_train/":
-            publish("coco")
+            publish("coco_train", "coco")
         if words[-1] == "--is_rn":
-            publish("coco-transformer")
+            publish("coco_train", "coco-transformer")
     for words in captioning:
         done = run_script(*words)
         assert "\t" in done.stdout or "captions" in done.stderr or "CIDEr" in done.stdout
 
 
+@pytest.mark.parametrize(("page", "trainings"), (("docs/your_data.md", 2), ("docs/reproduce.md", 7)))
+def test_page(workplace, monkeypatch, page, trainings):
+    """A page from its top to its end, Python and commands."""
+    monkeypatch.setenv("HOME", str(workplace))
+    monkeypatch.setattr(references, "KARPATHY_COCO", {"train": 6, "val": 3, "test": 3})
+    monkeypatch.setattr(coco, "java_available", lambda: False)  # for speed
+    ran = []
+    for kind, block in blocks(page):
+        if kind == "python":
+            exec(compile(block, page, "exec"), {})
+        for words in commands(block) if kind == "bash" else ():
+            done, train = run_one_epoch(words), words[0] == "train.py"
+            ran.append(words[0])
+            if words[0] == "evaluate.py":
+                assert "CIDEr" in done.stdout and ("nocaps" not in words[1] or "out-domain" in done.stdout)
+            if train and "--normalize_prefix" in words:
+                publish("coco_notebook", "coco-transformer")
+            if train and "my_captioner" in words:  # as if it were the published one
+                (workplace / ".cache" / "clipcap").mkdir(parents=True)
+                shutil.copy("my_captioner/coco_prefix_best.pt", workplace / ".cache" / "clipcap" / "coco_weights.pt")
+    assert ran.count("train.py") == trainings and ran[-1] == "evaluate.py"
+
+
 def test_demo_commands(monkeypatch):
     """Those that need no data run from the checkout."""
     monkeypatch.chdir(ROOT)
-    for command in COMMANDS:
-        if "demo" in command:
-            assert run_script(*shlex.split(command)[1:]).stdout.count("\t") > 3
-    code = [block for kind, block in BLOCKS if kind == "python"]
+    for words in COMMANDS:
+        if any("demo" in word for word in words):
+            assert run_script(*words).stdout.count("\t") > 3
+    code = [block for kind, block in blocks("README.md") if kind == "python"]
     assert code
     for block in code:
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_the_picture_and_files_exist():
-    for target in re.findall(r"\]\(((?!http)[^)#]+)\)|src=\"([^\"]+)\"", README):
+@pytest.mark.parametrize("page", ("README.md", "data/README.md", "docs/your_data.md", "docs/reproduce.md"))
+def test_links_and_files_exist(page):
+    for target in re.findall(r"\]\(((?!http)[^)#]+)\)|src=\"([^\"]+)\"", (ROOT / page).read_text()):
         path = next(filter(None, target))
-        assert (ROOT / path).exists(), path
+        assert ((ROOT / page).parent / path).exists(), path
 
 
 def test_published_weights_are_named():

@@ -1,4 +1,4 @@
-"""The log of a training run: a json line per optimiser step, and the picture of the loss."""
+"""The log of a training run: a json line per optimiser step and per validation, and the picture of both."""
 
 import json
 from pathlib import Path
@@ -9,27 +9,33 @@ import numpy as np
 from utils.files import atomic_path
 
 SMOOTHING = 100  # steps of the running mean in the picture
+PLOTTED = ("CIDEr", "ROUGE_L", "Bleu_4", "share_of_distinct_captions")
 
 
 class TrainingLog:
-    """Appends `{step, epoch, loss, lr, examples_per_s}` lines; a resumed run cuts what came after its last save."""
+    """Appends lines; a resumed run cuts those that came after its last save.
 
-    def __init__(self, path, step=0):
-        """Open the log after `step` steps.
+    A step is `{step, epoch, loss, lr, examples_per_s}`, a validation `{step, epoch, validation: {metric: value}}`.
+    """
+
+    def __init__(self, path, step=0, epoch=0):
+        """Open the log after `step` steps, in `epoch`.
 
         Args:
             path: `.jsonl` file.
             step: last step that counts; later lines were of steps that will be taken again.
+            epoch: first epoch whose validation is still to come.
         """
-        self.path, self.entries = Path(path), []
+        self.path, self.entries, self.scores = Path(path), [], []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         good_bytes = 0
         with open(self.path, "ab+") as file:
             file.seek(0)
             for line in file:
-                if len(self.entries) == step or not line.endswith(b"\n"):
+                entry = json.loads(line) if line.endswith(b"\n") else None
+                if not entry or entry["step"] > step or ("validation" in entry and entry["epoch"] >= epoch):
                     break
-                self.entries.append(json.loads(line))
+                (self.scores if "validation" in entry else self.entries).append(entry)
                 good_bytes += len(line)
             file.truncate(good_bytes)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
@@ -51,6 +57,11 @@ class TrainingLog:
         self.entries.append(entry)
         self.file.write(json.dumps(entry) + "\n")
 
+    def add_scores(self, step, epoch, scores):
+        """Write one validation's line; `scores` maps metrics to values."""
+        self.scores.append({"step": step, "epoch": epoch, "validation": scores})
+        self.file.write(json.dumps(self.scores[-1]) + "\n")
+
     def flush(self):
         """Hand all lines to the disk."""
         self.file.flush()
@@ -60,13 +71,26 @@ class TrainingLog:
         return float(np.mean([entry["loss"] for entry in self.entries if entry["epoch"] == epoch]))
 
     def plot(self, path):
-        """Draw loss over steps, as it is and smoothed, with epochs marked."""
+        """Draw loss over steps, as it is and smoothed, with epochs marked, and below it the validation scores."""
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
+        rows = 2 if self.scores else 1
+        figure, axes = pyplot.subplots(
+            rows, sharex=True, squeeze=False, figsize=(8, 1.5 + 3 * rows), layout="constrained"
+        )
+        self._plot_loss(axes[0, 0])
+        if self.scores:
+            self._plot_scores(axes[1, 0])
+        axes[-1, 0].set_xlabel("optimiser step")
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+        pyplot.close(figure)
+
+    def _plot_loss(self, axes):
+        """Draw the loss of every step and its running mean."""
         steps = np.array([entry["step"] for entry in self.entries])
         losses = np.array([entry["loss"] for entry in self.entries])
-        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
         width = min(SMOOTHING, max(1, len(losses) // 10))
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
@@ -74,9 +98,16 @@ class TrainingLog:
         for previous, entry in zip(self.entries, self.entries[1:], strict=False):
             if entry["epoch"] != previous["epoch"]:
                 axes.axvline(entry["step"], color="0.9", linewidth=0.8, zorder=0)
-        axes.set(xlabel="optimiser step", ylabel="cross-entropy per caption token (nats)")
+        axes.set(ylabel="cross-entropy per caption token (nats)")
         axes.set_title(self.path.name.removesuffix("-log.jsonl"))
         axes.legend(frameon=False)
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
-        pyplot.close(figure)
+
+    def _plot_scores(self, axes):
+        """Draw the validation scores, one point per epoch, the best epoch marked."""
+        steps = [entry["step"] for entry in self.scores]
+        for name in PLOTTED:
+            axes.plot(steps, [entry["validation"][name] for entry in self.scores], "o-", markersize=3, label=name)
+        best = max(self.scores, key=lambda entry: entry["validation"]["CIDEr"])
+        axes.axvline(best["step"], color="0.5", linestyle=":", label=f"best CIDEr, epoch {best['epoch']}")
+        axes.set(ylabel="validation score", ylim=(0, None))
+        axes.legend(frameon=False)

@@ -17,6 +17,7 @@ class RunFiles:
         self.out_dir, self.prefix = Path(out_dir), prefix
         self.config = self.out_dir / f"{prefix}.json"
         self.latest = self.out_dir / f"{prefix}_latest.pt"
+        self.best = self.out_dir / f"{prefix}_best.pt"
         self.state = self.out_dir / f"{prefix}_state.pt"
         self.log = self.out_dir / f"{prefix}-log.jsonl"
         self.plot = self.out_dir / f"{prefix}-loss.png"
@@ -27,7 +28,7 @@ class RunFiles:
 
     def move_aside(self):
         """Move an earlier run of the same name into `<prefix>-previous/`, in place of the one moved there before."""
-        files = [self.config, self.latest, self.state, self.log, self.plot, tokenizer_folder(self.config)]
+        files = [self.config, self.latest, self.best, self.state, self.log, self.plot, tokenizer_folder(self.config)]
         files = [f for f in (*files, *self.out_dir.glob(f"{self.prefix}-[0-9][0-9][0-9].pt")) if f.exists()]
         if not self.config.exists():
             return
@@ -50,6 +51,10 @@ class RunFiles:
                 os.link(self.epoch(epoch), temporary)
             except OSError:  # a file system without links
                 shutil.copyfile(self.epoch(epoch), temporary)
+
+    def save_best(self, model):
+        """Write the weights with the highest validation CIDEr so far."""
+        save_weights(self.best, model.state_dict())
 
     def save_state(self, trainer):
         """Write what --resume needs."""

@@ -17,6 +17,7 @@ class TrainingConfig:
 
     Args:
         data: feature store.
+        val_data: feature store that is scored after every epoch and decides which weights are kept as the best.
         init_from: checkpoint whose weights training starts from, or None.
         epochs: passes over the captions.
         bs: captions per batch.
@@ -29,6 +30,7 @@ class TrainingConfig:
     """
 
     data: str
+    val_data: str | None = None
     init_from: str | None = None
     epochs: int = 10
     bs: int = 40
@@ -62,6 +64,7 @@ class Trainer:
         self.dtype = DTYPES[config.mixed_precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.epoch = self.step = self.batch = 0  # batch: batches done in this epoch
+        self.best = None  # the highest validation CIDEr so far
 
     def train_step(self, batches):
         """Take one optimiser step on the mean loss over all caption tokens of `batches`.
@@ -113,6 +116,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "batch": self.batch,
+            "best": self.best,
             "captions": len(self.dataset),
         }
 
@@ -136,3 +140,4 @@ class Trainer:
         if state["random_cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["random_cuda"])
         self.epoch, self.step, self.batch = state["epoch"], state["step"], state["batch"]
+        self.best = state.get("best")

@@ -11,14 +11,19 @@ import torch
 from tqdm import tqdm
 
 VERSION = "0.1.0"
+LOUD = ("error", "interrupted", "skipped", "unreadable", "warning")  # notes that begin so are printed under --quiet too
+METAVARS = {"positive_int": "N", "non_negative_int": "N", "positive_float": "X", "float": "X"}
 DISK_FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines and adds each flag's default, where it has one worth reading."""
+    """Keeps the description's lines, names values shortly, adds each flag's default where it has one worth reading."""
+
+    def _get_default_metavar_for_optional(self, action):
+        return METAVARS.get(getattr(action.type, "__name__", ""), action.dest.rsplit("_", 1)[-1].upper())
 
     def _get_help_string(self, action):
-        plain = action.default in (None, False, argparse.SUPPRESS) or isinstance(action.default, list)
+        plain = action.default in (None, "", argparse.SUPPRESS) or isinstance(action.default, bool | list | tuple)
         text = action.help or ""
         return text if plain or "default" in text or not action.option_strings else f"{text} (default: %(default)s)"
 
@@ -29,9 +34,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description, **options):
         super().__init__(description=description.strip(), formatter_class=HelpFormatter, **options)
         self.aliases = {}  # argument -> {a predecessor's word: its value}
+        self.add_argument("--quiet", action="store_true", help="print results, warnings and errors only; no progress")
         self.add_argument("--version", action="version", version=f"%(prog)s {VERSION}, torch {torch.__version__}")
 
     def parse_args(self, args=None, namespace=None):
+        global _quiet
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             valid = [flag for action in self._actions for flag in action.option_strings]
@@ -39,6 +46,7 @@ class Parser(argparse.ArgumentParser):
         for name, words in self.aliases.items():
             value = getattr(parsed, name)
             setattr(parsed, name, words.get(value, value))
+        _quiet = parsed.quiet
         return parsed
 
     def error(self, message):
@@ -77,14 +85,25 @@ def positive_float(text):
     return value
 
 
+_quiet = False  # whether the command line said --quiet
+
+
+def shows_progress():
+    """Tell whether progress is to be shown: on a terminal, unless --quiet."""
+    return not _quiet and sys.stderr.isatty()
+
+
 def progress_bar(total, description, unit, initial=0):
-    """Return a progress bar with rate and time left on a terminal, silent elsewhere."""
-    return tqdm(total=total, initial=initial, desc=description, unit=unit, disable=None, dynamic_ncols=True)
+    """Return a progress bar with rate and time left on a terminal, silent elsewhere and under --quiet."""
+    return tqdm(
+        total=total, initial=initial, desc=description, unit=unit, disable=not shows_progress(), dynamic_ncols=True
+    )
 
 
 def note(message):
-    """Print one line for the user to standard error, so that standard output stays data."""
-    tqdm.write(message, file=sys.stderr)
+    """Print one line for the user to standard error, so that standard output stays data; --quiet keeps LOUD ones."""
+    if not _quiet or message.startswith(LOUD):
+        tqdm.write(message, file=sys.stderr)
 
 
 def run(main):
@@ -94,6 +113,8 @@ def run(main):
     """
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `predict.py ... | head` ends quietly
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.SIG_DFL):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # see utils/interrupt.py
     try:
         sys.exit(main())
     except KeyboardInterrupt as stop:

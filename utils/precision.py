@@ -58,6 +58,8 @@ def prepare_for_inference(model, dtype, device):
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         layer = QuantizedLinear if dtype == "int8" else PackedLinear
         for parent in list(model.modules()):
+            if type(parent).__name__ == "AttentionPool2d":  # of CLIP's ResNets: it reads its layers' weights itself
+                continue
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.MultiheadAttention):
                     setattr(parent, name, PackedAttention(child, layer))

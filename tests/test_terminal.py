@@ -1,0 +1,83 @@
+"""How commands behave at a terminal: progress, --quiet, NO_COLOR, help, Ctrl-C before anything has begun."""
+
+import fcntl
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from conftest import ROOT, run_process, run_script
+
+SCRIPTS = ("parse_coco", "train", "train_OPT", "predict", "predict_OPT", "predict_nice", "evaluate")
+DEMO = ("predict.py", "demo/images", "--checkpoint", "demo", "--batch_size", "2")
+
+
+def at_terminal(*words, **environment):
+    """Run a command whose standard error is a terminal; return (its standard output, what the terminal got)."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # a new one is 0 columns wide
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", **environment},
+    )  # fmt: skip
+    os.close(theirs)
+    out, shown = process.communicate()[0].decode(), b""
+    try:
+        while piece := os.read(ours, 65536):
+            shown += piece
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    assert process.returncode == 0, shown
+    return out, shown.decode()
+
+
+def test_progress_on_a_terminal_only():
+    """A bar with rate and time left, without colours; the same results without it; nothing where nobody looks."""
+    out, shown = at_terminal(*DEMO, NO_COLOR="1")
+    assert "images: 100%" in shown and "10/10" in shown and "img" in shown and "<00:00" in shown
+    assert "\x1b[3" not in shown and "\x1b[9" not in shown and "\x1b[" not in out
+    quiet, nothing = at_terminal(*DEMO, "--quiet")
+    assert nothing == "" and quiet == out
+    piped = run_process(*DEMO)
+    assert piped.stderr == "" and piped.stdout == out
+
+
+def test_quiet_keeps_results_and_errors(trained, photos, tmp_path):
+    (tmp_path / "bad.jpg").write_text("no image")
+    done = run_script("predict.py", tmp_path, photos, "--checkpoint", trained / "run_latest.pt", "--quiet", check=2)
+    assert done.stdout.count("\t") == 12
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["skipped", "error:"]
+    assert "none.pkl" in run_script("train.py", "--data", "none.pkl", "--quiet", check=2).stderr
+
+
+def test_quiet_training(store, language_model, tmp_path):
+    words = ("train.py", "--data", store, "--language_model", language_model, "--epochs", 1)
+    quiet = run_script(*words, "--out_dir", tmp_path / "quiet", "--quiet").stderr.splitlines()
+    loud = run_script(*words, "--out_dir", tmp_path / "loud").stderr.splitlines()
+    assert quiet == [line for line in loud if line.startswith("warning")] != loud
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_grouped_and_says_units(script):
+    text = run_script(f"{script}.py", "--help").stdout
+    groups = [line for line in text.splitlines() if line.endswith(":") and not line.startswith((" ", "usage"))]
+    assert len(groups) >= 3 and "--quiet" in text and "(default: )" not in text and "None)" not in text
+    assert not [line for line in text.splitlines() if line.startswith("  --") and line.split()[-1] == line.split()[0]]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_interrupted_while_importing(script, tmp_path):
+    """Ctrl-C in the seconds before `main` ends the command without a word."""
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, f"{script}.py"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "") and process.returncode == 130

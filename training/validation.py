@@ -1,0 +1,94 @@
+"""What an epoch ends with: captions of a few images to see, and the validation images scored as evaluate.py does."""
+
+import torch
+
+from metrics.coco import caption_statistics, coco_scores, too_few_distinct
+from models.decoding import DecodingConfig, generate_captions
+from utils.cli import note, progress_bar
+
+SAMPLES = 8  # images captioned after every epoch
+SAMPLE_LENGTH = 40  # tokens of such a caption
+METRICS = ("Bleu", "ROUGE_L", "CIDEr")  # those that need no Java
+
+
+def show_samples(model, tokenizer, dataset, epoch):
+    """Caption a few images of the data, show the first beside its reference, and warn where all are alike."""
+    rows = list(dict.fromkeys(dataset.embedding_index[:1000].tolist()))[:SAMPLES]
+    embeddings = dataset.clip_embedding[rows].float().to(next(model.parameters()).device)
+    model.eval()
+    captions = [group[0].text.strip() for group in generate_captions(
+        model, tokenizer, embeddings, DecodingConfig(entry_length=SAMPLE_LENGTH)
+    )]  # fmt: skip
+    reference = dataset.store.captions[dataset.records[0]]["caption"]
+    note(f"epoch {epoch} sample: {captions[0]!r}; reference: {reference!r}")
+    if len(rows) > 1 and len(set(captions)) == 1:
+        note(
+            f"warning: {len(rows)} different images got the same caption; train longer, raise --lr, or check that the "
+            f"embeddings differ"
+        )
+
+
+class Validation:
+    """The images of --val_data with their references; keeps the best weights by CIDEr."""
+
+    def __init__(self, store, trained):
+        """Gather every image's row and references.
+
+        Args:
+            store: FeatureStore to score on.
+            trained: FeatureStore that is trained on.
+        Raises: ValueError where their encoders differ.
+        """
+        ours, theirs = (_encoder(s) for s in (store, trained))
+        if store.prefix_dim != trained.prefix_dim or (ours and theirs and ours != theirs):
+            raise ValueError(
+                f"--val_data {store.path} and --data {trained.path} are of different encoders ({ours or 'unknown'}, "
+                f"{store.prefix_dim} wide; {theirs or 'unknown'}, {trained.prefix_dim} wide); extract both with one"
+            )
+        self.clip_embedding, self.rows, self.references = store.clip_embedding, {}, {}
+        for record in store.captions:
+            if record["caption"].strip():
+                image_id = record.get("image_id", record["clip_embedding"])  # predecessors' rows are one per caption
+                self.rows.setdefault(image_id, record["clip_embedding"])
+                self.references.setdefault(image_id, []).append(record["caption"])
+
+    def run(self, trainer, tokenizer, files, log):
+        """Caption and score the images, log the scores, and keep the weights where CIDEr is the best so far.
+
+        Args:
+            trainer: Trainer at the end of an epoch; its `best` is set.
+        """
+        captions = self._caption(trainer.model.eval(), tokenizer, trainer.device, trainer.config.bs)
+        scored = coco_scores(captions, self.references, METRICS, "python")
+        statistics = caption_statistics(scored.tokens)
+        log.add_scores(trainer.step, trainer.epoch, scored.metrics | statistics)
+        cider = scored.metrics["CIDEr"]
+        is_best = trainer.best is None or cider > trainer.best
+        if is_best:
+            files.save_best(trainer.model)
+            trainer.best = cider
+        shown = ", ".join(f"{name} {scored.metrics[name]:.3f}" for name in ("CIDEr", "Bleu_4", "ROUGE_L"))
+        note(
+            f"epoch {trainer.epoch} validation: {shown}; {statistics['share_of_distinct_captions']:.0%} of captions "
+            f"distinct{'; the best so far' if is_best else f'; the best was CIDEr {trainer.best:.3f}'}"
+        )
+        warning = too_few_distinct(statistics, len(captions))
+        if warning:
+            note(warning)
+
+    def _caption(self, model, tokenizer, device, batch_size):
+        """Return {image id: greedy caption}, as predict.py makes them."""
+        captions, ids = {}, list(self.rows)
+        with progress_bar(len(ids), "validation", "img") as bar:
+            for start in range(0, len(ids), batch_size):
+                batch = ids[start : start + batch_size]
+                embeddings = self.clip_embedding[torch.tensor([self.rows[i] for i in batch])].float().to(device)
+                groups = generate_captions(model, tokenizer, embeddings, DecodingConfig())
+                captions |= {i: group[0].text.strip() for i, group in zip(batch, groups, strict=True)}
+                bar.update(len(batch))
+        return captions
+
+
+def _encoder(store):
+    """Return what a store says of its encoder: the file's hash, else the name, else None."""
+    return store.info.get("clip_sha256") or store.info.get("clip_model_type")

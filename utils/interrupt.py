@@ -1,0 +1,17 @@
+"""Imported first by every script: Ctrl-C while the other imports are under way ends it quietly.
+
+Those take seconds, and Python would show where in somebody else's package it was. `utils.cli.run` goes back to
+KeyboardInterrupt.
+"""
+
+import os
+import signal
+
+
+def leave(_number, _frame):
+    """Exit as after any Ctrl-C; nothing has been begun that would need tidying up."""
+    os._exit(130)
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has told it to be ignored
+    signal.signal(signal.SIGINT, leave)
