@@ -13,7 +13,11 @@ Stopped and called again, it goes on from `--state`; `--init_from` begins with t
 CLIP that it wrote. Writes a plain fp16 state dict that `clip.load(path, device="cpu")` reads; of
 the token embedding only used rows are not zero.
 
-HISTORY
+The weights in demo/weights were made in stages rather than with one setting: 47.5 minutes (0.79 M
+of 128,000 pictures) with a small caption decoder in place of the heads, whose relations a mapping
+network could not learn to read (52 % right after training a captioner on 9,000 scenes, though the
+decoder itself read 95 %); then 14 minutes with the heads, `--init_from demo/weights/clip.pt --lr 1e-3`
+on 48,000 pictures, until they read 97 % of held-out relations and 90 % of scenes wholly.
 """
 
 import argparse

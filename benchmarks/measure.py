@@ -1,0 +1,79 @@
+"""Timing side by side, memory in a process of its own, and the machine's limits."""
+
+import gc
+import multiprocessing
+import resource
+import statistics
+import time
+
+import torch
+
+MIB = 1 << 20
+
+
+def synchronize(device):
+    """Wait for a GPU's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleave(systems, repeats, device):
+    """Time systems in turn, so that whatever else the machine does hits all of them.
+
+    Args:
+        systems: {name: function without arguments}.
+        repeats: rounds after one to warm up.
+    Returns: ({name: median seconds}, {name: what its last call returned}).
+    """
+    seconds, results = {name: [] for name in systems}, {}
+    for number in range(repeats + 1):
+        for name, work in systems.items():
+            synchronize(device)
+            began = time.perf_counter()
+            results[name] = work()
+            synchronize(device)
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    gc.collect()
+    return {name: statistics.median(values) for name, values in seconds.items()}, results
+
+
+def best_of(work, repeats, device):
+    """Return the shortest time of a function, in seconds: for limits, where noise only adds."""
+    return min(interleave({"": work}, 1, device)[0][""] for _ in range(repeats))
+
+
+def limits(device):
+    """Return what the machine can do: {`fp32 product`: GFLOP/s, `bf16 product`: ..., `copy`: GB/s read and written}."""
+    side, found = 2048 if device.type == "cpu" else 8192, {}
+    for name, dtype in (("fp32 product", torch.float32), ("bf16 product", torch.bfloat16)):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        found[name] = 2 * side**3 / best_of(lambda a=a, b=b: a @ b, 8, device) / 1e9
+    source = torch.randn(1 << 26, device=device)  # 256 MiB, beyond every cache
+    target = torch.empty_like(source)
+    found["copy"] = 2 * source.nbytes / best_of(lambda: target.copy_(source), 8, device) / 1e9
+    found["read"] = source.nbytes / best_of(source.sum, 8, device) / 1e9
+    return found
+
+
+def _report_peak(queue, prepare, arguments):
+    work = prepare(*arguments)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    queue.put((before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def peak_memory(prepare, *arguments):
+    """Return the most memory that a function needs, in MiB, measured in a fresh process.
+
+    Args:
+        prepare: top-level function that returns the function to measure, given `arguments`.
+    Returns: (with all that was prepared, by the function alone).
+    """
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_report_peak, args=(queue, prepare, arguments))
+    process.start()
+    prepared, peak = queue.get()
+    process.join()
+    return peak, peak - prepared

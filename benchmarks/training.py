@@ -1,0 +1,106 @@
+"""Seconds per training step: ours beside the plain method, on captions as long as COCO's."""
+
+import contextlib
+
+import numpy as np
+import torch
+
+from benchmarks.measure import interleave, peak_memory
+from benchmarks.plain import padded_length, training_step
+from benchmarks.workload import caption_lengths, captioner, language_model
+from training.trainer import Trainer, TrainingConfig
+
+BATCH = 40
+VARIANTS = {"MLP, GPT-2 fine-tuned": ("mlp", False), "transformer 40/40, GPT-2 frozen": ("transformer", True)}
+
+
+class MadeCaptions:
+    """Captions of random tokens, as long as COCO's; what CaptionDataset is to the trainer."""
+
+    def __init__(self, count=4000):
+        self.text_lengths = caption_lengths(count)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __len__(self):
+        return len(self.text_lengths)
+
+    def batch(self, indices):
+        """Return tokens [B, T], clip_embedding [B, D], lengths [B]."""
+        lengths = torch.from_numpy(self.text_lengths[indices])
+        tokens = torch.randint(1, 50000, (len(indices), int(lengths.max())), generator=self.generator)
+        return tokens, torch.randn(len(indices), 512, generator=self.generator), lengths
+
+
+def make_plain(variant, dtype, device):
+    """Return a function that takes one plain step on the next batch."""
+    mapping_type, frozen = VARIANTS[variant]
+    model = captioner(mapping_type, language_model(ours=False), False).to(device)
+    model.train()
+    if frozen:
+        model.gpt.eval()
+    learning = model.clip_project.parameters() if frozen else model.parameters()
+    optimizer, data = torch.optim.AdamW(learning, lr=2e-5), MadeCaptions()
+    width, prefix = padded_length(data.text_lengths), model.config.prefix_length
+    batches = iter(np.random.default_rng(0).permutation(len(data)).reshape(-1, BATCH))
+
+    def step():
+        tokens, embeddings, lengths = data.batch(next(batches))
+        padded = torch.zeros(BATCH, width, dtype=torch.long)
+        padded[:, : tokens.shape[1]] = tokens[:, :width]
+        mask = (torch.arange(prefix + width) < prefix + lengths[:, None]).long()
+        autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
+        return training_step(model, optimizer, padded.to(device), embeddings.to(device), mask.to(device), autocast)
+
+    return step
+
+
+def make_ours(variant, dtype, device, grouped=False):
+    """Return a function that takes one of our steps on the next batch."""
+    mapping_type, frozen = VARIANTS[variant]
+    model = captioner(mapping_type, language_model(), frozen).to(device)
+    precision = "bf16" if dtype == "bf16" else "no"
+    config = TrainingConfig(data="", bs=BATCH, mixed_precision=precision, group_by_length=grouped, warmup_steps=0)
+    dataset = MadeCaptions()
+    dataset.batches = lambda order: map(dataset.batch, order)
+    trainer = Trainer(model, dataset, config, device)
+    groups = trainer.epoch_batches()
+    return lambda: trainer.train_step(next(groups))[0]
+
+
+def run(device, repeats, quick):
+    """Measure both variants in both precisions; returns {title: rows}."""
+    tables = {}
+    for variant in list(VARIANTS)[: 1 if quick else None]:
+        rows = []
+        for dtype in ("fp32", "bf16"):
+            systems = {"plain fp32": make_plain(variant, "fp32", device)}
+            if dtype == "bf16":
+                systems["plain bf16"] = make_plain(variant, "bf16", device)
+            systems[f"ours {dtype}"] = make_ours(variant, dtype, device)
+            systems[f"ours {dtype}, grouped by length"] = make_ours(variant, dtype, device, grouped=True)
+            seconds, _ = interleave(systems, repeats, device)
+            for name, each in seconds.items():
+                rows.append({
+                    "beside": dtype, "system": name, "s/step": each, "captions/s": BATCH / each,
+                    "x plain fp32": seconds["plain fp32"] / each,
+                })  # fmt: skip
+        tables[variant] = rows
+    return tables
+
+
+def memory():
+    """Return rows of the peak memory of three steps."""
+    rows = []
+    for variant in VARIANTS:
+        for name in ("plain fp32", "ours fp32", "ours bf16"):
+            whole, alone = peak_memory(_prepare_memory, variant, name)
+            rows.append({"variant": variant, "system": name, "MiB with the model": whole, "MiB of training": alone})
+    return rows
+
+
+def _prepare_memory(variant, name):
+    """Return three steps as a function."""
+    torch.set_num_threads(2)
+    kind, dtype = name.split()
+    step = (make_plain if kind == "plain" else make_ours)(variant, dtype, torch.device("cpu"))
+    return lambda: [step() for _ in range(3)]

@@ -1,0 +1,77 @@
+"""What the benchmarks run on: full-size models with random weights, pictures like photographs, real caption lengths."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from models.clip_caption import CaptionConfig, build_captioner
+from models.language import build_language_model
+
+# how many of COCO's val2014 captions have 7, 8, ... tokens of a byte-level BPE of 34,000 trained on them
+CAPTION_LENGTHS = (
+    11, 8202, 32262, 41388, 39830, 29452, 19784, 12146, 7156, 4308, 2548, 1665, 1126, 734, 549, 356, 256, 220, 145,
+    98, 73, 52, 45, 38, 33, 20, 20, 14, 12, 10, 16, 8, 7, 5, 8, 3, 6, 9, 1, 4, 7, 5, 6, 1, 3, 2, 3, 4, 0, 1, 0, 1, 0, 1,
+)  # fmt: skip
+SHORTEST = 7  # tokens, of the first of them
+VIT_B_32 = {
+    "embed_dim": 512, "image_resolution": 224, "vision_layers": 12, "vision_width": 768, "vision_patch_size": 32,
+    "context_length": 77, "vocab_size": 49408, "transformer_width": 512, "transformer_heads": 8,
+    "transformer_layers": 12,
+}  # fmt: skip
+PREFIX = 10
+PHOTO_SIDES = (640, 480)
+PHOTO_QUALITY = 90
+
+
+def caption_lengths(count, seed=0):
+    """Return [count] caption lengths in tokens, as COCO's are distributed."""
+    shares = np.array(CAPTION_LENGTHS) / sum(CAPTION_LENGTHS)
+    return np.random.default_rng(seed).choice(len(shares), count, p=shares) + SHORTEST
+
+
+def language_model(name="gpt2", ours=True):
+    """Return GPT-2 124M or OPT-125M with random weights.
+
+    Args:
+        name: `gpt2` or `opt`.
+        ours: as models/language.py builds it; else as transformers does.
+    """
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name)
+    return build_language_model(config) if ours else AutoModelForCausalLM.from_config(config).eval()
+
+
+def captioner(mapping_type, gpt, frozen):
+    """Return a captioner of the predecessor's size around a language model, 512 wide embeddings."""
+    torch.manual_seed(0)
+    size = {"prefix_length": PREFIX} if mapping_type == "mlp" else {"prefix_length": 40, "prefix_length_clip": 40}
+    return build_captioner(CaptionConfig(prefix_dim=512, mapping_type=mapping_type, only_prefix=frozen, **size), gpt)
+
+
+def write_clip(path):
+    """Write a ViT-B/32 with random weights as a state dict that `clip.load` reads."""
+    from clip.model import CLIP
+
+    torch.manual_seed(0)
+    torch.save(CLIP(**VIT_B_32).half().state_dict(), path)
+
+
+def write_photos(folder, count, seed=0):
+    """Write pictures with a photograph's size, smooth areas, edges and grain; returns their paths."""
+    rng, paths = np.random.default_rng(seed), []
+    width, height = PHOTO_SIDES
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((width, height), Image.BICUBIC), dtype=np.int16)
+        top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
+        pixels[top : top + height // 3, left : left + width // 3] += rng.integers(-90, 90, 3, dtype=np.int16)
+        pixels = np.clip(pixels + rng.normal(0, 6, pixels.shape), 0, 255).astype(np.uint8)
+        paths.append(Path(folder) / f"{number:06d}.jpg")
+        encoded = io.BytesIO()
+        Image.fromarray(pixels).save(encoded, "JPEG", quality=PHOTO_QUALITY)
+        paths[-1].write_bytes(encoded.getvalue())
+    return paths
