@@ -72,8 +72,8 @@ def word_heat(model, tokenizer, encode, pixels, tokens, batch_size=32, grid=GRID
         pixels: [3, R, R], preprocessed for `encode`.
         tokens: the caption's token ids.
         batch_size: masked images at a time.
-    Returns: words, and [W, G, G] by how many nats hiding a cell lowers the word's log-probability, the mean over the
-        windows that hold the cell.
+    Returns: words, and [W, G, G] the share, 0..1, of the word's probability that is lost where a cell is hidden: the
+        mean over the windows that hold the cell.
     Source: occlusion sensitivity, Zeiler and Fergus (arXiv 1311.2901), on the caption's log-probability.
     """
     words = split_words(tokenizer, tokens)
@@ -85,7 +85,7 @@ def word_heat(model, tokenizer, encode, pixels, tokens, batch_size=32, grid=GRID
     for place, drop in zip(cells, drops, strict=True):
         count[place] += 1
         for number, (_, positions) in enumerate(words):
-            heat[number][place] += drop[positions].sum()
+            heat[number][place] += 1 - np.exp(-max(drop[positions].sum(), 0))
     return [word for word, _ in words], heat / count
 
 
@@ -95,7 +95,7 @@ def nearest_words(model, tokenizer, clip_embedding, count=3):
 
     Args:
         clip_embedding: [1, D].
-        count: words per position; tokens without a letter or digit are passed over.
+        count: words per position; special tokens and those without a letter or digit are passed over.
     Returns: per prefix position, up to `count` (word, cosine), nearest first.
     Source: ClipCap paper, section 4.3, figure 5.
     """
@@ -104,6 +104,9 @@ def nearest_words(model, tokenizer, clip_embedding, count=3):
     nearest = (F.normalize(prefix, dim=-1) @ words.T).topk(min(20 * count, len(words)))  # [P, 20 · count]
     read = []
     for cosines, ids in zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True):
-        texts = [(tokenizer.decode([token]).strip(), cosine) for token, cosine in zip(ids, cosines, strict=True)]
+        texts = [
+            (tokenizer.decode([token], skip_special_tokens=True).strip(), cosine)
+            for token, cosine in zip(ids, cosines, strict=True)
+        ]
         read.append([(text, cosine) for text, cosine in texts if re.search(r"\w", text)][:count])
     return read

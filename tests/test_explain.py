@@ -60,16 +60,17 @@ def test_heat_lies_on_the_words_object(captioner, pixels, caption):
     assert " ".join(words).replace(" ,", ",").replace(" .", ".") == caption.text
     for word, above, left in (("heart", False, False), ("circle", True, True)):
         row, column = divmod(int(heat[words.index(word)].argmax()), heat.shape[-1])
-        assert heat[words.index(word)].max() > 1
+        assert 0.8 < heat[words.index(word)].max() <= 1
         assert ((row < 4), (column < 4)) == (above, left)
-    assert abs(heat[words.index("the")]).max() < heat[words.index("heart")].max()
+    assert heat.min() >= 0 and heat[words.index("the")].max() < 0.1
 
 
 def test_prefix_that_is_a_word_is_read_as_it(captioner, monkeypatch):
-    tokens = captioner.tokenizer.encode(" purple star .")
+    tokens = captioner.tokenizer.encode(" purple star .<|endoftext|>")
     embeddings = captioner.model.gpt.get_input_embeddings().weight[tokens]
     monkeypatch.setattr(captioner.model, "prefix", lambda clip_embedding: 3 * embeddings[None])
     read = nearest_words(captioner.model, captioner.tokenizer, torch.zeros(1, 256), count=2)
     assert [group[0] for group in read[:2]] == [("purple", pytest.approx(1)), ("star", pytest.approx(1))]
     assert "." not in [word for word, _ in read[2]] and len(read[2]) == 2
+    assert not any("<" in word for word, _ in read[3])
     assert all(group[0][1] >= group[1][1] for group in read)
