@@ -161,6 +161,7 @@ class Service:
 
 def _scored(captioner, embedding, captions):
     """Return captions of an image, whose embedding is [D], with their scores, as the endpoint gives them."""
+    captions = sorted(captions, key=lambda caption: -caption.logprob / len(caption.tokens))  # samples come as drawn
     texts = [caption.text.strip() for caption in captions]
     embedded = captioner.encoder.encode_texts([PROMPT + text for text in texts])
     scores = clip_scores(embedding.expand(len(texts), -1), embedded)

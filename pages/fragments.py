@@ -116,7 +116,7 @@ def _tell(word, strength):
     """Say how much a word rests on the image."""
     if strength < 0.05:
         return f"“{escape(word)}” does not depend on any single region: the language model says it anyway."
-    return f"With the brightest region hidden, “{escape(word)}” loses {100 * strength:.0f} % of its probability."
+    return f"With the brightest region hidden, “{escape(word)}” loses {100 * strength:.0f}\u00a0% of its probability."
 
 
 def _signed(value):
