@@ -34,7 +34,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradio")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "app.py", "--port", str(port), "--device", "cpu", "--max_upload_mb", "1"]
-    command += ["--max_pixels", "300000", "--queue_size", "128"]
+    command += ["--max_pixels", "2000000", "--queue_size", "128"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         assert re.fullmatch(f"serving http://127.0.0.1:{port}/; Ctrl-C ends it\n", process.stderr.readline())
@@ -148,10 +148,8 @@ def test_hundred_requests_at_once(server, client, tmp_path):
     predictor = Predictor()
     predictor.setup(["demo"], device="cpu")
     expected = [predictor.predict(str(path)) for path in SAMPLES]
-    noise = np.random.default_rng(0).integers(0, 256, (500, 500, 3), np.uint8)
-    for path in SAMPLES:  # at the limit of pixels, so that a hundred at a time would show
-        large = Image.open(path).resize((500, 500))
-        Image.blend(large, Image.fromarray(noise), 0.02).save(tmp_path / path.name)
+    for path in SAMPLES:  # fifty of them take 290 MB when they are unpacked at the same time
+        Image.open(path).resize((1600, 1200)).save(tmp_path / path.name)
     caption(client, tmp_path / SAMPLES[0].name)
     before = highest_memory(server[1])
     small = [(path, "demo", "greedy") for path in SAMPLES * 5]
@@ -160,13 +158,13 @@ def test_hundred_requests_at_once(server, client, tmp_path):
         answers = list(threads.map(lambda request: caption(client, *request), [*small, *large]))
     assert [answer[0]["caption"] for answer in answers[:50]] == expected * 5
     assert all(len(answer) == 3 and answer[0]["clip_score"] > 1 for answer in answers[50:])
-    assert highest_memory(server[1]) - before < 200
+    assert highest_memory(server[1]) - before < 250
 
 
 def test_endpoint_refuses_bad_requests(client, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
-    Image.new("1", (600, 600)).save(tmp_path / "bomb.png")
-    for name, message in (("text.jpg", "not a readable image"), ("bomb.png", "more than 300,000 pixels")):
+    Image.new("1", (2000, 1001)).save(tmp_path / "bomb.png")
+    for name, message in (("text.jpg", "not a readable image"), ("bomb.png", "more than 2,000,000 pixels")):
         with pytest.raises(gradio_client.exceptions.AppError, match=message):
             caption(client, tmp_path / name)
     for options, message in ((("no-such",), "not in the list"), (("demo", "sample", 3, 7.0), "7.0")):
