@@ -34,6 +34,8 @@ def read_image(path):
         return _decode(path)
     except ImageError:
         raise
+    except tifffile.TiffFileError:
+        raise ImageError("not a readable image (of no format that is known, or damaged)") from None
     except Image.DecompressionBombError:
         raise ImageError(TOO_LARGE.format(Image.MAX_IMAGE_PIXELS)) from None
     except FileNotFoundError:
