@@ -49,7 +49,7 @@ def client(server):
     return gradio_client.Client(server[0], verbose=False, max_workers=100)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def browser():
     """Headless Chromium, or a skip."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
