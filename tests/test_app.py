@@ -1,5 +1,6 @@
 """The page in a headless browser, and its endpoint under a hundred requests, bad ones and too large ones."""
 
+import json
 import os
 import re
 import shutil
@@ -174,6 +175,16 @@ def test_endpoint_refuses_bad_requests(client, tmp_path):
     with pytest.raises(gradio_client.exceptions.AppError, match="not fetched from addresses"):
         client.predict(address, api_name="/caption")
     assert caption(client, SAMPLES[0], "demo", "sample", 4)[3]["caption"]
+
+
+def test_files_of_the_server_are_not_read(server):
+    """A request may name what was uploaded, not any path."""
+    image = {"path": str(SAMPLES[0]), "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [image, "demo", "beam", 3, 0.8, 1, 0]}).encode()
+    address = f"{server[0]}/gradio_api/call/caption"
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    event = json.loads(urllib.request.urlopen(request, timeout=20).read())["event_id"]
+    assert urllib.request.urlopen(f"{address}/{event}", timeout=20).read().startswith(b"event: error")
 
 
 @pytest.mark.parametrize("length_told", [True, False])
