@@ -10,6 +10,7 @@ which answers concurrent requests in batches. Only this machine is served unless
 
 from dataclasses import astuple, dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -71,7 +72,7 @@ class Service:
         """Load the first captioner; the others are loaded when they are first asked for.
 
         Args:
-            models: names or files of captioners.
+            models: {name that visitors see: name or file of the captioner}; the first is the default.
             device: torch device; None takes a GPU if there is one.
             batch_size: images at a time.
         Raises: as `Captioner`.
@@ -79,7 +80,7 @@ class Service:
         self.models, self.batch_size = list(models), batch_size
         self.batches = Batcher(self._caption_all, batch_size)
         self.predictor = Predictor()
-        self.predictor.setup(self.models, device)
+        self.predictor.setup(models, device)
         self.predictor.captioner()
 
     def decoding(self, method, num_captions, top_p, temperature, seed):
@@ -181,8 +182,9 @@ def make_page(args):
     except ModuleNotFoundError as error:
         raise ValueError(f'the page needs {error.name}; run: pip install -e ".[app]"') from None
     Image.MAX_IMAGE_PIXELS = args.max_pixels  # what read_image goes by
-    models = [*([args.checkpoint] if args.checkpoint else []), DEMO, *NAMES]  # the first is the default
-    service = Service(dict.fromkeys(models), args.device, args.batch_size)
+    models = {Path(args.checkpoint).stem: args.checkpoint} if args.checkpoint else {}  # visitors see no folders
+    models |= {name: name for name in (DEMO, *NAMES) if name not in models}
+    service = Service(models, args.device, args.batch_size)
     return build_page(service, args.queue_size)
 
 

@@ -167,10 +167,13 @@ def launch(page, host, port, max_upload_mb, threads):
     """
     size = max_upload_mb * 2**20
     limit = Middleware(BodyLimit, limit=size + 2**16)  # the form around the file
-    _, address, _ = page.launch(
-        server_name=host, server_port=port, max_file_size=size, app_kwargs={"middleware": [limit]},
-        max_threads=threads, share=False, ssr_mode=False, prevent_thread_lock=True, quiet=True, footer_links=["api"],
-        theme=_theme(), css=STYLE,
-    )  # fmt: skip
+    try:
+        _, address, _ = page.launch(
+            server_name=host, server_port=port, max_file_size=size, app_kwargs={"middleware": [limit]},
+            max_threads=threads, share=False, ssr_mode=False, prevent_thread_lock=True, quiet=True,
+            footer_links=["api"], theme=_theme(), css=STYLE,
+        )  # fmt: skip
+    except OSError:
+        raise OSError(f"cannot serve on {host}, port {port}: it is taken or not this machine's; pass another") from None
     note(f"serving {address}; Ctrl-C ends it")
     page.block_thread()

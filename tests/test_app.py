@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -35,14 +36,15 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradio")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "app.py", "--port", str(port), "--device", "cpu", "--max_upload_mb", "1"]
-    command += ["--max_pixels", "2000000", "--queue_size", "128"]
+    command += ["--max_pixels", "2000000", "--queue_size", "128", "--checkpoint", "demo/weights/demo_latest.pt"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         assert re.fullmatch(f"serving http://127.0.0.1:{port}/; Ctrl-C ends it\n", process.stderr.readline())
         yield f"http://127.0.0.1:{port}", process
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         process.communicate(timeout=20)
+        assert process.returncode == 0  # Ctrl-C is how it ends
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +176,7 @@ def test_endpoint_refuses_bad_requests(client, tmp_path):
     address = {"path": "https://example.org/photo.jpg", "meta": {"_type": "gradio.FileData"}}
     with pytest.raises(gradio_client.exceptions.AppError, match="not fetched from addresses"):
         client.predict(address, api_name="/caption")
-    assert caption(client, SAMPLES[0], "demo", "sample", 4)[3]["caption"]
+    assert caption(client, SAMPLES[0], "demo_latest", "sample", 4)[3]["caption"]
 
 
 def test_files_of_the_server_are_not_read(server):
@@ -234,6 +236,11 @@ def test_queue_has_a_limit():
     finally:
         service.gate.set()
         page.close()
+
+
+def test_port_that_is_taken(server):
+    done = run_script("app.py", "--port", server[0].split(":")[-1], "--device", "cpu", check=2)
+    assert re.fullmatch(r"error: cannot serve on 127\.0\.0\.1, port \d+: it is taken .*\n", done.stderr)
 
 
 def test_wrong_checkpoint():
