@@ -36,7 +36,7 @@ def token_logprobs(model, tokens, clip_embedding):
         clip_embedding: [B, D].
     Returns: [B, T] log-probability of each token, given the image and the tokens before it.
     """
-    device = next(model.clip_project.parameters()).device
+    device = model.gpt.get_input_embeddings().weight.device
     tokens = torch.tensor(tokens, device=device).expand(len(clip_embedding), -1)  # [B, T]
     logits = model(tokens, clip_embedding.to(device))[:, model.config.prefix_length - 1 : -1].float()  # [B, T, V]
     chosen = logits.gather(-1, tokens[..., None].to(logits.device))[..., 0]
@@ -99,8 +99,9 @@ def nearest_words(model, tokenizer, clip_embedding, count=3):
     Returns: per prefix position, up to `count` (word, cosine), nearest first.
     Source: ClipCap paper, section 4.3, figure 5.
     """
-    prefix = model.prefix(clip_embedding.to(next(model.clip_project.parameters()).device))[0]  # [P, E]
-    words = F.normalize(model.gpt.get_input_embeddings().weight.to(prefix), dim=-1)
+    words = model.gpt.get_input_embeddings().weight  # [V, E]
+    prefix = model.prefix(clip_embedding.to(words.device))[0].float()  # [P, E]
+    words = F.normalize(words.float(), dim=-1)
     nearest = (F.normalize(prefix, dim=-1) @ words.T).topk(min(20 * count, len(words)))  # [P, 20 · count]
     read = []
     for cosines, ids in zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True):
