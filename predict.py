@@ -240,6 +240,18 @@ class Predictor:
         self.checkpoints = dict(models) if isinstance(models, dict) else {name: name for name in models}
         self.device, self.captioners = device, {}
 
+    def captioner(self, model=None):
+        """Return the captioner of one of the names given to `setup`; None is the first.
+
+        Raises: ValueError where there is no such model.
+        """
+        model = ALIASES.get(model, model) if model else next(iter(self.checkpoints))
+        if model not in self.checkpoints:
+            raise ValueError(f"model {model!r} is not one of {', '.join(self.checkpoints)}")
+        if model not in self.captioners:
+            self.captioners[model] = Captioner(self.checkpoints[model], device=self.device)
+        return self.captioners[model]
+
     def predict(self, image, model=None, use_beam_search=False):
         """Caption one image.
 
@@ -250,13 +262,8 @@ class Predictor:
         Returns: the caption.
         Raises: ValueError where there is no such model or the image cannot be read.
         """
-        model = ALIASES.get(model, model) if model else next(iter(self.checkpoints))
-        if model not in self.checkpoints:
-            raise ValueError(f"model {model!r} is not one of {', '.join(self.checkpoints)}")
-        if model not in self.captioners:
-            self.captioners[model] = Captioner(self.checkpoints[model], device=self.device)
         decoding = DecodingConfig(method=BEAM if use_beam_search else GREEDY)
-        captions, errors = next(self.captioners[model].caption_files([image], decoding))
+        captions, errors = next(self.captioner(model).caption_files([image], decoding))
         if errors:
             raise ValueError(f"{image}: {errors[image]}")
         return captions[image][0].text

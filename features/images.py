@@ -9,10 +9,13 @@ import warnings
 
 import numpy as np
 import skimage.io
+import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 ORIENTATION = 0x0112  # EXIF tag
+MAX_RATIO = 100  # of the sides: CLIP scales the shorter one to its input, so a line of pixels would fill the memory
+TOO_LARGE = "more than {:,} pixels"
 
 
 class ImageError(ValueError):
@@ -28,15 +31,13 @@ def read_image(path):
     Raises: ImageError where it is missing, truncated, no image, or too large to be one.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            try:
-                with Image.open(path) as image:
-                    return to_rgb(image)
-            except UnidentifiedImageError:
-                return from_array(skimage.io.imread(path))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ImageError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+        return _decode(path)
+    except ImageError:
+        raise
+    except tifffile.TiffFileError:
+        raise ImageError("not a readable image (of no format that is known, or damaged)") from None
+    except Image.DecompressionBombError:
+        raise ImageError(TOO_LARGE.format(Image.MAX_IMAGE_PIXELS)) from None
     except FileNotFoundError:
         raise ImageError("no such file") from None
     except IsADirectoryError:
@@ -46,8 +47,33 @@ def read_image(path):
         raise ImageError(f"not a readable image ({' '.join(reason.split())[:100]})") from None
 
 
+def _decode(path):
+    """Read an image file after checking the size that its header states: a small file may unpack to gigabytes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below refuses the same
+            image = Image.open(path)
+    except UnidentifiedImageError:
+        with tifffile.TiffFile(path) as file:  # what scikit-image reads and Pillow does not
+            _check_pixels(file.series[0].size // min(file.pages[0].samplesperpixel, 4))  # of all pages
+        return from_array(skimage.io.imread(path))
+    with image:
+        _check_pixels(image.width * image.height)
+        return to_rgb(image)
+
+
+def _check_pixels(count):
+    if Image.MAX_IMAGE_PIXELS and count > Image.MAX_IMAGE_PIXELS:
+        raise ImageError(TOO_LARGE.format(Image.MAX_IMAGE_PIXELS))
+
+
 def to_rgb(image):
-    """Return a PIL image of any mode as upright RGB; alpha is laid over white."""
+    """Return a PIL image of any mode as upright RGB; alpha is laid over white.
+
+    Raises: ImageError for one that is more than MAX_RATIO times as long as wide.
+    """
+    if max(image.size) > MAX_RATIO * min(image.size):
+        raise ImageError(f"{image.width} x {image.height} pixels: more than {MAX_RATIO} times as long as wide")
     image.load()
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)

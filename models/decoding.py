@@ -53,7 +53,7 @@ class DecodingConfig:
             raise ValueError(f"decoding method {self.method!r} is not one of {GREEDY}, {BEAM}, {SAMPLE}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p {self.top_p} is not above 0 and at most 1")
-        if self.temperature <= 0:
+        if not self.temperature > 0:  # nor is NaN
             raise ValueError(f"--temperature {self.temperature} is not above 0; leave --top_p out for greedy decoding")
         if self.method == BEAM and self.num_captions > self.beam_size:
             raise ValueError(

@@ -6,6 +6,8 @@ import pickle
 
 import numpy as np
 import pytest
+import skimage.io
+import tifffile
 import torch
 from PIL import Image
 
@@ -153,8 +155,6 @@ def test_one_bit_and_alpha(tmp_path):
 
 def test_sixteen_bit_rgb_tiff(tmp_path):
     """Pillow cannot read it; scikit-image can."""
-    import skimage.io
-
     pixels = np.stack([gradient().astype(np.uint16) * 257] * 3, -1)
     skimage.io.imsave(tmp_path / "deep.tif", pixels, check_contrast=False)
     assert np.array_equal(np.asarray(read_image(tmp_path / "deep.tif"))[..., 0], gradient())
@@ -168,6 +168,21 @@ def test_unreadable_images(tmp_path, photos):
     for name in ("cut.jpg", "empty.jpg", "text.jpg", "missing.jpg"):
         with pytest.raises(ImageError):
             read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["plain.png", "float64.tif", "pages.tif"])
+def test_images_that_would_fill_the_memory(tmp_path, monkeypatch, name):
+    """Refused by their header: by Pillow's limit, by the same where only scikit-image reads them, by their ratio."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    monkeypatch.setattr(skimage.io, "imread", lambda path: pytest.fail("it was unpacked"))
+    Image.new("L", (16, 20)).save(tmp_path / "plain.png")
+    tifffile.imwrite(tmp_path / "float64.tif", np.zeros((16, 20)), compression="zlib")
+    tifffile.imwrite(tmp_path / "pages.tif", np.zeros((40, 4, 4)), photometric="minisblack")
+    with pytest.raises(ImageError, match="more than 300 pixels"):
+        read_image(tmp_path / name)
+    Image.new("L", (1, 101)).save(tmp_path / "line.png")
+    with pytest.raises(ImageError, match="more than 100 times as long"):
+        read_image(tmp_path / "line.png")
 
 
 # ---- the store

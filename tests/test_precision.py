@@ -47,6 +47,24 @@ def test_packed_clip_is_equal(clip_file):
         assert 0 < (found - images).norm() < 0.05 * images.norm()
 
 
+def test_clip_of_a_resnet_runs(tmp_path):
+    """Its attention pooling reads the weights of its linear layers itself."""
+    import clip
+
+    torch.manual_seed(0)
+    model = clip.model.CLIP(
+        embed_dim=32, image_resolution=64, vision_layers=(1, 1, 1, 1), vision_width=16, vision_patch_size=None,
+        context_length=77, vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=1,
+    )  # fmt: skip
+    torch.save(model.eval().half().state_dict(), tmp_path / "resnet.pt")
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = clip.load(str(tmp_path / "resnet.pt"), device="cpu")[0].encode_image(pixels)
+    for dtype, tolerance in ((None, 1e-5), ("bf16", 0.05), ("int8", 0.05)):
+        found = ClipEncoder(tmp_path / "resnet.pt", dtype=dtype).encode_images(pixels)
+        assert (found - expected).norm() <= tolerance * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", ("auto", "bf16", "int8"))
 def test_dtype_of_the_commands(dtype, trained, photos, clip_file, tmp_path):
     run_script(

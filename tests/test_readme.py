@@ -2,6 +2,7 @@
 small models under the real names."""
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ def commands(block):
     return [shlex.split(line)[1:] for line in lines if re.match(r"(\.venv/bin/)?python \w+\.py", line)]
 
 
+SERVERS = ("app.py", "cog_predict.py")  # their own tests run them
 COMMANDS = [words for kind, block in blocks("README.md") if kind == "bash" for words in commands(block)]
 
 
@@ -135,7 +137,7 @@ def run_one_epoch(words):
 
 def test_commands(workplace):
     """Training first, in the README's order, then captioning."""
-    own = [words for words in COMMANDS if not any("demo" in word for word in words)]
+    own = [words for words in COMMANDS if words[0] not in SERVERS and not any("demo" in word for word in words)]
     training = [words for words in own if words[0].startswith(("parse", "train"))]
     captioning = [words for words in own if words not in training]
     assert len(training) >= 8 and len(captioning) >= 7 and any("--num_layres" in words for words in training)
@@ -183,6 +185,12 @@ def test_demo_commands(monkeypatch):
     assert code
     for block in code:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_servers_know_their_flags():
+    for words in (words for words in COMMANDS if words[0] in SERVERS):
+        pytest.importorskip("cog" if "cog" in words[0] else "gradio")
+        importlib.import_module(words[0].removesuffix(".py")).get_parser().parse_args(words[1:])
 
 
 @pytest.mark.parametrize("page", ("README.md", "data/README.md", "docs/your_data.md", "docs/reproduce.md"))

@@ -71,9 +71,11 @@ def prepare_for_inference(model, dtype, device):
 
 
 def _convert(model, dtype):
-    """Convert all weights but those of layer norms that compute in float32 whatever they are given, as CLIP's do."""
+    """Convert all weights but those of norms that compute in float32 whatever they are given, as CLIP's do."""
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm) and type(module) is not nn.LayerNorm:
+        if isinstance(module, nn.BatchNorm2d) or (
+            isinstance(module, nn.LayerNorm) and type(module) is not nn.LayerNorm
+        ):
             continue
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():

@@ -1,0 +1,203 @@
+"""A page that captions images and shows why, and an endpoint for other programs.
+
+    python app.py
+    python app.py --checkpoint coco_train/coco_prefix_latest.pt --port 8000
+
+serves http://127.0.0.1:7860: upload, paste or pick an image; several captions with their log-probability and CLIP
+score; the image regions that each word rests on; the prefix read back as words. Programs call the endpoint /caption,
+which answers concurrent requests in batches. Only this machine is served unless --host says otherwise.
+"""
+
+from dataclasses import astuple, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from features.images import read_image
+from metrics.clipscore import PROMPT, clip_scores
+from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, context_room
+from models.explain import nearest_words, word_heat
+from models.pretrained import DEMO
+from predict import NAMES, Predictor
+from utils.batching import Batcher
+from utils.cli import Parser, note, positive_int, run
+
+PICTURE_SIDE = 640  # pixels of the picture that words are shown on
+MAX_TEXT = 1000  # characters of a caption that a visitor writes
+BEAMS = 5  # or as many as there are captions to show
+ENTRY_LENGTH = 67  # tokens of a caption, written or decoded, at most
+
+
+def get_parser():
+    """Return the command line's parser."""
+    parser = Parser(__doc__)
+    parser.add_argument("--checkpoint", metavar="FILE", help=f"a captioner of yours, besides {', '.join(NAMES)}")
+    parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 serves the whole network")
+    server.add_argument("--port", type=positive_int, default=7860, help="port")
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--batch_size", type=positive_int, default=16, help="images at a time")
+    limits.add_argument("--queue_size", type=positive_int, default=256, help="requests that wait; others are refused")
+    limits.add_argument("--max_upload_mb", type=positive_int, default=20, help="size of an upload, MB")
+    limits.add_argument("--max_pixels", type=positive_int, default=50_000_000, help="pixels of an image")
+    return parser
+
+
+@dataclass
+class Explanation:
+    """Why a caption says what it says.
+
+    Args:
+        picture: the square of the image that CLIP sees.
+        words: of the caption.
+        heat: [W, G, G] share of each word's probability that is lost where a cell of the picture is hidden.
+        prefix: per prefix position its nearest words and their cosines.
+    """
+
+    picture: Image.Image
+    words: list
+    heat: np.ndarray
+    prefix: list
+
+
+class Service:
+    """What the page and its endpoint answer; many may call at once."""
+
+    methods = {"beam search": BEAM, "greedy": GREEDY, "sampling": SAMPLE}  # the first is the default
+
+    def __init__(self, models, device=None, batch_size=16):
+        """Load the first captioner; the others are loaded when they are first asked for.
+
+        Args:
+            models: {name that visitors see: name or file of the captioner}; the first is the default.
+            device: torch device; None takes a GPU if there is one.
+            batch_size: images at a time.
+        Raises: as `Captioner`.
+        """
+        self.models, self.batch_size = list(models), batch_size
+        self.batches = Batcher(self._caption_all, batch_size)
+        self.predictor = Predictor()
+        self.predictor.setup(models, device)
+        self.predictor.captioner()
+
+    def decoding(self, method, num_captions, top_p, temperature, seed):
+        """Return the DecodingConfig for a visitor's choices; those that the method has no use for do not count.
+
+        Raises: ValueError for a value that is out of range.
+        """
+        count = 1 if method == GREEDY else int(num_captions)
+        sampling = {"top_p": top_p, "temperature": temperature, "seed": int(seed)} if method == SAMPLE else {}
+        return DecodingConfig(
+            method, entry_length=ENTRY_LENGTH, num_captions=count, beam_size=max(BEAMS, count), **sampling
+        )
+
+    def caption(self, image, model, decoding):
+        """Caption an image, in one batch with others that are asked for at the same time.
+
+        Args:
+            image: file.
+            model: name of the captioner.
+            decoding: DecodingConfig.
+        Returns: list of {"caption", "logprob", "clip_score"}, best first.
+        Raises: ValueError where the image cannot be read; FileNotFoundError for missing weights.
+        """
+        return self.batches((image, model, decoding))
+
+    def _caption_all(self, requests):
+        """Caption (image, model, decoding) each; returns the captions of each, or the error that befell it."""
+        groups, answers = {}, [None] * len(requests)
+        for number, (_, model, decoding) in enumerate(requests):
+            groups.setdefault((model, astuple(decoding)), []).append(number)
+        for numbers in groups.values():
+            images, models, decodings = zip(*(requests[number] for number in numbers), strict=True)
+            try:
+                found = self._caption_alike(images, models[0], decodings[0])
+            except Exception as error:  # whatever it is, it is not the other groups'
+                found = [error] * len(numbers)
+            for number, answer in zip(numbers, found, strict=True):
+                answers[number] = answer
+        return answers
+
+    def _caption_alike(self, images, model, decoding):
+        """Caption image files the same way; see `_caption_all`."""
+        captioner = self.predictor.captioner(model)
+        [(indices, embeddings, errors)] = captioner.encoder.encode_files(images, len(images))
+        answers = {index: ValueError(reason) for index, reason in errors.items()}
+        if indices:
+            groups = captioner.caption_embeddings(embeddings, decoding)
+            answers |= zip(indices, map(partial(_scored, captioner), embeddings, groups), strict=True)
+        return [answers[index] for index in range(len(images))]
+
+    def explain(self, image, model, text):
+        """Explain why a captioner would say `text` of an image.
+
+        Args:
+            image: file.
+            model: name of the captioner.
+            text: a caption of its own, or any other.
+        Returns: Explanation.
+        Raises: ValueError where the image cannot be read or there is no text; FileNotFoundError for missing weights.
+        """
+        with self.batches.busy:  # memory and cores are for one at a time
+            return self._explain(self.predictor.captioner(model), read_image(image), text)
+
+    def _explain(self, captioner, image, text):
+        """Explain with a loaded captioner and image; see `explain`."""
+        encoder, prefix_length = captioner.encoder, captioner.model.config.prefix_length
+        tokens = captioner.tokenizer.encode((text or "")[:MAX_TEXT], add_special_tokens=False)
+        tokens = tokens[: min(ENTRY_LENGTH, context_room(captioner.model.gpt.config, prefix_length + 1))]
+        if not (text or "").strip() or not tokens:
+            raise ValueError("there is no caption to explain: pick one or write one")
+        pixels = encoder.preprocess(image)
+        words, heat = word_heat(
+            captioner.model, captioner.tokenizer, encoder.encode_images, pixels, tokens, self.batch_size
+        )
+        prefix = nearest_words(captioner.model, captioner.tokenizer, encoder.encode_images(pixels[None]))
+        side = min(PICTURE_SIDE, *image.size)
+        return Explanation(ImageOps.fit(image, (side, side)), words, heat, prefix)
+
+
+def _scored(captioner, embedding, captions):
+    """Return captions of an image, whose embedding is [D], with their scores, as the endpoint gives them."""
+    captions = sorted(captions, key=lambda caption: -caption.logprob / len(caption.tokens))  # samples come as drawn
+    texts = [caption.text.strip() for caption in captions]
+    embedded = captioner.encoder.encode_texts([PROMPT + text for text in texts])
+    scores = clip_scores(embedding.expand(len(texts), -1), embedded)
+    return [
+        {"caption": text, "logprob": round(caption.logprob, 4), "clip_score": round(float(score), 4)}
+        for text, caption, score in zip(texts, captions, scores, strict=True)
+    ]
+
+
+def make_page(args):
+    """Return the page that the command line asks for, ready to be launched with `launch`.
+
+    Raises: ValueError where gradio is not installed; as `Captioner`.
+    """
+    try:
+        from pages.page import build_page
+    except ModuleNotFoundError as error:
+        raise ValueError(f'the page needs {error.name}; run: pip install -e ".[app]"') from None
+    Image.MAX_IMAGE_PIXELS = args.max_pixels  # what read_image goes by
+    models = {Path(args.checkpoint).stem: args.checkpoint} if args.checkpoint else {}  # visitors see no folders
+    models |= {name: name for name in (DEMO, *NAMES) if name not in models}
+    service = Service(models, args.device, args.batch_size)
+    return build_page(service, args.queue_size)
+
+
+def main(argv=None):
+    """Serve the page until Ctrl-C."""
+    args = get_parser().parse_args(argv)
+    page = make_page(args)
+    from pages.page import launch
+
+    if args.host not in ("127.0.0.1", "localhost", "::1"):
+        note(f"warning: everyone who reaches {args.host} can use this page; it has no password")
+    launch(page, args.host, args.port, args.max_upload_mb, threads=args.batch_size + 8)  # 8: the page's own
+
+
+if __name__ == "__main__":
+    run(main)

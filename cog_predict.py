@@ -1,0 +1,105 @@
+"""Serve captioners through cog, in a container or on this machine without Docker.
+
+    cog run -i image=@photo.jpg -i use_beam_search=true
+    python cog_predict.py --port 5000
+
+The second runs cog's own HTTP server here. It answers `POST /predictions` with a body like
+`{"input": {"image": "https://... or data:...", "model": "coco", "use_beam_search": false}}`.
+"""
+
+import importlib.util
+import inspect
+import os
+import sys
+
+import predict
+from utils.cli import VERSION, Parser, note, positive_int, run
+from utils.files import write_json
+
+if importlib.util.find_spec("cog") is None:
+    note('error: cog_predict.py needs cog; run: pip install -e ".[serve]"')
+    sys.exit(2)
+# cog's builder reads this file without running it: it wants its names imported here and choices written out
+from cog import BaseRunner, Input, Path  # noqa: E402
+
+TYPES = {Path: {"type": "string", "format": "uri"}, str: {"type": "string"}, bool: {"type": "boolean"}}
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+SCHEMA = os.path.join(FOLDER, ".cog", "openapi_schema.json")  # where cog's server looks for it
+
+
+class Predictor(BaseRunner):
+    """Captions one image, with the inputs of the predecessor's class of this name."""
+
+    def setup(self) -> None:
+        """Name the captioners; each is loaded when it is first asked for."""
+        self.predictor = predict.Predictor()
+        self.predictor.setup(predict.NAMES)
+
+    def run(
+        self,
+        image: Path = Input(description="Input image"),  # noqa: B008
+        model: str = Input(  # noqa: B008
+            default="coco",
+            choices=["coco", "conceptual", "conceptual-captions", "coco-transformer", "demo"],
+            description="Model to use; demo needs no download and knows a small made world",
+        ),
+        use_beam_search: bool = Input(  # noqa: B008
+            default=False, description="Whether to apply beam search to generate the output text"
+        ),
+    ) -> str:
+        """Return the caption of one image."""
+        return self.predictor.predict(str(image), model, use_beam_search)
+
+
+def openapi():
+    """Return what cog's server checks requests against, as `cog build` would write it."""
+    properties, schemas = {}, {}
+    for order, (name, parameter) in enumerate(list(inspect.signature(Predictor.run).parameters.items())[1:]):
+        field = parameter.default
+        properties[name] = {"x-order": order, "description": field.description}
+        if field.choices:
+            schemas[name] = {"title": name, "enum": field.choices, **TYPES[parameter.annotation]}
+            properties[name]["allOf"] = [{"$ref": f"#/components/schemas/{name}"}]
+        else:
+            properties[name] |= {"title": name.replace("_", " ").capitalize(), **TYPES[parameter.annotation]}
+        if field.default is not None:
+            properties[name]["default"] = field.default
+    required = [name for name, field in properties.items() if "default" not in field]
+    schemas["Input"] = {"title": "Input", "type": "object", "properties": properties, "required": required}
+    schemas["Output"] = {"title": "Output", "type": "string"}
+    request = {"type": "object", "properties": {"input": {"$ref": "#/components/schemas/Input"}}}
+    answer = {"type": "object", "properties": {"output": {"$ref": "#/components/schemas/Output"}}}
+    content = {"application/json": {"schema": request}}, {"application/json": {"schema": answer}}
+    predictions = {"requestBody": {"content": content[0]}, "responses": {"200": {"content": content[1]}}}
+    return {
+        "openapi": "3.0.2",
+        "info": {"title": "Cog", "version": VERSION},
+        "paths": {"/predictions": {"post": predictions}},
+        "components": {"schemas": schemas},
+    }
+
+
+def get_parser():
+    """Return the command line's parser."""
+    parser = Parser(__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 serves the whole network")
+    parser.add_argument("--port", type=positive_int, default=5000, help="port")
+    return parser
+
+
+def main(argv=None):
+    """Become cog's HTTP server for this file."""
+    args = get_parser().parse_args(argv)
+    write_json(SCHEMA, openapi())
+    os.chdir(FOLDER)
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    environment = {"COG_PREDICT_TYPE_STUB": "cog_predict.py:Predictor", "PORT": str(args.port), "PATH": path}
+    os.execve(
+        sys.executable,
+        [sys.executable, "-m", "cog.server.http", "--host", args.host],
+        {**os.environ, **environment},
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,179 @@
+"""The page in gradio: what it shows, what it asks the service, and how much it lets in."""
+
+import contextlib
+from pathlib import Path
+
+import gradio as gr
+import torch
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from pages.fragments import EMPTY, EXPLAINING, HEAD, STYLE, captions_html, prefix_html, words_html
+from utils.cli import describe, note
+
+SAMPLES = Path(__file__).resolve().parent.parent / "demo" / "images"
+PRIVATE = {"api_visibility": "private"}
+KEPT_SECONDS = 3600  # uploads are deleted after that long
+FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none is fetched
+
+
+def build_page(service, queue_size):
+    """Return the page.
+
+    Args:
+        service: see app.py: `models`, `methods`, `decoding`, `caption`, `explain`.
+        queue_size: requests that wait; others are refused.
+    """
+    with gr.Blocks(title="ClipCap", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
+        gr.HTML(HEAD)
+        with gr.Row():
+            with gr.Column(scale=4, min_width=300):
+                image, options, button = _inputs(service)
+            with gr.Column(scale=7, min_width=300):
+                captions = gr.HTML(EMPTY)
+                with gr.Column(visible=False) as why:
+                    chosen = gr.Dropdown(
+                        label="Caption to explain: pick one, or write your own", allow_custom_value=True
+                    )
+                    words, prefix = gr.HTML(), gr.HTML()
+        answer = gr.JSON(visible=False, label="captions")
+        # as many enter at once as make a batch; the others wait in gradio's queue
+        done = button.click(
+            _captioning(service), [image, *options], answer, concurrency_limit=service.batch_size, api_name="caption",
+            show_progress_on=captions,
+        )  # fmt: skip
+        shown = done.success(_show, answer, [captions, why, chosen, words, prefix], queue=False, **PRIVATE)
+        explaining = {"fn": _explaining(service), "inputs": [image, options[0], chosen], "outputs": [words, prefix]}
+        shown.success(**explaining, show_progress_on=words, concurrency_id="why", **PRIVATE)
+        chosen.input(**explaining, show_progress_on=words, concurrency_id="why", **PRIVATE)
+    return page.queue(max_size=queue_size)
+
+
+def _inputs(service):
+    """Lay out what a visitor chooses; returns the image, the options as `Service` takes them, the button."""
+    image = gr.Image(
+        label="Image", type="filepath", sources=["upload", "clipboard"], height=300, buttons=[], elem_id="cc-image"
+    )
+    image.preprocess = lambda payload: payload and payload.path  # read_image knows more modes than gradio
+    to_cache = image.async_move_resource_to_block_cache
+
+    async def uploads_only(path):
+        if str(path).startswith(("http:", "https:")):
+            raise gr.Error("images are not fetched from addresses: upload the file", print_exception=False)
+        return await to_cache(path)
+
+    image.async_move_resource_to_block_cache = uploads_only
+    gr.Examples(
+        sorted(map(str, SAMPLES.iterdir())), image, label="or pick one", elem_id="cc-samples", api_visibility="private"
+    )
+    button = gr.Button("Caption", variant="primary")
+    model = gr.Dropdown(
+        service.models, value=service.models[0], label="Model",
+        info="demo knows only made scenes like the ones above; coco, conceptual and coco-transformer know photos and "
+        "are fetched once",
+    )  # fmt: skip
+    methods = list(service.methods.items())
+    method = gr.Radio(methods, value=methods[0][1], label="Decoding")
+    count = gr.Slider(1, 10, 3, step=1, label="Captions", info="greedy decoding gives one")
+    with gr.Group(visible=False) as sampling:
+        top_p = gr.Slider(0.05, 1, 0.8, step=0.05, label="top_p", info="probability to sample from")
+        temperature = gr.Slider(0.1, 2, 1, step=0.1, label="Temperature")
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
+    method.change(
+        lambda value: gr.update(visible=value == service.methods["sampling"]), method, sampling, queue=False, **PRIVATE
+    )
+    return image, [model, method, count, top_p, temperature, seed], button
+
+
+def _captioning(service):
+    """Return the endpoint: a function of image and options to captions with their scores."""
+
+    def caption(image, model, method, num_captions, top_p, temperature, seed):
+        with errors_shown():
+            if not image:
+                raise ValueError("there is no image yet: upload, paste or pick one")
+            return service.caption(image, model, service.decoding(method, num_captions, top_p, temperature, seed))
+
+    return caption
+
+
+def _show(captions):
+    """Show captions and offer them for explanation."""
+    texts = list(dict.fromkeys(caption["caption"] for caption in captions))  # samples may be equal
+    return captions_html(captions), gr.update(visible=True), gr.update(choices=texts, value=texts[0]), EXPLAINING, ""
+
+
+def _explaining(service):
+    """Return the function of image, model and caption to the two explanations."""
+
+    def explain(image, model, text):
+        with errors_shown():
+            if not image:
+                raise ValueError("the image is gone: upload, paste or pick one")
+            why = service.explain(image, model, text)
+        return words_html(why.picture, why.words, why.heat), prefix_html(why.prefix)
+
+    return explain
+
+
+@contextlib.contextmanager
+def errors_shown():
+    """Show a visitor the one line that `describe` makes of an error."""
+    try:
+        yield
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        raise gr.Error(describe(error), print_exception=False) from None
+
+
+class BodyLimit:
+    """Refuses requests whose body is longer than `limit` bytes, whether they say so or not."""
+
+    def __init__(self, app, limit):
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope, receive, send):
+        read = 0
+
+        async def counted():
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.limit:
+                raise HTTPException(413, "the upload is too large")
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def _theme():
+    """Return gradio's soft theme with quieter labels and the system's own letters."""
+    theme = gr.themes.Soft(primary_hue="orange", neutral_hue="stone", font=FONT, font_mono=("monospace",))
+    plain = {"background_fill": "transparent", "text_color": "*body_text_color", "padding": "0"}
+    return theme.set(
+        **{f"block_title_{name}": value for name, value in plain.items()},
+        block_label_background_fill="*background_fill_primary", block_label_text_color="*body_text_color",
+        block_info_text_color="*neutral_600", body_background_fill="*neutral_50",
+    )  # fmt: skip
+
+
+def launch(page, host, port, max_upload_mb, threads):
+    """Serve a page until Ctrl-C.
+
+    Args:
+        host, port: where.
+        max_upload_mb: size of an upload.
+        threads: requests at work at most.
+    Raises: OSError where the port is taken.
+    """
+    size = max_upload_mb * 2**20
+    limit = Middleware(BodyLimit, limit=size + 2**16)  # the form around the file
+    try:
+        _, address, _ = page.launch(
+            server_name=host, server_port=port, max_file_size=size, app_kwargs={"middleware": [limit]},
+            max_threads=threads, share=False, ssr_mode=False, prevent_thread_lock=True, quiet=True,
+            footer_links=["api"], theme=_theme(), css=STYLE,
+        )  # fmt: skip
+    except OSError:
+        raise OSError(f"cannot serve on {host}, port {port}: it is taken or not this machine's; pass another") from None
+    note(f"serving {address}; Ctrl-C ends it")
+    page.block_thread()

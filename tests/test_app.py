@@ -1,0 +1,251 @@
+"""The page in a headless browser, and its endpoint under a hundred requests, bad ones and too large ones."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+from PIL import Image
+
+from predict import Predictor
+
+gradio = pytest.importorskip("gradio", reason='the page needs gradio: pip install -e ".[app]"')
+gradio_client = pytest.importorskip("gradio_client")
+SAMPLES = sorted((ROOT / "demo" / "images").iterdir())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The page, served by the command with small limits; yields (address, process)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("gradio")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "app.py", "--port", str(port), "--device", "cpu", "--max_upload_mb", "1"]
+    command += ["--max_pixels", "2000000", "--queue_size", "128", "--checkpoint", "demo/weights/demo_latest.pt"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        assert re.fullmatch(f"serving http://127.0.0.1:{port}/; Ctrl-C ends it\n", process.stderr.readline())
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert process.returncode == 0  # Ctrl-C is how it ends
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return gradio_client.Client(server[0], verbose=False, max_workers=100)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, or a skip."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("there is no Chromium to look at the page with")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def caption(client, image, *options):
+    """Call the endpoint."""
+    return client.predict(gradio_client.handle_file(str(image)), *options, api_name="/caption")
+
+
+def highest_memory(process):
+    """Return the most memory, in MB, that a process has held so far."""
+    status = Path(f"/proc/{process.pid}/status")
+    if not status.exists():
+        pytest.skip("the system does not tell a process's memory")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024
+
+
+def test_page(server, browser):
+    """Upload, caption, picture; choose a word; a caption of one's own; no request goes elsewhere."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    hosts, troubles = set(), []
+    page.on("request", lambda request: hosts.add(request.url.split("/")[2]) if "//" in request.url[:8] else None)
+    page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+    page.goto(server[0])
+    page.set_input_files("#cc-image input[type=file]", SAMPLES[0])
+    page.wait_for_selector("#cc-image img")
+    page.get_by_role("button", name="Caption", exact=True).click()
+    page.wait_for_selector(".cc-words label")
+    assert page.locator(".cc-captions li").count() == 3
+    assert page.locator(".cc-captions li").first.inner_text().startswith("On the grass there is a")
+    assert re.search(
+        r"log-probability −\d+\.\d\d\s*CLIP score \d\.\d\d", page.locator(".cc-captions li").last.inner_text()
+    )
+    for word in ("heart", "circle"):
+        page.locator(".cc-words label", has_text=word).click()
+        assert page.locator(".cc-words input:checked + label").inner_text() == word
+        number = page.locator(".cc-words input:checked").get_attribute("id")
+        page.wait_for_function(f"getComputedStyle(document.querySelector('img.{number}')).opacity == 1")
+        assert page.locator(f"span.{number}").inner_text().startswith("With the brightest region hidden")
+    assert page.locator(".cc-prefix li").count() == 10
+    own = page.get_by_label("Caption to explain")
+    own.fill("A <b>${1 + 1}</b> star.")
+    own.press("Enter")
+    page.wait_for_selector(".cc-words label:text-is('star')")
+    assert page.locator(".cc-words label").all_inner_texts() == [
+        "A",
+        "<",
+        "b",
+        ">${",
+        "1",
+        "+",
+        "1",
+        "}</",
+        "b",
+        ">",
+        "star",
+        ".",
+    ]
+    assert hosts == {server[0].split("/")[2]} and not troubles
+
+
+def test_page_on_a_narrow_window(server, browser):
+    page = browser.new_page(viewport={"width": 400, "height": 800})
+    page.goto(server[0])
+    page.locator("#cc-samples button").nth(1).click()
+    page.wait_for_selector("#cc-image img")
+    page.get_by_text("greedy", exact=True).click()
+    page.get_by_role("button", name="Caption", exact=True).click()
+    page.wait_for_selector(".cc-words label")
+    assert page.locator(".cc-captions b").all_inner_texts() == [
+        "A big red star is below a small white star in the snow."
+    ]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+def test_page_shows_errors_in_a_line(server, browser, tmp_path):
+    page = browser.new_page()
+    page.goto(server[0])
+    page.get_by_role("button", name="Caption", exact=True).click()
+    page.wait_for_selector("text=there is no image yet")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)).save(tmp_path / "large.bmp")
+    page.set_input_files("#cc-image input[type=file]", tmp_path / "large.bmp")
+    page.wait_for_selector("text=exceed the maximum")
+
+
+def test_hundred_requests_at_once(server, client, tmp_path):
+    """All are answered, each with its own image's caption, while memory stays where a few have brought it."""
+    predictor = Predictor()
+    predictor.setup(["demo"], device="cpu")
+    expected = [predictor.predict(str(path)) for path in SAMPLES]
+    for path in SAMPLES:  # fifty of them take 290 MB when they are unpacked at the same time
+        Image.open(path).resize((1600, 1200)).save(tmp_path / path.name)
+    caption(client, tmp_path / SAMPLES[0].name)
+    before = highest_memory(server[1])
+    small = [(path, "demo", "greedy") for path in SAMPLES * 5]
+    large = [(tmp_path / path.name,) for path in SAMPLES * 5]
+    with ThreadPoolExecutor(100) as threads:
+        answers = list(threads.map(lambda request: caption(client, *request), [*small, *large]))
+    assert [answer[0]["caption"] for answer in answers[:50]] == expected * 5
+    assert all(len(answer) == 3 and answer[0]["clip_score"] > 1 for answer in answers[50:])
+    assert highest_memory(server[1]) - before < 250
+
+
+def test_endpoint_refuses_bad_requests(client, tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    Image.new("1", (2000, 1001)).save(tmp_path / "bomb.png")
+    for name, message in (("text.jpg", "not a readable image"), ("bomb.png", "more than 2,000,000 pixels")):
+        with pytest.raises(gradio_client.exceptions.AppError, match=message):
+            caption(client, tmp_path / name)
+    for options, message in ((("no-such",), "not in the list"), (("demo", "sample", 3, 7.0), "7.0")):
+        with pytest.raises(gradio_client.exceptions.AppError, match=message):
+            caption(client, SAMPLES[0], *options)
+    address = {"path": "https://example.org/photo.jpg", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(gradio_client.exceptions.AppError, match="not fetched from addresses"):
+        client.predict(address, api_name="/caption")
+    assert caption(client, SAMPLES[0], "demo_latest", "sample", 4)[3]["caption"]
+
+
+def test_files_of_the_server_are_not_read(server):
+    """A request may name what was uploaded, not any path."""
+    image = {"path": str(SAMPLES[0]), "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [image, "demo", "beam", 3, 0.8, 1, 0]}).encode()
+    address = f"{server[0]}/gradio_api/call/caption"
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    event = json.loads(urllib.request.urlopen(request, timeout=20).read())["event_id"]
+    assert urllib.request.urlopen(f"{address}/{event}", timeout=20).read().startswith(b"event: error")
+
+
+@pytest.mark.parametrize("length_told", [True, False])
+def test_long_bodies_are_refused(server, length_told):
+    """The limit is on what comes, not on what is announced; the server may hang up before all is sent."""
+    body = b"x" * 2**21 if length_told else (b"x" * 2**16 for _ in range(32))
+    request = urllib.request.Request(f"{server[0]}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.URLError) as refused:
+        urllib.request.urlopen(request, timeout=20)
+    assert getattr(refused.value, "code", 413) == 413
+    assert urllib.request.urlopen(f"{server[0]}/config", timeout=20).status == 200
+
+
+class SlowService:
+    """Answers when it is let."""
+
+    models, methods, batch_size = ["demo"], {"greedy": "greedy", "sampling": "sample"}, 1
+
+    def __init__(self):
+        self.gate = threading.Event()
+
+    def decoding(self, *values):
+        return values
+
+    def caption(self, image, model, decoding):
+        self.gate.wait(30)
+        return []
+
+
+def test_queue_has_a_limit():
+    from pages.page import build_page
+
+    service = SlowService()
+    page = build_page(service, queue_size=3)
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, server_port=None, ssr_mode=False)
+    try:
+        client = gradio_client.Client(address, verbose=False)
+        jobs = []
+        for _ in range(6):
+            jobs.append(client.submit(gradio_client.handle_file(str(SAMPLES[0])), api_name="/caption"))
+            time.sleep(0.3)
+        refused = [job for job in jobs if job.done()]
+        assert len(refused) == 2  # one at work, three wait
+        assert all("Queue is full" in str(job.exception()) for job in refused)
+        service.gate.set()
+        assert [job.result(timeout=20) for job in jobs if job not in refused] == [[]] * 4
+    finally:
+        service.gate.set()
+        page.close()
+
+
+def test_port_that_is_taken(server):
+    done = run_script("app.py", "--port", server[0].split(":")[-1], "--device", "cpu", check=2)
+    assert re.fullmatch(r"error: cannot serve on 127\.0\.0\.1, port \d+: it is taken .*\n", done.stderr)
+
+
+def test_wrong_checkpoint():
+    done = run_script("app.py", "--checkpoint", "no-such", check=2)
+    assert (
+        done.stderr.startswith("error: --checkpoint no-such is neither a file nor one of")
+        and done.stderr.count("\n") == 1
+    )

@@ -1,0 +1,120 @@
+"""Serving through cog's own HTTP server: its schema, right captions, and bad inputs refused with 422."""
+
+import base64
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from predict import Predictor
+
+for module in ("cog", "coglet"):  # the second, cog's server, is a binary that not every platform has
+    pytest.importorskip(module, reason='serving needs cog: pip install -e ".[serve]"')
+SAMPLE = ROOT / "demo" / "images" / "200002.jpg"
+
+
+def data_uri(content, kind="image/jpeg"):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+IMAGE = data_uri(SAMPLE.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def port():
+    """The port of the server that the command starts, once it is ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "cog_predict.py", "--port", str(port)], cwd=ROOT, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            assert process.poll() is None, "cog's server has ended"
+            try:
+                if request(port, "GET", "/health-check")[1]["status"] == "READY":
+                    break
+            except ConnectionError:
+                pass
+            time.sleep(0.1)
+        yield port
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(20)
+
+
+def request(port, method, path, body=None):
+    """Return (status, answer) of a request; one that meets a busy server is sent again."""
+    for _ in range(100):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        text = None if body is None else json.dumps(body)
+        connection.request(method, path, text, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        connection.close()
+        if response.status != 409:
+            break
+        time.sleep(0.05)
+    return response.status, answer
+
+
+def test_captions(port):
+    predictor = Predictor()
+    predictor.setup(["demo"], device="cpu")
+    for beam in (False, True):
+        inputs = {"image": IMAGE, "model": "demo", "use_beam_search": beam}
+        status, answer = request(port, "POST", "/predictions", {"input": inputs})
+        assert (status, answer["status"]) == (200, "succeeded")
+        assert answer["output"] == predictor.predict(str(SAMPLE), use_beam_search=beam)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "field"),
+    [
+        ({"model": "demo"}, "image"),
+        ({"image": 5, "model": "demo"}, "image"),
+        ({"image": IMAGE, "model": "no-such"}, "model"),
+        ({"image": IMAGE, "model": "demo", "use_beam_search": "maybe"}, "use_beam_search"),
+    ],
+)
+def test_bad_inputs_are_refused(port, inputs, field):
+    status, answer = request(port, "POST", "/predictions", {"input": inputs})
+    assert status == 422 and answer["detail"][0]["loc"] == ["body", "input", field]
+
+
+def test_an_unreadable_image_is_a_failed_prediction(port):
+    inputs = {"image": data_uri(b"no image", "text/plain"), "model": "demo"}
+    answer = request(port, "POST", "/predictions", {"input": inputs})[1]
+    assert answer["status"] == "failed" and "not a readable image" in answer["error"]
+    assert request(port, "POST", "/predictions", {"input": {"image": IMAGE, "model": "demo"}})[1]["output"]
+
+
+def test_schema_has_the_predecessors_inputs(port):
+    status, schema = request(port, "GET", "/openapi.json")
+    fields = schema["components"]["schemas"]["Input"]["properties"]
+    assert status == 200 and list(fields) == sorted(["image", "model", "use_beam_search"])
+    assert fields["model"]["default"] == "coco" and fields["use_beam_search"]["default"] is False
+    assert {"coco", "conceptual-captions"} <= set(schema["components"]["schemas"]["model"]["enum"])
+
+
+def test_cog_yaml_names_what_is_there():
+    """The class, and the packages that the project itself asks for."""
+    text = (ROOT / "cog.yaml").read_text()
+    file, name = re.search(r'^run: "(.+):(.+)"$', text, re.MULTILINE).groups()
+    assert f"class {name}(" in (ROOT / file).read_text()
+    requirements = (ROOT / re.search(r"python_requirements: (.+)", text)[1]).read_text().splitlines()[1:]
+    dependencies = re.search(
+        r"^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert requirements == re.findall(r'^ *"(.+?)"', dependencies[1], re.MULTILINE)
