@@ -282,7 +282,7 @@ def main(argv=None):
     with connected(device):
         with main_first():
             encoder = ClipEncoder(args.clip_model_type, device, args.dtype)
-        make_store(encoder, found, out, args, skipped)
+        return make_store(encoder, found, out, args, skipped)
 
 
 def make_store(encoder, found, out, args, skipped):

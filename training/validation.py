@@ -78,7 +78,7 @@ class Validation:
             note(warning)
 
     def _caption(self, model, tokenizer, device, batch_size):
-        """Return {image id: greedy caption}, as predict.py makes them; each process captions its share of the images."""
+        """Return {image id: greedy caption}, as predict.py makes them, each process captioning its share."""
         captions, ids = {}, list(self.rows)
         if not model.sharded:  # else all must compute the same, for the weights' sake
             ids = share(ids)
