@@ -23,9 +23,10 @@ from features.annotations import FORMATS, ImageFinder, read_annotations
 from features.check import find_faults
 from features.clip_encoder import ClipEncoder
 from features.shards import finished_shard, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
-from features.store import PartialStore, info_path, write_store
+from features.store import PartialStore, collect_rows, info_path, partial_names, write_store
 from utils.cli import VERSION, Parser, non_negative_int, note, positive_int, progress_bar, run
 from utils.devices import pick_device
+from utils.distributed import all_union, barrier, connected, is_main, main_first, own_device, rank, share
 from utils.files import read_json, sha256, write_json
 from utils.precision import add_dtype_flag
 
@@ -148,16 +149,32 @@ def extract(encoder, parts, args):
 
 
 def write_pickle(encoder, found, out, args, info, skipped):
-    """Encode all images into one pickle; arguments as those of `write_folder`."""
-    for _, read, embeddings, unreadable in extract(encoder, [(out, found)], args):
-        captions, empty = build_captions(read)
-        summary = summarize(read, skipped | unreadable, len(captions), empty)
+    """Encode all images into one pickle, each process its share; arguments as those of `write_folder`.
+
+    Each process keeps its rows in a PartialStore of its own; those of an earlier run count, however many it had.
+    """
+    identity = encoder.identity()
+    encoded = all_union({key for name in share(partial_names(out)) for key in PartialStore.encoded(name, identity)})
+    todo = [path for path in found if file_key(path) not in encoded]
+    if len(todo) < len(found):
+        note(f"going on: {len(found) - len(todo):,} of {len(found):,} images are already encoded")
+    part = f"{out}.rank{rank()}" if rank() else out, {path: found[path] for path in share(todo)}
+    *_, unreadable = next(extract(encoder, [part], args))  # not asked for more, it leaves the rows where they are
+    skipped = skipped | all_union(unreadable)  # waits for all processes
+    read = {path: records for path, records in found.items() if str(path) not in skipped}
+    captions, empty = build_captions(read)
+    summary = summarize(read, skipped, len(captions), empty)
+    if is_main():
+        partials = [PartialStore(name, identity) for name in partial_names(out)]
+        embeddings = collect_rows(partials, [file_key(path) for path in read])
         write_store(out, embeddings, captions, info | summary)
+        for partial in partials:
+            partial.remove()
     return summary
 
 
 def write_folder(encoder, found, out, args, info, skipped):
-    """Encode the images into shards; those that are on the disk already, made of the same, stay.
+    """Encode the images into shards, each process its share; those on the disk already, made of the same, stay.
 
     Args:
         found: {image file: its records}.
@@ -180,14 +197,18 @@ def write_folder(encoder, found, out, args, info, skipped):
             parts.append((file, images))
         else:
             skipped |= left_out
-    for file, read, embeddings, unreadable in extract(encoder, parts, args):
-        write_shard(out, *stamps[file], embeddings, read, unreadable)
-        skipped |= unreadable
-    remove_shards(out, -(-len(paths) // rows))
+    barrier()  # all processes have seen which shards there are
+    unreadable = {}
+    for file, read, embeddings, errors in extract(encoder, share(parts), args):
+        write_shard(out, *stamps[file], embeddings, read, errors)
+        unreadable |= errors
+    skipped = skipped | all_union(unreadable)  # waits for all processes
     read = {path: records for path, records in found.items() if str(path) not in skipped}
     captions, empty = build_captions(read)
     summary = summarize(read, skipped, len(captions), empty)
-    write_json(info_path(out), info | summary | {"shards": -(-len(paths) // rows)})
+    if is_main():
+        remove_shards(out, -(-len(paths) // rows))
+        write_json(info_path(out), info | summary | {"shards": -(-len(paths) // rows)})
     return summary
 
 
@@ -255,10 +276,18 @@ def main(argv=None):
     if args.check:
         return check(args.annotations, args.split, args.images, args.num_workers)
     out = args.out or default_out(args.clip_model_type, args.split)
-    folder = out.endswith("/") or Path(out).is_dir()
     records = read_annotations(args.annotations, args.split)
     found, skipped = find_images(records, ImageFinder(args.images, args.annotations), args.strict)
-    encoder = ClipEncoder(args.clip_model_type, pick_device(args.device), args.dtype)
+    device = own_device([pick_device(args.device)])
+    with connected(device):
+        with main_first():
+            encoder = ClipEncoder(args.clip_model_type, device, args.dtype)
+        return make_store(encoder, found, out, args, skipped)
+
+
+def make_store(encoder, found, out, args, skipped):
+    """Encode the images and write the store, unless it is there; arguments as those of `write_folder`."""
+    folder = out.endswith("/") or Path(out).is_dir()
     info = {
         "clip_model_type": args.clip_model_type, "clip_sha256": encoder.sha256, "embed_dim": encoder.embed_dim,
         "dtype": encoder.dtype, "normalized": False, "annotations": args.annotations,

@@ -31,7 +31,7 @@ from utils.cli import (
     progress_bar,
     run,
 )  # fmt: skip
-from utils.devices import add_device_flags, pick_devices, split_devices
+from utils.devices import Placement, add_device_flags, pick_devices
 from utils.files import sha256, write_json
 from utils.precision import add_dtype_flag, pick_dtype, prepare_for_inference
 
@@ -136,19 +136,19 @@ class Captioner:
 
     def __init__(
         self, checkpoint="coco", clip_model_type=None, language_model=None, normalize_prefix=None, device=None, pn=None,
-        dtype=None,
+        dtype=None, offload_dir=None, max_memory=None,
     ):  # fmt: skip
         """Load everything.
 
         Args:
             checkpoint: `coco`, `conceptual`, `coco-transformer`, `demo`, or a file.
             clip_model_type, language_model, normalize_prefix: what a bare checkpoint does not say.
-            device, pn: the flags --device and --pn; None takes a GPU if there is one.
+            device, pn, offload_dir, max_memory: the flags of these names; None takes a GPU if there is one.
             dtype: the flag --dtype.
         Raises: ValueError where an argument contradicts the checkpoint; FileNotFoundError where a file is missing.
         """
-        devices = pick_devices(device)
-        self.device = devices[0]
+        placement = Placement(pick_devices(device), pn, offload_dir, max_memory)
+        self.device = placement.devices[0]
         name = ALIASES.get(checkpoint, checkpoint)
         if name in PRETRAINED:
             pretrained = PRETRAINED[name]
@@ -161,9 +161,16 @@ class Captioner:
             raise FileNotFoundError(
                 f"--checkpoint {checkpoint} is neither a file nor one of {', '.join(NAMES)}{nearest(checkpoint, NAMES)}"
             )
-        self.model, self.tokenizer, described = load_captioner(checkpoint, language_model, normalize_prefix)
-        self.model.place(split_devices(devices, pn, self.model.gpt.config.num_hidden_layers))
-        prepare_for_inference(self.model, pick_dtype(dtype, self.device), self.device)
+        self.model, self.tokenizer, described = load_captioner(
+            checkpoint, language_model, normalize_prefix, self.device
+        )
+        self.model.place(placement)
+        if pn != "auto" and not self.model.config.load_in:
+            prepare_for_inference(self.model, pick_dtype(dtype, self.device), self.device)
+        elif dtype:
+            raise ValueError(
+                f"--dtype {dtype} changes weights that --pn auto and --load_in do not let go; leave it out"
+            )
         source = encoder_source(self.model.config, checkpoint, clip_model_type, described)
         self.encoder = ClipEncoder(source, self.device, dtype)
         if self.encoder.embed_dim != self.model.config.prefix_dim:
@@ -196,7 +203,7 @@ def captioner_of(args):
     """Return the Captioner that the command line asks for."""
     return Captioner(
         args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device, args.pn,
-        args.dtype,
+        args.dtype, args.offload_dir, args.max_memory,
     )  # fmt: skip
 
 

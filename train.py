@@ -11,23 +11,24 @@ coco_prefix_best.pt holds the weights of the highest CIDEr.
 if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
+import os
 import time
-from dataclasses import asdict, fields
+from dataclasses import fields
 
 import torch
-import transformers
 
 from features.dataset import CaptionDataset
 from features.store import read_store
-from models.checkpoint import load_weights, tokenizer_folder
+from models.checkpoint import load_weights
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import check_tokenizer, context_length, load_language_model, load_tokenizer
+from models.lora import add_lora
+from training.large_models import add_scale_flags, pick_placement
 from training.log import TrainingLog
 from training.run_files import RunFiles, StopRequest
 from training.trainer import DTYPES, Trainer, TrainingConfig
 from training.validation import Validation, show_samples
 from utils.cli import (
-    VERSION,
     Parser,
     non_negative_int,
     note,
@@ -36,8 +37,7 @@ from utils.cli import (
     progress_bar,
     run,
 )  # fmt: skip
-from utils.devices import add_device_flags, pick_devices, split_devices
-from utils.files import disk_errors, read_json, write_json
+from utils.distributed import all_sum, barrier, connected, is_main, world_size
 
 RN_DIMS = (640, 768, 1024)  # widths of CLIP's ResNets: RN50x4; RN50x16; RN50 and RN50x64
 
@@ -72,7 +72,9 @@ def get_parser():
     defaults = TrainingConfig(data="")
     optimiser = parser.add_argument_group("optimisation")
     optimiser.add_argument("--epochs", type=positive_int, default=defaults.epochs, help="passes over the captions")
-    optimiser.add_argument("--bs", type=positive_int, default=defaults.bs, help="captions per batch")
+    optimiser.add_argument(
+        "--bs", type=positive_int, default=defaults.bs, help="captions per batch, of all processes together"
+    )
     optimiser.add_argument("--lr", type=positive_float, default=defaults.lr, help="peak learning rate")
     optimiser.add_argument(
         "--warmup_steps", type=non_negative_int, default=defaults.warmup_steps, help="steps of linear warm-up"
@@ -92,7 +94,7 @@ def get_parser():
     optimiser.add_argument(
         "--seed", type=non_negative_int, default=defaults.seed, help="of initial weights, shuffling, dropout"
     )
-    add_device_flags(parser)
+    add_scale_flags(parser)
     return parser
 
 
@@ -123,6 +125,8 @@ def caption_config(args, store):
         language_model=args.language_model,
         clip_model_type=store.info.get("clip_model_type"),
         clip_sha256=store.info.get("clip_sha256"),
+        lora_rank=args.lora_rank,
+        load_in=args.load_in,
     )
 
 
@@ -131,12 +135,14 @@ def training_config(args):
     return TrainingConfig(**{field.name: getattr(args, field.name) for field in fields(TrainingConfig)})
 
 
-def build_model(config, init_from=None):
+def build_model(config, init_from=None, device="cpu"):
     """Return a captioner with a new mapping network, or with all weights of a checkpoint.
 
+    Args:
+        device: where a language model of 8 or 4 bits goes, which cannot move later.
     Raises: ValueError where the checkpoint does not fit.
     """
-    model = build_captioner(config, load_language_model(config.language_model))
+    model = build_captioner(config, load_language_model(config.language_model, config.load_in, device))
     if init_from:
         weights = load_weights(init_from)
         own = model.state_dict()
@@ -149,54 +155,9 @@ def build_model(config, init_from=None):
                 f"({len(wrong)} in all); check --mapping_type, --prefix_length, --num_layers and --language_model"
             )
         model.load_state_dict(weights)
+    if config.lora_rank:
+        add_lora(model.gpt, config.lora_rank)
     return model
-
-
-def write_config(files, config, training, model, tokenizer, store):
-    """Write `<prefix>.json` and the tokenizer's folder, before the first step."""
-    files.out_dir.mkdir(parents=True, exist_ok=True)
-    with disk_errors(files.out_dir):
-        tokenizer.save_pretrained(tokenizer_folder(files.config))
-    write_json(
-        files.config,
-        {
-            "model": config.to_dict(),
-            "language_model_config": model.gpt.config.to_dict(),
-            "training": asdict(training),
-            "data": {key: store.info[key] for key in store.info if key != "skipped"},
-            "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
-        },
-    )
-
-
-def check_resume(files, config, training):
-    """Refuse to go on with a run of other options.
-
-    Raises: ValueError naming the first flag that differs.
-    """
-    stored = read_json(files.config)
-    before = stored["model"] | stored["training"]
-    for name, value in (config.to_dict() | asdict(training)).items():
-        if name in before and before[name] != value:
-            raise ValueError(
-                f"--resume: the run had --{name} {before[name]}, not {value}; pass the same, or leave out --resume"
-            )
-
-
-def resume(files, trainer):
-    """Load the run's state; returns whether there was one."""
-    if not files.state.is_file():
-        note(f"nothing to resume: there is no {files.state}; beginning")
-        return False
-    try:
-        state = torch.load(files.state, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise ValueError(
-            f"{files.state} is damaged ({type(error).__name__}); remove it and pass --init_from {files.latest}"
-        ) from None
-    trainer.load_state(state)
-    note(f"resuming {files.prefix} after step {trainer.step}, epoch {trainer.epoch}, batch {trainer.batch}")
-    return True
 
 
 def fit(trainer, files, log, tokenizer, save_every, save_steps, validation=None):
@@ -217,11 +178,12 @@ def fit(trainer, files, log, tokenizer, save_every, save_steps, validation=None)
                     step_and_log(trainer, group, log, files)
                     bar.set_postfix(loss=f"{log.last_loss:.3f}", refresh=False)
                     bar.update(len(group))
-                    if stop.signal is not None or trainer.step % save_steps == 0:
+                    stopping = all_sum(int(stop.signal is not None))  # in any process: all stop at the same step
+                    if stopping or trainer.step % save_steps == 0:
                         log.flush()  # first, for a continuation keeps the lines up to the state's step
                         files.save_weights(trainer.model)
                         files.save_state(trainer)
-                    if stop.signal is not None:
+                    if stopping:
                         raise KeyboardInterrupt(f"step {trainer.step} is saved; the same command with --resume goes on")
             finish_epoch(trainer, files, log, tokenizer, save_every, validation)
 
@@ -243,7 +205,7 @@ def step_and_log(trainer, group, log, files):
         ) from None
     trainer.step += 1
     trainer.batch += len(group)
-    examples = sum(len(tokens) for tokens, _, _ in group)
+    examples = sum(len(tokens) for tokens, _, _ in group) * world_size()
     log.add(trainer.step, trainer.epoch, loss, rate, examples / (time.perf_counter() - started))
 
 
@@ -251,14 +213,16 @@ def finish_epoch(trainer, files, log, tokenizer, save_every, validation):
     """Save and show what an epoch ends with, and count it."""
     epoch = trainer.epoch
     random = torch.get_rng_state()  # samples must not change what training draws next
-    if validation:
-        log.flush()
-        files.save_state(trainer)  # a stop while validating loses no step
-        validation.run(trainer, tokenizer, files, log)
-    show_samples(trainer.model, tokenizer, trainer.dataset, epoch)
+    with trainer.model.gathered():  # all processes caption the same images: sharded ones need each other
+        if validation:
+            log.flush()
+            files.save_state(trainer)  # a stop while validating loses no step
+            validation.run(trainer, tokenizer, files, log)
+        show_samples(trainer.model, tokenizer, trainer.dataset, epoch)
     torch.set_rng_state(random)
     log.flush()
-    log.plot(files.plot)
+    if is_main():
+        log.plot(files.plot)
     trainer.epoch, trainer.batch = epoch + 1, 0
     if epoch % save_every == 0 or trainer.epoch == trainer.config.epochs:
         files.save_weights(trainer.model, epoch)
@@ -266,43 +230,44 @@ def finish_epoch(trainer, files, log, tokenizer, save_every, validation):
     note(f"epoch {epoch} done: step {trainer.step}, mean loss {log.mean_loss(epoch):.4f}")
 
 
-def prepare(config, training, store, devices, pn=None):
+def prepare(config, training, store, placement):
     """Return (Trainer, tokenizer) of a run that has not begun; arguments as those of `train`.
 
     Raises: ValueError where model, tokenizer, checkpoint and data do not fit each other.
     """
     torch.manual_seed(training.seed)
     tokenizer = load_tokenizer(config.language_model)
-    model = build_model(config, training.init_from)
+    model = build_model(config, training.init_from, placement.devices[0])
     check_tokenizer(tokenizer, model.gpt.config, config.language_model)
     room = context_length(model.gpt.config)
     if room and config.prefix_length >= room:
         raise ValueError(f"--prefix_length {config.prefix_length} leaves no room in the context of {room}; lower it")
     dataset = CaptionDataset(store, tokenizer, room and room - config.prefix_length)
-    model.place(split_devices(devices, pn, model.gpt.config.num_hidden_layers))
-    return Trainer(model, dataset, training, devices[0]), tokenizer
+    model.place(placement)
+    return Trainer(model, dataset, training, placement.devices[0]), tokenizer
 
 
-def train(config, training, store, files, devices, pn=None, resuming=False, save_every=1, save_steps=10_000,
+def train(config, training, store, files, placement, resuming=False, save_every=1, save_steps=10_000,
           validation=None):  # fmt: skip
     """Train a captioner, or go on with a run.
 
     Args:
         config: CaptionConfig. training: TrainingConfig. store: FeatureStore. files: RunFiles.
-        devices: torch devices; the language model's layers are split over them.
-        pn: where they are split; None: evenly.
+        placement: Placement of the captioner.
         resuming: go on with the run in `files`, where there is one.
         save_every, save_steps, validation: see `fit`.
     Returns: the captioner.
     """
     resuming = resuming and files.config.is_file()
     if resuming:
-        check_resume(files, config, training)
-    trainer, tokenizer = prepare(config, training, store, devices, pn)
+        files.check_resume(config, training)
+    trainer, tokenizer = prepare(config, training, store, placement)
     model = trainer.model
-    if not (resuming and resume(files, trainer)):
+    begun = resuming and files.resume(trainer)
+    barrier()  # all have read what process 0 may move aside
+    if not begun and is_main():
         files.move_aside()
-        write_config(files, config, training, model, tokenizer, store)
+        files.write_config(config, training, model.gpt.config, tokenizer, store)
     if trainer.epoch >= training.epochs:
         note(f"{files.latest} has all {training.epochs} epochs; nothing to do")
         return model
@@ -310,9 +275,10 @@ def train(config, training, store, files, devices, pn=None, resuming=False, save
     total = sum(p.numel() for p in model.parameters()) / 1e6
     note(
         f"{len(trainer.dataset):,} captions of {len(store.clip_embedding):,} rows; {learning:.1f} M of {total:.1f} M "
-        f"parameters learn, on {', '.join(map(str, devices))}"
+        f"parameters learn, on {', '.join(map(str, placement.devices))}"
+        f"{f' in each of {world_size()} processes' * (world_size() > 1)}"
     )
-    with TrainingLog(files.log, trainer.step, trainer.epoch) as log:
+    with TrainingLog(files.log if is_main() else os.devnull, trainer.step, trainer.epoch) as log:
         fit(trainer, files, log, tokenizer, save_every, save_steps, validation)
     return model
 
@@ -320,21 +286,22 @@ def train(config, training, store, files, devices, pn=None, resuming=False, save
 def main(argv=None, parser=None):
     """Train as the command line says; `parser` is that of a variant of this command."""
     args = (parser or get_parser()).parse_args(argv)
-    devices, store = pick_devices(args.device), read_store(args.data)
-    check_width(store, args.is_rn)
-    validation = Validation(read_store(args.val_data), store) if args.val_data else None
-    train(
-        caption_config(args, store),
-        training_config(args),
-        store,
-        RunFiles(args.out_dir, args.prefix),
-        devices,
-        args.pn,
-        args.resume,
-        args.save_every,
-        args.save_steps,
-        validation,
-    )
+    placement = pick_placement(args)
+    with connected(placement.devices[0]):
+        store = read_store(args.data)
+        check_width(store, args.is_rn)
+        validation = Validation(read_store(args.val_data), store) if args.val_data else None
+        train(
+            caption_config(args, store),
+            training_config(args),
+            store,
+            RunFiles(args.out_dir, args.prefix),
+            placement,
+            args.resume,
+            args.save_every,
+            args.save_steps,
+            validation,
+        )
 
 
 if __name__ == "__main__":

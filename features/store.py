@@ -8,6 +8,7 @@ made. Rows are one per image; the predecessors' files, one row per caption, are 
 import io
 import json
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,6 +153,33 @@ class SafeUnpickler(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):  # how old protocols store bytes
             return super().find_class(module, name)
         raise UnsafePickle(f"asks for {module}.{name}, which could run code")
+
+
+def partial_names(store_path):
+    """Return the names of the PartialStores that processes have begun for a store: `x.pkl`, `x.pkl.rank1`, ..."""
+    path = Path(store_path)
+    pattern = re.compile(re.escape(path.name) + r"(\.rank\d+)?\.partial")
+    folders = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    return [str(folder.with_suffix("")) for folder in folders if pattern.fullmatch(folder.name)]
+
+
+def collect_rows(partials, keys):
+    """Return the rows of images, whichever PartialStore each is in.
+
+    Args:
+        partials: list of PartialStore.
+        keys: [N] keys of images.
+    Returns: [N, D] float32.
+    Raises: ValueError where one is in none.
+    """
+    rows, missing = torch.empty(len(keys), partials[0].dim), set(keys)
+    for partial in partials:
+        here = [number for number, key in enumerate(keys) if key in partial.rows]
+        rows[here] = partial.embeddings([keys[number] for number in here])
+        missing -= partial.rows.keys()
+    if missing:
+        raise ValueError(f"{min(missing)[0]} changed while the images were encoded; run the same command again")
+    return rows
 
 
 class PartialStore:

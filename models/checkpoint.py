@@ -13,7 +13,15 @@ import torch
 from transformers import AutoConfig, GPT2Config, OPTConfig
 
 from models.clip_caption import CaptionConfig, build_captioner
-from models.language import build_language_model, check_tokenizer, load_language_config, load_tokenizer
+from models.language import (
+    build_language_model,
+    check_tokenizer,
+    load_language_config,
+    load_language_model,
+    load_tokenizer,
+)
+from models.lora import add_lora, merge_lora
+from utils.distributed import is_main, whole
 from utils.files import atomic_path, disk_errors, read_json, reason, save_torch
 
 # buffers that transformers stored before 4.31; no weights
@@ -38,6 +46,28 @@ def save_weights(path, state_dict):
     with atomic_path(path) as temporary, disk_errors(temporary.parent):
         # safetensors refuses tensors that share memory, as the tied output layer does
         safetensors.torch.save_file({k: v.clone().contiguous() for k, v in state_dict.items()}, temporary)
+
+
+def captioner_weights(model):
+    """Return what a checkpoint holds of a captioner: every process must call it, process 0 gets all of it.
+
+    A LoRA is added into its language model, so that the checkpoint is that of any captioner. Where the language model
+    was loaded in fewer bits, only what was trained is kept.
+    """
+    weights = whole(model.state_dict(keep_vars=True))
+    if model.config.load_in:
+        weights = {name: value for name, value in weights.items() if _is_trained(name)}
+    elif any(value is not None and value.is_meta for value in weights.values()):  # kept in memory or on the disk
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        weights |= {f"gpt.{name}": value for name, value in get_state_dict_offloaded_model(model.gpt).items()}
+    weights = {name: value.detach() for name, value in weights.items() if value is not None}
+    return merge_lora(model, weights) if model.config.lora_rank and not model.config.load_in and is_main() else weights
+
+
+def _is_trained(name):
+    """Tell whether a weight belongs to the mapping network or a LoRA."""
+    return name.startswith("clip_project.") or ".lora_" in name
 
 
 def load_weights(path):
@@ -161,13 +191,14 @@ def read_config(checkpoint, state_dict):
         raise ValueError(f"{path} does not describe a captioner: {error}") from None
 
 
-def load_captioner(checkpoint, language_model=None, normalize_prefix=None):
+def load_captioner(checkpoint, language_model=None, normalize_prefix=None, device="cpu"):
     """Rebuild a captioner from its checkpoint.
 
     Args:
         checkpoint: `.pt` or `.safetensors` file, ours or a predecessor's.
         language_model: name or folder to take tokenizer and configuration from; None: what the checkpoint says.
         normalize_prefix: for a checkpoint that does not say.
+        device: where a language model of 8 or 4 bits goes, which cannot move later.
     Returns: (ClipCaptionModel in evaluation mode on the CPU, tokenizer, whether a json described it).
     Raises: ValueError where an argument contradicts the checkpoint or weights and configuration do not fit;
         FileNotFoundError where a file is missing.
@@ -187,7 +218,14 @@ def load_captioner(checkpoint, language_model=None, normalize_prefix=None):
     check_tokenizer(tokenizer, gpt_config, source)
     if language_model:
         config.language_model = language_model
-    model = build_captioner(config, build_language_model(gpt_config))
+    if config.load_in:  # the checkpoint holds only what was trained beside the language model
+        model = build_captioner(config, load_language_model(_beside(config, described), config.load_in, device))
+        if config.lora_rank:
+            add_lora(model.gpt, config.lora_rank)
+        own = model.state_dict()
+        state_dict = {name: value for name, value in own.items() if not _is_trained(name)} | state_dict
+    else:
+        model = build_captioner(config, build_language_model(gpt_config))
     _fill(model, state_dict, checkpoint)
     return model.eval(), tokenizer, described is not None
 
@@ -218,11 +256,14 @@ def _architecture(config):
 
 def _tokenizer_source(config, described):
     """Return where the tokenizer is: the folder saved beside the checkpoint, else the language model."""
-    if described is not None:
-        for folder in (tokenizer_folder(described), described.parent / config.language_model):
-            if folder.is_dir():
-                return str(folder)
-    return config.language_model
+    folder = described and tokenizer_folder(described)
+    return str(folder) if folder and folder.is_dir() else _beside(config, described)
+
+
+def _beside(config, described):
+    """Return the language model's folder beside the checkpoint, where there is one, else its name."""
+    folder = described and described.parent / config.language_model
+    return str(folder) if folder and folder.is_dir() else config.language_model
 
 
 def tokenizer_folder(config_json):

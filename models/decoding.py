@@ -335,7 +335,7 @@ def generate_captions(model, tokenizer, clip_embedding, config, step_type=Cached
     Raises: ValueError where prefix and prompt leave no room in the language model's context; where they leave less
         than `entry_length`, captions end there.
     """
-    embeddings = model.prefix(clip_embedding)  # [B, P, E]
+    embeddings = model.prefix(clip_embedding).to(model.gpt.get_input_embeddings().weight.dtype)  # [B, P, E]
     prompt = tokenizer.encode(config.prompt) if config.prompt else []
     if prompt:
         tokens = torch.tensor(prompt, device=embeddings.device).expand(len(embeddings), -1)
@@ -345,7 +345,7 @@ def generate_captions(model, tokenizer, clip_embedding, config, step_type=Cached
     stop_tokens = stop_ids(tokenizer, config.stop_token, embeddings.device)
     if config.decoder == "transformers":
         return library_search(model.gpt, embeddings, tokenizer, config, stop_tokens)
-    step = step_type(model.gpt, embeddings.to(model.gpt.get_input_embeddings().weight.dtype))
+    step = step_type(model.gpt, embeddings)
     captions = DECODERS[config.method](step, config, stop_tokens)
     for caption in (caption for group in captions for caption in group):
         caption.text = tokenizer.decode(caption.tokens)

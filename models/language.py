@@ -1,28 +1,49 @@
 """Causal language models and their tokenizers, as transformers names them."""
 
+import collections
+import functools
+import importlib.util
+import logging
 import os
+import tempfile
 import urllib.request
+import weakref
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.activations import NewGELUActivation
 from transformers.utils.logging import disable_progress_bar
 
+from utils.cli import note
+from utils.files import reason
+
 disable_progress_bar()  # a bar for loading weights says nothing about the work
+LOAD_IN = ("16bit", "8bit", "4bit")  # bfloat16; bitsandbytes
 CONNECT_TIMEOUT = 10  # seconds; transformers itself retries for minutes
 
 
-def load_language_model(source, dtype=torch.float32):
+def load_language_model(source, load_in=None, device="cpu"):
     """Load a causal language model's weights.
 
     Args:
         source: a name of the hub, or a folder with config.json and weights.
-        dtype: of the weights.
+        load_in: one of LOAD_IN, for weights that are not trained; None: float32.
+        device: where the weights of `8bit` and `4bit` go, which cannot move later.
     Returns: the model, in evaluation mode.
-    Raises: FileNotFoundError where it is neither here nor reachable; ValueError where it is no causal language model.
+    Raises: FileNotFoundError where it is neither here nor reachable; ValueError where it is no causal language model
+        or a package is missing.
     """
-    return _fuse_gelu(_from_pretrained(AutoModelForCausalLM, source, dtype=dtype).eval())
+    if load_in in (None, "16bit"):
+        dtype = torch.bfloat16 if load_in else torch.float32
+        return _fuse_gelu(_from_pretrained(AutoModelForCausalLM, source, dtype=dtype).eval())
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"--load_in {load_in} needs the package bitsandbytes: pip install bitsandbytes")
+    quantization = BitsAndBytesConfig(load_in_8bit=load_in == "8bit", load_in_4bit=load_in == "4bit")
+    return _from_pretrained(
+        AutoModelForCausalLM, source, quantization_config=quantization, device_map={"": device}
+    ).eval()
 
 
 def build_language_model(config, dtype=torch.float32):
@@ -81,6 +102,12 @@ def context_length(config):
     return int(limit) if limit else None
 
 
+def decoder_layers(gpt):
+    """Return (name, ModuleList) of a language model's decoder layers."""
+    lists = ((name, module) for name, module in gpt.named_modules() if isinstance(module, torch.nn.ModuleList))
+    return max(lists, key=lambda item: len(item[1]))
+
+
 def split_layers(gpt, devices):
     """Put the decoder layers on several devices; everything else goes to the first.
 
@@ -91,15 +118,62 @@ def split_layers(gpt, devices):
     """
     from accelerate import dispatch_model
 
-    name, layers = max(
-        ((n, m) for n, m in gpt.named_modules() if isinstance(m, torch.nn.ModuleList)), key=lambda item: len(item[1])
-    )
+    name, layers = decoder_layers(gpt)
     device_map = {f"{name}.{i}": device for i, device in enumerate(devices)}
     inside = {id(module) for layer in layers for module in layer.modules()}
     for path, module in gpt.named_modules():
         if not list(module.children()) and id(module) not in inside:
             device_map[path] = devices[0]
     return dispatch_model(gpt, device_map, main_device=devices[0], force_hooks=True)
+
+
+def offload(gpt, devices, max_memory=None, offload_dir=None):
+    """Put as much of a language model on the devices as they hold, the rest into memory, the rest of that on the disk.
+
+    Args:
+        gpt: causal language model, on the CPU.
+        devices: GPUs, or the CPU alone.
+        max_memory: what weights may take of each device, such as `14GB`; None: what accelerate finds free.
+        offload_dir: folder for what does not fit in memory; a folder of its own in it lasts as long as the process.
+    Returns: the model, which fetches what it needs itself.
+    Raises: ValueError where a part fits nowhere.
+    """
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_max_memory
+
+    free = get_max_memory()
+    names = [(d.index or 0) if d.type == "cuda" else d.type for d in devices]  # accelerate's
+    room = {name: max_memory or free[name] for name in names}
+    room.setdefault("cpu", free["cpu"])
+    try:
+        device_map = infer_auto_device_map(gpt, room, no_split_module_classes=gpt._no_split_modules)
+    except ValueError as error:
+        raise ValueError(f"--max_memory {max_memory}: {reason(error)}") from None
+    if device_map.get("", names[0]) not in names:
+        raise ValueError("the devices do not hold the language model's largest part; raise --max_memory")
+    if "disk" in device_map.values():
+        if not offload_dir:
+            raise ValueError(
+                "the language model does not fit in the devices' and the main memory; pass --offload_dir DIR to keep "
+                "the rest on the disk"
+            )
+        Path(offload_dir).mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=offload_dir, prefix="offload-")
+        weakref.finalize(gpt, folder.cleanup)
+        offload_dir = folder.name
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # the next line says it
+    parts = collections.Counter(map(str, device_map.values()))
+    note("language model: " + ", ".join(f"{count} parts on {place}" for place, count in parts.items()))
+    return dispatch_model(gpt, device_map, main_device=names[0], offload_dir=offload_dir, force_hooks=True)
+
+
+def checkpoint_layers(gpt):
+    """Keep only the decoder layers' inputs for the backward pass and compute the rest again (gradient checkpointing).
+
+    The library's own switch does nothing in evaluation mode, in which a frozen model stays.
+    """
+    for layer in decoder_layers(gpt)[1]:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def _from_pretrained(auto_class, source, **options):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, read_log, run_process, run_script, train, train_command
@@ -168,24 +167,6 @@ def test_resume_is_exact(store, language_model, trained, tmp_path):
     assert equal(weights(tmp_path), weights(trained))
     losses = [[entry[key] for key in ("step", "epoch", "loss", "lr")] for entry in read_log(tmp_path)]
     assert losses == [[entry[key] for key in ("step", "epoch", "loss", "lr")] for entry in read_log(trained)]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_a_random_moment(store, language_model, trained, tmp_path, seed):
-    """SIGKILL: no checkpoint is ever unreadable, and resuming ends in the same weights."""
-    rng = np.random.default_rng(seed)
-    command = [sys.executable, *train_command(store, language_model, tmp_path, "--save_steps", 2)]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (tmp_path / "run.json").exists():
-        time.sleep(0.002)
-    time.sleep(rng.uniform(0, 1.0))
-    process.kill()
-    process.wait()
-    for checkpoint in tmp_path.glob("*.pt"):
-        torch.load(checkpoint, weights_only=True)
-    train(store, language_model, tmp_path, "--resume", "--save_steps", 2)
-    assert equal(weights(tmp_path), weights(trained))
-    assert [entry["step"] for entry in read_log(tmp_path)] == list(range(1, 13))
 
 
 def test_gradient_accumulation_is_one_large_batch(store, language_model, tmp_path):

@@ -22,7 +22,7 @@ class TrainingLog:
         """Open the log after `step` steps, in `epoch`.
 
         Args:
-            path: `.jsonl` file.
+            path: `.jsonl` file; os.devnull for a process that does not write.
             step: last step that counts; later lines were of steps that will be taken again.
             epoch: first epoch whose validation is still to come.
         """
@@ -37,7 +37,8 @@ class TrainingLog:
                     break
                 (self.scores if "validation" in entry else self.entries).append(entry)
                 good_bytes += len(line)
-            file.truncate(good_bytes)
+            if file.seek(0, 2) > good_bytes:  # never for os.devnull
+                file.truncate(good_bytes)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self):

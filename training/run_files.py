@@ -3,11 +3,16 @@
 import os
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
-from models.checkpoint import save_weights, tokenizer_folder
-from utils.cli import note
-from utils.files import atomic_path, save_torch
+import torch
+import transformers
+
+from models.checkpoint import captioner_weights, save_weights, tokenizer_folder
+from utils.cli import VERSION, note
+from utils.distributed import is_main
+from utils.files import atomic_path, disk_errors, read_json, save_torch, write_json
 
 
 class RunFiles:
@@ -39,12 +44,67 @@ class RunFiles:
             os.replace(file, previous / file.name)
         note(f"an earlier run {self.prefix} was there; it is now in {previous} (--resume goes on with a run)")
 
+    def write_config(self, config, training, gpt_config, tokenizer, store):
+        """Write `<prefix>.json` and the tokenizer's folder, before the first step.
+
+        Args:
+            config: CaptionConfig. training: TrainingConfig. store: FeatureStore.
+            gpt_config: the language model's configuration.
+        """
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self.out_dir):
+            tokenizer.save_pretrained(tokenizer_folder(self.config))
+        write_json(
+            self.config,
+            {
+                "model": config.to_dict(),
+                "language_model_config": gpt_config.to_dict(),
+                "training": asdict(training),
+                "data": {key: store.info[key] for key in store.info if key != "skipped"},
+                "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
+            },
+        )
+
+    def check_resume(self, config, training):
+        """Refuse to go on with a run of other options.
+
+        Raises: ValueError naming the first flag that differs.
+        """
+        stored = read_json(self.config)
+        before = stored["model"] | stored["training"]
+        for name, value in (config.to_dict() | asdict(training)).items():
+            if name in before and before[name] != value:
+                raise ValueError(
+                    f"--resume: the run had --{name} {before[name]}, not {value}; pass the same, or leave out --resume"
+                )
+
+    def resume(self, trainer):
+        """Load the run's state; returns whether there was one.
+
+        Raises: ValueError where it is damaged or of another run.
+        """
+        if not self.state.is_file():
+            note(f"nothing to resume: there is no {self.state}; beginning")
+            return False
+        try:
+            state = torch.load(self.state, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file makes the reader raise
+            raise ValueError(
+                f"{self.state} is damaged ({type(error).__name__}); remove it and pass --init_from {self.latest}"
+            ) from None
+        trainer.load_state(state)
+        note(f"resuming {self.prefix} after step {trainer.step}, epoch {trainer.epoch}, batch {trainer.batch}")
+        return True
+
     def save_weights(self, model, epoch=None):
         """Write the latest weights, and the same as the epoch's checkpoint, where it is one."""
-        if epoch is None:
-            save_weights(self.latest, model.state_dict())
+        weights = captioner_weights(model)  # needs all processes
+        if not is_main():
             return
-        save_weights(self.epoch(epoch), model.state_dict())
+        if epoch is None:
+            save_weights(self.latest, weights)
+            return
+        save_weights(self.epoch(epoch), weights)
         with atomic_path(self.latest) as temporary:
             temporary.unlink()
             try:
@@ -54,11 +114,15 @@ class RunFiles:
 
     def save_best(self, model):
         """Write the weights with the highest validation CIDEr so far."""
-        save_weights(self.best, model.state_dict())
+        weights = captioner_weights(model)  # needs all processes
+        if is_main():
+            save_weights(self.best, weights)
 
     def save_state(self, trainer):
         """Write what --resume needs."""
-        save_torch(self.state, trainer.state())
+        state = trainer.state()  # needs all processes
+        if is_main():
+            save_torch(self.state, state)
 
     def last_checkpoint(self):
         """Return the newest checkpoint, or None."""
@@ -66,7 +130,10 @@ class RunFiles:
 
 
 class StopRequest:
-    """Turns Ctrl-C and SIGTERM into a request to stop after the step under way; a second Ctrl-C stops at once."""
+    """Turns Ctrl-C and SIGTERM into a request to stop after the step under way; a second Ctrl-C stops at once.
+
+    torchrun passes a Ctrl-C on as SIGTERM, after the terminal has sent it itself.
+    """
 
     def __init__(self):
         self.signal = None
@@ -80,7 +147,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _ask(self, number, _frame):
-        if self.signal is not None:
+        if self.signal == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
         note("stopping after this step; once more to stop at once")

@@ -1,12 +1,15 @@
 """The state of a training run and its step; knows no file."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import get_linear_schedule_with_warmup
 
 from features.dataset import batches_per_epoch, epoch_batches
+from utils.distributed import all_gather, all_sum, check_shares, laid_out_as, rank, share, whole, world_size
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -20,7 +23,7 @@ class TrainingConfig:
         val_data: feature store that is scored after every epoch and decides which weights are kept as the best.
         init_from: checkpoint whose weights training starts from, or None.
         epochs: passes over the captions.
-        bs: captions per batch.
+        bs: captions per batch, of all processes together.
         lr: peak learning rate of AdamW.
         warmup_steps: optimiser steps of linear warm-up, before the linear decay to zero.
         gradient_accumulation_steps: batches per optimiser step.
@@ -52,8 +55,13 @@ class Trainer:
             model: ClipCaptionModel, on `device`.
             dataset: CaptionDataset.
             config: TrainingConfig.
+        Raises: ValueError where the batches cannot be shared out over the processes.
         """
+        check_shares(config.bs, len(dataset))
         self.model, self.dataset, self.config, self.device = model, dataset, config, device
+        self.loss = data_parallel(model)
+        if rank():  # process 0 goes on as one process would; the others draw other dropout
+            torch.manual_seed(config.seed + rank())
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=config.lr)
         self.batches = batches_per_epoch(len(dataset), config.bs)
@@ -67,22 +75,26 @@ class Trainer:
         self.best = None  # the highest validation CIDEr so far
 
     def train_step(self, batches):
-        """Take one optimiser step on the mean loss over all caption tokens of `batches`.
+        """Take one optimiser step on the mean loss over all caption tokens of all processes' `batches`.
 
         Args:
-            batches: list of (tokens [B, T], clip_embedding [B, D], lengths [B]).
-        Returns: (loss, learning rate).
+            batches: list of (tokens [B, T], clip_embedding [B, D], lengths [B]), this process' part.
+        Returns: (loss, learning rate), the same in all processes.
         Raises: FloatingPointError where the loss is not finite; nothing has been changed then.
         """
         self.model.train()
-        total = sum(int(lengths.sum()) for _, _, lengths in batches)
+        total = all_sum(sum(int(lengths.sum()) for _, _, lengths in batches))
         loss = 0.0
-        for tokens, embeddings, lengths in batches:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                part = self.model.loss(tokens.to(self.device), embeddings.to(self.device), lengths)
-            part = part * (int(lengths.sum()) / total)
-            self.scaler.scale(part).backward()
+        for number, (tokens, embeddings, lengths) in enumerate(batches, 1):
+            wait = number < len(batches) and isinstance(self.loss, DistributedDataParallel)
+            with self.loss.no_sync() if wait else contextlib.nullcontext():
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                    part = self.loss(tokens.to(self.device), embeddings.to(self.device), lengths)
+                part = part * (int(lengths.sum()) / total)
+                # gradients are averaged over the processes, and their sum is wanted
+                self.scaler.scale(part * world_size()).backward()
             loss += part.item()
+        loss = all_sum(loss)
         if not math.isfinite(loss):
             self.optimizer.zero_grad()
             raise FloatingPointError(f"the loss is {loss}")
@@ -94,25 +106,30 @@ class Trainer:
         return loss, rate
 
     def epoch_batches(self):
-        """Yield what is left of this epoch, as lists of the batches of one optimiser step."""
+        """Yield what is left of this epoch, as lists of the batches of one optimiser step, this process' part."""
         lengths = self.dataset.text_lengths if self.config.group_by_length else None
         order = epoch_batches(len(self.dataset), self.config.bs, self.config.seed, self.epoch, lengths)
+        own = [share(batch) for batch in order[self.batch :]]
         group = []
-        for done, batch in enumerate(self.dataset.batches(order[self.batch :]), self.batch + 1):
+        for done, batch in enumerate(self.dataset.batches(own), self.batch + 1):
             group.append(batch)
             if len(group) == self.config.gradient_accumulation_steps or done == self.batches:
                 yield group
                 group = []
 
     def state(self):
-        """Return all that a continuation needs, as tensors and plain data."""
+        """Return all that a continuation needs, in however many processes, as tensors and plain data.
+
+        Every process must call it; process 0 gets all of it.
+        """
+        optimizer = self.optimizer.state_dict()
+        cuda_state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
-            "trained": {name: p.detach() for name, p in self.trained.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "trained": whole({name: p.detach() for name, p in self.trained.items()}),
+            "optimizer": optimizer | {"state": {i: whole(values) for i, values in optimizer["state"].items()}},
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "random": all_gather((torch.get_rng_state(), cuda_state)),
             "epoch": self.epoch,
             "step": self.step,
             "batch": self.batch,
@@ -132,12 +149,35 @@ class Trainer:
             )
         with torch.no_grad():
             for name, parameter in self.trained.items():
-                parameter.copy_(state["trained"][name])
+                parameter.copy_(laid_out_as(parameter, state["trained"][name]))
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, values in self.optimizer.state.items():
+            values.update({k: laid_out_as(parameter, v) for k, v in values.items() if v.ndim})  # `step` has none
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        if len(state["random"]) == world_size():
+            on_cpu, on_cuda = state["random"][rank()]
+            torch.set_rng_state(on_cpu)
+            if on_cuda is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(on_cuda, self.device)
         self.epoch, self.step, self.batch = state["epoch"], state["step"], state["batch"]
         self.best = state.get("best")
+
+
+class Loss(torch.nn.Module):
+    """A captioner's loss as a module's `forward`, which is what DistributedDataParallel takes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, clip_embedding, lengths):
+        """See `ClipCaptionModel.loss`."""
+        return self.model.loss(tokens, clip_embedding, lengths)
+
+
+def data_parallel(model):
+    """Return the captioner's loss; where there are several processes, its gradients are averaged over them."""
+    if world_size() == 1 or model.sharded:
+        return model.loss
+    return DistributedDataParallel(Loss(model), broadcast_buffers=False)

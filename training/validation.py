@@ -5,6 +5,7 @@ import torch
 from metrics.coco import caption_statistics, coco_scores, too_few_distinct
 from models.decoding import DecodingConfig, generate_captions
 from utils.cli import note, progress_bar
+from utils.distributed import all_union, share
 
 SAMPLES = 8  # images captioned after every epoch
 SAMPLE_LENGTH = 40  # tokens of such a caption
@@ -14,7 +15,7 @@ METRICS = ("Bleu", "ROUGE_L", "CIDEr")  # those that need no Java
 def show_samples(model, tokenizer, dataset, epoch):
     """Caption a few images of the data, show the first beside its reference, and warn where all are alike."""
     rows = list(dict.fromkeys(dataset.embedding_index[:1000].tolist()))[:SAMPLES]
-    embeddings = dataset.clip_embedding[rows].float().to(next(model.parameters()).device)
+    embeddings = dataset.clip_embedding[rows].float().to(next(model.clip_project.parameters()).device)
     model.eval()
     captions = [group[0].text.strip() for group in generate_captions(
         model, tokenizer, embeddings, DecodingConfig(entry_length=SAMPLE_LENGTH)
@@ -77,8 +78,10 @@ class Validation:
             note(warning)
 
     def _caption(self, model, tokenizer, device, batch_size):
-        """Return {image id: greedy caption}, as predict.py makes them."""
+        """Return {image id: greedy caption}, as predict.py makes them, each process captioning its share."""
         captions, ids = {}, list(self.rows)
+        if not model.sharded:  # else all must compute the same, for the weights' sake
+            ids = share(ids)
         with progress_bar(len(ids), "validation", "img") as bar:
             for start in range(0, len(ids), batch_size):
                 batch = ids[start : start + batch_size]
@@ -86,7 +89,7 @@ class Validation:
                 groups = generate_captions(model, tokenizer, embeddings, DecodingConfig())
                 captions |= {i: group[0].text.strip() for i, group in zip(batch, groups, strict=True)}
                 bar.update(len(batch))
-        return captions
+        return all_union(captions)
 
 
 def _encoder(store):

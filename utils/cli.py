@@ -10,6 +10,8 @@ import sys
 import torch
 from tqdm import tqdm
 
+from utils.distributed import first_to_fail, is_main
+
 VERSION = "0.1.0"
 LOUD = ("error", "interrupted", "skipped", "unreadable", "warning")  # notes that begin so are printed under --quiet too
 METAVARS = {"positive_int": "N", "non_negative_int": "N", "positive_float": "X", "float": "X"}
@@ -48,6 +50,10 @@ class Parser(argparse.ArgumentParser):
             setattr(parsed, name, words.get(value, value))
         _quiet = parsed.quiet
         return parsed
+
+    def _print_message(self, message, file=None):
+        if is_main():  # every process of the command would say the same
+            super()._print_message(message, file)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -89,8 +95,8 @@ _quiet = False  # whether the command line said --quiet
 
 
 def shows_progress():
-    """Tell whether progress is to be shown: on a terminal, unless --quiet."""
-    return not _quiet and sys.stderr.isatty()
+    """Tell whether progress is to be shown: on a terminal, unless --quiet, by process 0."""
+    return is_main() and not _quiet and sys.stderr.isatty()
 
 
 def progress_bar(total, description, unit, initial=0):
@@ -101,8 +107,11 @@ def progress_bar(total, description, unit, initial=0):
 
 
 def note(message):
-    """Print one line for the user to standard error, so that standard output stays data; --quiet keeps LOUD ones."""
-    if not _quiet or message.startswith(LOUD):
+    """Print one line for the user to standard error, so that standard output stays data; process 0 alone does.
+
+    --quiet keeps LOUD ones.
+    """
+    if is_main() and (not _quiet or message.startswith(LOUD)):
         tqdm.write(message, file=sys.stderr)
 
 
@@ -123,7 +132,8 @@ def run(main):
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("CLIPCAP_DEBUG"):
             raise
-        note(f"error: {describe(error)}")
+        if first_to_fail():
+            tqdm.write(f"error: {describe(error)}", file=sys.stderr)
         sys.exit(2)
 
 

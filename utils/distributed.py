@@ -1,0 +1,167 @@
+"""The processes of one command, as torchrun (or `accelerate launch`) starts them; one process where nobody did.
+
+Every process runs the same command. Process 0 speaks and writes; errors are told once.
+"""
+
+import contextlib
+import functools
+import operator
+import os
+import re
+from datetime import timedelta
+
+import torch
+from torch import distributed
+
+# one may wait for another that saves or extracts; a process that dies is noticed at once
+TIMEOUT = timedelta(days=1)
+LOST = re.compile("gloo|NCCL", re.IGNORECASE)  # the libraries whose RuntimeErrors tell of that
+
+
+def world_size():
+    """Return how many processes the command runs in."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def rank():
+    """Return this process' number, from 0."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
+def is_main():
+    """Tell whether this is the process that speaks and writes."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def connected(device):
+    """Connect the processes for the time of the body: collectives by gloo on the CPU, by NCCL on GPUs.
+
+    Args:
+        device: torch device of this process.
+    Raises: ConnectionError where another process is gone.
+    """
+    if world_size() == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        raise ConnectionError("another process of this command has ended; its own message says why") from None
+    distributed.destroy_process_group()
+
+
+def own_device(devices):
+    """Return the device of this process.
+
+    Args:
+        devices: as `pick_devices` returns them: one for each process of this machine, or the CPU for all.
+    Raises: ValueError where there are too few.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    if devices == [torch.device("cuda")]:
+        devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    if devices[0].type == "cpu":
+        return devices[0]
+    if len(devices) < processes:
+        raise ValueError(
+            f"{processes} processes and {len(devices)} devices ({', '.join(map(str, devices))}): pass "
+            f"--nproc_per_node {len(devices)} to torchrun, or --device cpu"
+        )
+    return devices[int(os.environ.get("LOCAL_RANK", rank()))]
+
+
+def first_to_fail():
+    """Tell whether no other process has told of an error yet."""
+    if not distributed.is_initialized():
+        return is_main()  # what fails before the processes are connected fails in all of them
+    try:
+        return distributed.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except distributed.DistError:  # the one that keeps count is gone, and spoke before it went
+        return False
+
+
+def all_sum(value):
+    """Return the sum of a number over all processes."""
+    if world_size() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    distributed.all_reduce(total)
+    return total.item()
+
+
+def barrier():
+    """Wait for all processes."""
+    all_sum(0)
+
+
+@contextlib.contextmanager
+def main_first():
+    """Run the body in process 0 before the others do, which then find on the disk what it fetched."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
+def all_gather(value):
+    """Return the list of every process' value: tensors and plain data."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def all_union(items):
+    """Return the union of the processes' sets or dictionaries."""
+    return functools.reduce(operator.or_, all_gather(items))
+
+
+def share(items):
+    """Return this process' part of a sequence that all have, as equal as can be."""
+    return items[rank() :: world_size()]
+
+
+def check_shares(bs, records):
+    """Refuse a batch that cannot be shared out evenly, and more processes than records.
+
+    Raises: ValueError naming what would do.
+    """
+    processes = world_size()
+    if bs % processes:
+        fitting = [n * processes for n in (bs // processes, bs // processes + 1) if n]
+        raise ValueError(
+            f"--bs {bs} captions cannot be shared out evenly over {processes} processes; "
+            f"{' or '.join(map(str, fitting))} can"
+        )
+    if records < processes:
+        raise ValueError(f"{processes} processes and only {records} captions; start at most {records}")
+
+
+def whole(tensors):
+    """Return a dictionary's tensors, those that are sharded (FSDP2) gathered on the CPU of process 0.
+
+    Every process must call it; tensors that are shared, as tied weights are, stay shared.
+    """
+    gathered = {}
+    for tensor in tensors.values():
+        if hasattr(tensor, "full_tensor") and id(tensor) not in gathered:
+            full = tensor.full_tensor()  # needs all processes
+            gathered[id(tensor)] = full.cpu() if is_main() else None
+    return {name: gathered.get(id(tensor), tensor) for name, tensor in tensors.items()}
+
+
+def laid_out_as(parameter, tensor):
+    """Return a whole tensor, which every process has, sharded as a parameter is."""
+    if not hasattr(parameter, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # a second that only sharded runs pay
+
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
