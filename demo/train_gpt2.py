@@ -3,7 +3,7 @@
     python -m demo.train_gpt2 --out demo/weights/gpt2
 
 Output: a folder for AutoModelForCausalLM / AutoTokenizer.from_pretrained, with a byte-level
-BPE of its own. It learns to say an image's caption after another caption of that image, so
+BPE of its own. It learns to say an image's caption after a list of what the scene holds, so
 that, frozen, it can be steered by what stands before the caption: a prefix.
 """
 
@@ -20,8 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 from demo.world import scene_captions, split_scenes
 
 END = "<|endoftext|>"
-SHARE_RETOLD = 0.75  # of the sequences hold another caption of the image first
-MOST_DROPPED = 0.15  # of that caption's tokens
+SHARE_TOLD = 0.85  # of the sequences say first what the scene holds
+MOST_DROPPED = 0.15  # of the tokens that say it
 RELATIONS = (" left", " right", " above", " below", " over", " under")
 RELATION_WEIGHT = 4  # in the loss: one word in ten says who is where, and it is the hardest to learn
 
@@ -65,24 +65,31 @@ def pad_rows(rows, fill):
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
 
 
-def make_sequence(captions, end, rng):
+def list_scene(scene):
+    """Return what a scene holds as plain words, the group that is left of or above the other first."""
+    groups = [f"{g.count} {g.size} {g.colour} {g.kind}" for g in scene.groups]
+    return " " + f" {scene.relation} ".join(groups) + f" {scene.background}"
+
+
+def make_sequence(told, captions, end, rng):
     """Return one training sequence of an image's captions.
 
-    Most are a caption after another caption of the same image that has lost some tokens: so
-    the model learns to say again what the vectors before it say, which is what a prefix asks.
+    Most are a caption after the list of what the scene holds, some of whose tokens are lost: so the model learns to
+    say what the vectors before it say, which is what a prefix asks.
 
     Args:
+        told: tokens of the list.
         captions: list of token lists, one image's.
         end: end token, also the first of every sequence.
         rng: numpy generator.
     Returns: (tokens, labels), labels -100 where they do not count.
     """
-    first, second = rng.permutation(len(captions))[:2]
-    told = []
-    if rng.random() < SHARE_RETOLD:
-        keep = rng.random(len(captions[first])) >= rng.uniform(0, MOST_DROPPED)
-        told = [token for token, kept in zip(captions[first], keep, strict=True) if kept]
-    caption = captions[second] + [end]
+    if rng.random() < SHARE_TOLD:
+        keep = rng.random(len(told)) >= rng.uniform(0, MOST_DROPPED)
+        told = [token for token, kept in zip(told, keep, strict=True) if kept]
+    else:
+        told = []
+    caption = captions[rng.integers(len(captions))] + [end]
     return [end] + told + caption, [-100] * (1 + len(told)) + caption
 
 
@@ -91,7 +98,7 @@ def train(model, images, weight, end, args):
 
     Args:
         model: GPT-2.
-        images: list of lists of token lists: the captions of each image.
+        images: list of (tokens of `list_scene`, list of the captions' tokens), one per image.
         weight: [V] weight of each token in the loss.
         end: end token.
         args: the command line's.
@@ -104,7 +111,7 @@ def train(model, images, weight, end, args):
         rate = args.lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        rows = [make_sequence(images[i], end, rng) for i in rng.integers(0, len(images), args.bs)]
+        rows = [make_sequence(*images[i], end, rng) for i in rng.integers(0, len(images), args.bs)]
         ids = pad_rows([tokens for tokens, _ in rows], end)  # [B, T]
         labels = pad_rows([labels for _, labels in rows], -100)
         with torch.autocast("cpu", torch.bfloat16):
@@ -125,6 +132,7 @@ def get_parser():
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(description="Train the made world's GPT-2.")
     parser.add_argument("--scenes", type=int, default=9000, help="scenes of the train split to caption")
+    parser.add_argument("--init_from", metavar="DIR", help="folder that this command wrote, to begin with")
     parser.add_argument("--out", default="demo/weights/gpt2", help="folder to write")
     parser.add_argument("--minutes", type=float, default=15, help="training time, minutes")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -140,14 +148,16 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    by_image = [scene_captions(scene, seed) for _, scene, seed in split_scenes("train", args.scenes)]
+    split = split_scenes("train", args.scenes)
+    scenes, by_image = [scene for _, scene, _ in split], [scene_captions(scene, seed) for _, scene, seed in split]
     captions = [caption for same in by_image for caption in same]
     tokenizer = train_tokenizer(captions, args.vocabulary)
     wrong = [c for c in captions if tokenizer.decode(tokenizer.encode(c)) != c]
     if wrong:
         raise ValueError(f"the tokenizer changes {len(wrong)} captions, such as {wrong[0]!r}")
-    model = build_model(tokenizer)
-    images = [[tokenizer.encode(c) for c in same] for same in by_image]
+    model = GPT2LMHeadModel.from_pretrained(args.init_from).float() if args.init_from else build_model(tokenizer)
+    told = [tokenizer.encode(list_scene(scene)) for scene in scenes]
+    images = [(list_, [tokenizer.encode(c) for c in same]) for list_, same in zip(told, by_image, strict=True)]
     weight = torch.ones(len(tokenizer))
     for word in RELATIONS:
         weight[tokenizer.encode(word)[-1]] = RELATION_WEIGHT
