@@ -18,7 +18,7 @@ import matplotlib.figure
 import torch
 import transformers
 
-from benchmarks import captioning, extraction, measure, storing, training
+from benchmarks import captioning, extraction, measure, storing, training, workload
 from utils.files import atomic_path, read_json, write_json, write_text
 
 HERE = Path(__file__).resolve().parent
@@ -49,7 +49,7 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to measure")
     parser.add_argument("--repeats", type=int, default=3, help="rounds whose median is given")
-    parser.add_argument("--quick", action="store_true", help="a few small cells, to see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="small models and few cells, to see that everything runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write")
@@ -125,6 +125,8 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.quick:
+        workload.shrink()
     device, stored = torch.device(args.device), args.out / "results.json"
     results = read_json(stored) if stored.is_file() else {}
     for name in args.only:

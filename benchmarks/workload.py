@@ -22,9 +22,16 @@ VIT_B_32 = {
     "context_length": 77, "vocab_size": 49408, "transformer_width": 512, "transformer_heads": 8,
     "transformer_layers": 12,
 }  # fmt: skip
+GPT2 = {}  # what differs from GPT-2 124M: nothing, unless shrunk
 PREFIX = 10
 PHOTO_SIDES = (640, 480)
 PHOTO_QUALITY = 90
+
+
+def shrink():
+    """Make the models small, to see quickly that everything runs."""
+    GPT2.update(n_layer=2, n_embd=64, n_head=2)
+    VIT_B_32.update(vision_layers=1, vision_width=64, transformer_width=64, transformer_heads=1, transformer_layers=1)
 
 
 def caption_lengths(count, seed=0):
@@ -41,7 +48,7 @@ def language_model(name="gpt2", ours=True):
         ours: as models/language.py builds it; else as transformers does.
     """
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name)
+    config = AutoConfig.for_model(name, **(GPT2 if name == "gpt2" else {}))
     return build_language_model(config) if ours else AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -1,0 +1,58 @@
+"""The benchmarks run, and what they compare is the same: tokens, embeddings, losses."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import captioning, plain, run, training, workload
+from models.decoding import BEAM, DecodingConfig
+from utils.files import read_json
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small models, for this test only."""
+    for sizes in (workload.GPT2, workload.VIT_B_32):
+        monkeypatch.setattr(workload, "GPT2" if sizes is workload.GPT2 else "VIT_B_32", dict(sizes))
+    workload.shrink()
+
+
+@pytest.mark.parametrize("config", (DecodingConfig(entry_length=6), DecodingConfig(method=BEAM, entry_length=6)))
+def test_systems_make_the_same_captions(small, config):
+    systems = captioning.prepare_systems(CPU, ["fp32"])
+    rows = {row["system"]: row for row in captioning.measure_cell(systems, 3, config, 1, CPU)}
+    assert rows["plain"]["equal to fp32"] == rows["ours fp32"]["equal to fp32"] == 1
+    assert set(rows) == {"plain", "generate fp32", "ours fp32"}
+    if config.method != BEAM:  # transformers' beam search is another one
+        assert rows["generate fp32"]["equal to fp32"] == 1
+
+
+@pytest.mark.parametrize("variant", training.VARIANTS)
+def test_steps_have_the_same_loss(small, variant):
+    workload.GPT2.update(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    mapping_type, frozen = training.VARIANTS[variant]
+    tokens, embeddings, lengths = training.MadeCaptions().batch(np.arange(6))
+    model = workload.captioner(mapping_type, workload.language_model(), frozen)
+    with torch.no_grad():
+        expected = model.loss(tokens, embeddings, lengths).item()
+    padded = torch.nn.functional.pad(tokens * (torch.arange(tokens.shape[1]) < lengths[:, None]), (0, 5))
+    prefix = model.config.prefix_length
+    mask = (torch.arange(prefix + padded.shape[1]) < prefix + lengths[:, None]).long()
+    theirs = workload.captioner(mapping_type, workload.language_model(ours=False), False)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-5)
+    loss = plain.training_step(theirs, optimizer, padded, embeddings, mask, contextlib.nullcontext())
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_everything_runs(small, tmp_path):
+    run.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
+    page = (tmp_path / "results.md").read_text()
+    assert set(read_json(tmp_path / "results.json")) == set(run.SECTIONS)
+    for section in run.TITLES.values():
+        assert f"## {section}" in page
+    assert "x generate" in page and "MiB resident" in page and (tmp_path / "results.png").stat().st_size > 5000
