@@ -39,8 +39,8 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("mlp", "MLP + fine-tuned GPT-2", 4, ("--lr", "1e-3")),
-    Variant("transformer", "transformer + frozen GPT-2", 4, (
+    Variant("mlp", "MLP + fine-tuned GPT-2", 6, ("--lr", "1e-3")),
+    Variant("transformer", "transformer + frozen GPT-2", 6, (
         "--only_prefix", "--mapping_type", "transformer", "--num_layers", "2", "--lr", "2e-3")),
 )  # fmt: skip
 TRAINING = ("--bs", "100", "--warmup_steps", "100", "--prefix_length", "10", "--prefix_length_clip", "10")

@@ -5,6 +5,10 @@
 Output: a folder for AutoModelForCausalLM / AutoTokenizer.from_pretrained, with a byte-level
 BPE of its own. It learns to say an image's caption after a list of what the scene holds, so
 that, frozen, it can be steered by what stands before the caption: a prefix.
+
+The weights in demo/weights took 18 minutes on two shared cores to say a caption after another
+caption of the image, 6,144 steps, and 11 minutes on quiet ones, 7,504 steps, with `--init_from`
+and the list instead: 99.5 % of relations told are said again (63 % before).
 """
 
 import argparse
@@ -134,7 +138,7 @@ def get_parser():
     parser.add_argument("--scenes", type=int, default=9000, help="scenes of the train split to caption")
     parser.add_argument("--init_from", metavar="DIR", help="folder that this command wrote, to begin with")
     parser.add_argument("--out", default="demo/weights/gpt2", help="folder to write")
-    parser.add_argument("--minutes", type=float, default=15, help="training time, minutes")
+    parser.add_argument("--minutes", type=float, default=20, help="training time, minutes")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--bs", type=int, default=64, help="captions a step")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")

@@ -63,7 +63,8 @@ class Trainer:
         if rank():  # process 0 goes on as one process would; the others draw other dropout
             torch.manual_seed(config.seed + rank())
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=config.lr)
+        # one pass over the weights instead of a dozen; sharded ones it does not take
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=config.lr, fused=not model.sharded)
         self.batches = batches_per_epoch(len(dataset), config.bs)
         self.steps_per_epoch = math.ceil(self.batches / config.gradient_accumulation_steps)
         self.scheduler = get_linear_schedule_with_warmup(
@@ -151,6 +152,8 @@ class Trainer:
             for name, parameter in self.trained.items():
                 parameter.copy_(laid_out_as(parameter, state["trained"][name]))
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # the run that was saved may have been sharded, or this one is
+            group["fused"] = not self.model.sharded
         for parameter, values in self.optimizer.state.items():
             values.update({k: laid_out_as(parameter, v) for k, v in values.items() if v.ndim})  # `step` has none
         self.scheduler.load_state_dict(state["scheduler"])
