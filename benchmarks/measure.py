@@ -58,22 +58,23 @@ def limits(device):
 
 def _report_peak(queue, prepare, arguments):
     work = prepare(*arguments)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     work()
-    queue.put((before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    queue.put((peak / 1024, (peak - before) / 1024, seconds))
 
 
 def peak_memory(prepare, *arguments):
-    """Return the most memory that a function needs, in MiB, measured in a fresh process.
+    """Return the most memory that a function needs, measured in a fresh process.
 
     Args:
         prepare: top-level function that returns the function to measure, given `arguments`.
-    Returns: (with all that was prepared, by the function alone).
+    Returns: (MiB with all that was prepared, MiB of the function alone, seconds it took).
     """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_report_peak, args=(queue, prepare, arguments))
     process.start()
-    prepared, peak = queue.get()
+    found = queue.get()
     process.join()
-    return peak, peak - prepared
+    return found

@@ -39,7 +39,7 @@ class TrainingLog:
                 good_bytes += len(line)
             if file.seek(0, 2) > good_bytes:  # never for os.devnull
                 file.truncate(good_bytes)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def __enter__(self):
         return self
