@@ -39,6 +39,7 @@ from utils.cli import (
 )  # fmt: skip
 from utils.distributed import all_sum, barrier, connected, is_main, world_size
 
+NORM_TOLERANCE = 0.01  # of float16 rows that were divided by their norm
 RN_DIMS = (640, 768, 1024)  # widths of CLIP's ResNets: RN50x4; RN50x16; RN50 and RN50x64
 
 
@@ -98,11 +99,17 @@ def get_parser():
     return parser
 
 
-def check_width(store, is_rn):
-    """Refuse a store that --is_rn contradicts.
+def check_store(store, is_rn, normalize_prefix):
+    """Refuse a store that --is_rn contradicts; warn where captioning would not normalise what is normalised here.
 
     Raises: ValueError.
     """
+    norms = torch.as_tensor(store.clip_embedding[list(range(min(100, len(store.clip_embedding))))]).float().norm(dim=1)
+    if not normalize_prefix and ((norms - 1).abs() < NORM_TOLERANCE).all():
+        note(
+            f"warning: the embeddings of {store.path} are normalised, as clip-retrieval's are, and what predict.py "
+            f"makes is not; pass --normalize_prefix"
+        )
     encoder = str(store.info.get("clip_model_type", ""))
     resnet = encoder.startswith("RN") or (store.prefix_dim in RN_DIMS and not encoder.startswith("ViT"))
     if is_rn and not resnet:
@@ -289,7 +296,7 @@ def main(argv=None, parser=None):
     placement = pick_placement(args)
     with connected(placement.devices[0]):
         store = read_store(args.data)
-        check_width(store, args.is_rn)
+        check_store(store, args.is_rn, args.normalize_prefix)
         validation = Validation(read_store(args.val_data), store) if args.val_data else None
         train(
             caption_config(args, store),

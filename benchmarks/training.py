@@ -54,10 +54,11 @@ def make_plain(variant, dtype, device):
     return step
 
 
-def make_ours(variant, dtype, device, grouped=False):
-    """Return a function that takes one of our steps on the next batch."""
+def make_ours(variant, dtype, device, grouped=False, load_in=None):
+    """Return a function that takes one of our steps on the next batch; `load_in` is the flag of train.py, or None."""
     mapping_type, frozen = VARIANTS[variant]
-    model = captioner(mapping_type, language_model(), frozen).to(device)
+    gpt = language_model().to(torch.bfloat16 if load_in == "16bit" else torch.float32)
+    model = captioner(mapping_type, gpt, frozen).to(device)
     precision = "bf16" if dtype == "bf16" else "no"
     config = TrainingConfig(data="", bs=BATCH, mixed_precision=precision, group_by_length=grouped, warmup_steps=0)
     dataset = MadeCaptions()
@@ -78,6 +79,8 @@ def run(device, repeats, quick):
                 systems["plain bf16"] = make_plain(variant, "bf16", device)
             systems[f"ours {dtype}"] = make_ours(variant, dtype, device)
             systems[f"ours {dtype}, grouped by length"] = make_ours(variant, dtype, device, grouped=True)
+            if dtype == "bf16" and VARIANTS[variant][1]:
+                systems["ours bf16, --load_in 16bit"] = make_ours(variant, dtype, device, load_in="16bit")
             seconds, _ = interleave(systems, repeats, device)
             for name, each in seconds.items():
                 rows.append({
@@ -93,6 +96,8 @@ def memory():
     rows = []
     for variant in VARIANTS:
         for name in ("plain fp32", "ours fp32", "ours bf16"):
+            if VARIANTS[variant][1] and name == "ours bf16":
+                name = "ours bf16, --load_in 16bit"
             whole, alone, _ = peak_memory(_prepare_memory, variant, name)
             rows.append({"variant": variant, "system": name, "MiB with the model": whole, "MiB of training": alone})
     return rows
@@ -100,6 +105,7 @@ def memory():
 
 def _prepare_memory(variant, name):
     """Return two steps as a function."""
-    kind, dtype = name.split()
-    step = (make_plain if kind == "plain" else make_ours)(variant, dtype, torch.device("cpu"))
+    kind, dtype = name.split(",")[0].split()
+    load_in = {"load_in": "16bit"} if "16bit" in name else {}
+    step = (make_plain if kind == "plain" else make_ours)(variant, dtype, torch.device("cpu"), **load_in)
     return lambda: [step() for _ in range(2)]

@@ -49,7 +49,8 @@ def write_foreign(folder, counts, captions=True):
     (folder / "img_emb").mkdir(parents=True)
     (folder / "metadata").mkdir()
     for part, count in enumerate(counts):
-        rows = torch.randn(count, 8, generator=torch.Generator().manual_seed(part)).half().numpy()
+        rows = torch.randn(count, 8, generator=torch.Generator().manual_seed(part))
+        rows = torch.nn.functional.normalize(rows).half().numpy()
         np.save(folder / f"img_emb/img_emb_{part}.npy", rows)
         table = {
             "image_path": [f"{part}/{i}.jpg" for i in range(count)],
@@ -93,8 +94,10 @@ def test_clip_retrievals_folder_is_read(tmp_path, language_model):
     assert store.captions[6] == {"image_id": "1/1.jpg", "caption": "a red star 1", "clip_embedding": 6}
     tokens, embeddings, _ = CaptionDataset(store, load_tokenizer(str(language_model))).batch([11, 0])
     assert np.array_equal(embeddings[0], np.load(tmp_path / "laion/img_emb/img_emb_1.npy")[6].astype(np.float32))
-    train(tmp_path / "laion", language_model, tmp_path / "run", "--epochs", 1)
-    assert len(read_log(tmp_path / "run")) == 3
+    told = train(tmp_path / "laion", language_model, tmp_path / "run", "--epochs", 1)
+    assert len(read_log(tmp_path / "run")) == 3 and "laion are normalised" in told.stderr
+    told = train(tmp_path / "laion", language_model, tmp_path / "run", "--epochs", 1, "--normalize_prefix")
+    assert "normalised" not in told.stderr
 
 
 def test_finished_shards_stay(folder, clip_file, photos):
