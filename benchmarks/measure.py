@@ -2,13 +2,11 @@
 
 import gc
 import multiprocessing
-import resource
 import statistics
 import time
+from pathlib import Path
 
 import torch
-
-MIB = 1 << 20
 
 
 def synchronize(device):
@@ -56,16 +54,23 @@ def limits(device):
     return found
 
 
+def _resident(field):
+    """Return a figure of this process' memory in MiB: `VmRSS`, now, or `VmHWM`, the most so far."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) / 1024
+
+
 def _report_peak(queue, prepare, arguments):
     work = prepare(*arguments)
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # begin to count the peak anew
+    before, began = _resident("VmRSS"), time.perf_counter()
     work()
-    seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    queue.put((peak / 1024, (peak - before) / 1024, seconds))
+    seconds, peak = time.perf_counter() - began, _resident("VmHWM")
+    queue.put((peak, peak - before, seconds))
 
 
 def peak_memory(prepare, *arguments):
-    """Return the most memory that a function needs, measured in a fresh process.
+    """Return the most memory that a function needs, measured in a fresh process; on Linux only.
 
     Args:
         prepare: top-level function that returns the function to measure, given `arguments`.
