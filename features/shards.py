@@ -22,7 +22,7 @@ import torch
 
 from utils.files import atomic_path, reason
 
-ROWS_MAPPED = 2048  # rows gathered before their pages are given back: a page fault maps 64 KiB around a row
+ROWS_MAPPED = 128  # rows gathered before their pages are given back: one page fault may map a megabyte around a row
 SHARDS = 64  # that a store is cut into, so that many processes have work, while a shard has between these many images
 MIN_ROWS, MAX_ROWS = 1 << 10, 1 << 17
 STAMP = b"clipcap"  # key of the parquet's metadata: what the shard was made from
