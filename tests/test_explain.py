@@ -53,14 +53,16 @@ def test_every_cell_is_hidden_equally_often():
         assert hidden[rows.start * 8 : rows.stop * 8, columns.start * 8 : columns.stop * 8].all()
 
 
-def test_heat_lies_on_the_words_object(captioner, pixels, caption):
+def test_heat_lies_on_the_words_object(captioner, pixels):
+    text = "On the grass there is a large purple heart to the right of a small red circle."
     words, heat = word_heat(
-        captioner.model, captioner.tokenizer, captioner.encoder.encode_images, pixels, caption.tokens, batch_size=30
-    )
-    assert " ".join(words).replace(" ,", ",").replace(" .", ".") == caption.text
+        captioner.model, captioner.tokenizer, captioner.encoder.encode_images, pixels, captioner.tokenizer.encode(text),
+        batch_size=30,
+    )  # fmt: skip
+    assert " ".join(words).replace(" ,", ",").replace(" .", ".") == text
     for word, above, left in (("heart", False, False), ("circle", True, True)):
         row, column = divmod(int(heat[words.index(word)].argmax()), heat.shape[-1])
-        assert 0.8 < heat[words.index(word)].max() <= 1
+        assert 0.5 < heat[words.index(word)].max() <= 1
         assert ((row < 4), (column < 4)) == (above, left)
     assert heat.min() >= 0 and heat[words.index("the")].max() < 0.1
 

@@ -19,7 +19,7 @@ COMMAND = re.compile(r"^(\s*)[!%](?:.*\\\n)*.*$", re.MULTILINE)  # of the shell 
 # found in what the cells put out
 EXPECTED = {
     "clip_prefix_captioning_inference": [
-        "Two large yellow rings are to the right of a big green square on a brick wall.",
+        r"yellow rings .* green square",
         r"200041\.jpg\t",
     ],
     "transformer_inference": [r"-\d\.\d\d  .* yellow rings .* green square", "cc-words", r"  9  \w+ 0\.\d\d, "],
