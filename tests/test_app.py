@@ -43,7 +43,7 @@ def server(tmp_path_factory):
         yield f"http://127.0.0.1:{port}", process
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
+        process.communicate(timeout=90)
         assert process.returncode == 0  # Ctrl-C is how it ends
 
 
