@@ -19,8 +19,8 @@ from features.images import read_image
 from metrics.clipscore import PROMPT, clip_scores
 from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, context_room
 from models.explain import nearest_words, word_heat
-from models.pretrained import DEMO
-from predict import NAMES, Predictor
+from models.pretrained import DEMO, NAMES
+from predict import Predictor
 from utils.batching import Batcher
 from utils.cli import Parser, note, positive_int, run
 

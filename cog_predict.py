@@ -13,6 +13,7 @@ import os
 import sys
 
 import predict
+from models.pretrained import NAMES
 from utils.cli import VERSION, Parser, note, positive_int, run
 from utils.files import write_json
 
@@ -33,7 +34,7 @@ class Predictor(BaseRunner):
     def setup(self) -> None:
         """Name the captioners; each is loaded when it is first asked for."""
         self.predictor = predict.Predictor()
-        self.predictor.setup(predict.NAMES)
+        self.predictor.setup(NAMES)
 
     def run(
         self,

@@ -35,6 +35,7 @@ PRETRAINED = {
 }
 ALIASES = {"conceptual-captions": "conceptual"}  # as the predecessor's Predictor calls it
 DEMO = "demo"
+NAMES = (*PRETRAINED, DEMO)  # what --checkpoint takes besides files
 DEMO_CHECKPOINT = Path(__file__).resolve().parent.parent / "demo" / "weights" / "demo_latest.pt"
 
 

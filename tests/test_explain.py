@@ -5,9 +5,9 @@ import torch
 from conftest import ROOT
 
 from features.images import read_image
+from models.captioner import Captioner
 from models.decoding import DecodingConfig
 from models.explain import masked_images, nearest_words, split_words, token_logprobs, word_heat
-from predict import Captioner
 
 
 @pytest.fixture(scope="module")

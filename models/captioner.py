@@ -1,0 +1,111 @@
+"""Images -> captions: the encoder and the captioner of a checkpoint, loaded together.
+
+Axes: B batch, D CLIP width.
+"""
+
+import os
+from pathlib import Path
+
+from features.clip_encoder import ClipEncoder
+from models.checkpoint import config_path, load_captioner
+from models.decoding import generate_captions
+from models.pretrained import ALIASES, DEMO, DEMO_CHECKPOINT, NAMES, PRETRAINED, fetch
+from utils.cli import nearest
+from utils.devices import Placement, pick_devices
+from utils.files import sha256
+from utils.precision import pick_dtype, prepare_for_inference
+
+
+class Captioner:
+    """Encoder, mapping network, language model and tokenizer, ready to caption."""
+
+    def __init__(
+        self, checkpoint="coco", clip_model_type=None, language_model=None, normalize_prefix=None, device=None, pn=None,
+        dtype=None, offload_dir=None, max_memory=None,
+    ):  # fmt: skip
+        """Load everything.
+
+        Args:
+            checkpoint: `coco`, `conceptual`, `coco-transformer`, `demo`, or a file.
+            clip_model_type, language_model, normalize_prefix: what a bare checkpoint does not say.
+            device, pn, offload_dir, max_memory: the flags of these names; None takes a GPU if there is one.
+            dtype: the flag --dtype.
+        Raises: ValueError where an argument contradicts the checkpoint; FileNotFoundError where a file is missing.
+        """
+        placement = Placement(pick_devices(device), pn, offload_dir, max_memory)
+        self.device = placement.devices[0]
+        name = ALIASES.get(checkpoint, checkpoint)
+        if name in PRETRAINED:
+            pretrained = PRETRAINED[name]
+            checkpoint = fetch(name)
+            clip_model_type = clip_model_type or pretrained.clip_model_type
+            normalize_prefix = pretrained.normalize_prefix if normalize_prefix is None else normalize_prefix
+        elif name == DEMO:
+            checkpoint = DEMO_CHECKPOINT
+        elif not Path(checkpoint).is_file() and os.sep not in str(checkpoint) and "." not in str(checkpoint):
+            raise FileNotFoundError(
+                f"--checkpoint {checkpoint} is neither a file nor one of {', '.join(NAMES)}{nearest(checkpoint, NAMES)}"
+            )
+        self.model, self.tokenizer, described = load_captioner(
+            checkpoint, language_model, normalize_prefix, self.device
+        )
+        self.model.place(placement)
+        if pn != "auto" and not self.model.config.load_in:
+            prepare_for_inference(self.model, pick_dtype(dtype, self.device), self.device)
+        elif dtype:
+            raise ValueError(
+                f"--dtype {dtype} changes weights that --pn auto and --load_in do not let go; leave it out"
+            )
+        source = encoder_source(self.model.config, checkpoint, clip_model_type, described)
+        self.encoder = ClipEncoder(source, self.device, dtype)
+        if self.encoder.embed_dim != self.model.config.prefix_dim:
+            raise ValueError(
+                f"encoder {source} gives embeddings {self.encoder.embed_dim} wide and {checkpoint} was trained on "
+                f"{self.model.config.prefix_dim}; pass its own --clip_model_type"
+            )
+
+    def caption_files(self, paths, decoding, batch_size=32, num_workers=0):
+        """Caption image files, in order.
+
+        Args:
+            paths: image files.
+            decoding: DecodingConfig.
+            batch_size: images at a time.
+            num_workers: processes that read images.
+        Yields: per batch ({path: list of Caption, best first}, {path: why it could not be read}).
+        """
+        for indices, embeddings, errors in self.encoder.encode_files(paths, batch_size, num_workers):
+            captions = self.caption_embeddings(embeddings, decoding) if indices else []
+            read = {paths[index]: group for index, group in zip(indices, captions, strict=True)}
+            yield read, {paths[index]: reason for index, reason in errors.items()}
+
+    def caption_embeddings(self, clip_embedding, decoding):
+        """Caption CLIP embeddings [B, D]; returns per image a list of Caption, best first."""
+        return generate_captions(self.model, self.tokenizer, clip_embedding.to(self.device), decoding)
+
+
+def encoder_source(config, checkpoint, given, described):
+    """Return the encoder to load: the one given, if it does not contradict the checkpoint, else the checkpoint's own.
+
+    Raises: ValueError where it contradicts; FileNotFoundError where the checkpoint's own file has moved.
+    """
+    own = config.clip_model_type
+    if given:
+        same = sha256(given) == config.clip_sha256 if config.clip_sha256 and Path(given).is_file() else given == own
+        if described and own and not same:
+            raise ValueError(
+                f"--clip_model_type {given} contradicts {config_path(checkpoint)}: the captioner was trained on {own}; "
+                f"leave the flag out"
+            )
+        return given
+    if not own:
+        raise ValueError(f"{checkpoint} does not say which encoder it was trained on; pass --clip_model_type")
+    if not config.clip_sha256:
+        return own
+    # a file may be named from where training ran, or from beside the checkpoint
+    for file in (Path(own), config_path(checkpoint).parent / own):
+        if file.is_file() and sha256(file) == config.clip_sha256:
+            return str(file)
+    raise FileNotFoundError(
+        f"the encoder {own} of {checkpoint} is not there, or is another file by now; pass --clip_model_type FILE"
+    )

@@ -1,0 +1,116 @@
+"""What a command is about to write: checked before any work, and held by one run at a time."""
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+from utils.cli import note
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_held = set()  # lock files of this process, whose own record locks do not keep it out
+
+
+def check_output(flag, path, inputs=None, endings=()):
+    """Refuse an output file that cannot be written, or that would overwrite what the command reads.
+
+    Args:
+        flag: the option that names it, for the error.
+        path: file that will be written.
+        inputs: {what it is, such as "the annotations": file, or list of files}; None among them are passed over.
+        endings: file name endings that the command can write; () are all.
+    Raises: ValueError naming flag, file and remedy.
+    """
+    given, path = path, Path(path)
+    if path.is_dir() or str(given).endswith(os.sep):
+        raise ValueError(f"{flag} {path} is a folder; name a file in it")
+    if endings and path.suffix.lower() not in endings:
+        raise ValueError(f"{flag} {path} must end in {' or '.join(endings)}, which says what is written")
+    check_folder(flag, path.parent)
+    for what, files in (inputs or {}).items():
+        for file in files if isinstance(files, list | tuple | set) else [files]:
+            if file is not None and same_file(path, file):
+                raise ValueError(f"{flag} {path} would overwrite {what}, {file}; name another file")
+
+
+def check_folder(flag, folder):
+    """Refuse a folder in which nothing can be written; it need not exist yet.
+
+    Raises: ValueError naming flag, folder and reason.
+    """
+    there = Path(folder).absolute()
+    while not there.exists() and not there.is_symlink():
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"{flag}: {there} is no folder, so that nothing can be written below it; name another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag}: nothing can be written in {there}, by its permissions; name another place")
+
+
+def same_file(first, second):
+    """Tell whether two names are of the same file, or would be: links, `..` and letter case resolved."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(first, second)  # both exist
+    return os.path.realpath(first) == os.path.realpath(second)
+
+
+@contextlib.contextmanager
+def lock(path, flag="--out"):
+    """Hold an output for the time of the body, so that no second run writes it.
+
+    The system lets go of the lock when the process ends, however it ends; `.<name>.lock` beside the output, which may
+    be left after a kill, holds nothing.
+
+    Args:
+        path: file or folder that is written; it need not exist.
+        flag: the option that names it.
+    Raises: ValueError where another run holds it.
+    """
+    path = Path(os.path.realpath(path))
+    name = path.with_name(f".{path.name}.lock")
+    busy = f"another run is writing {path}%s; wait for it, or name another {flag}"
+    if name in _held:
+        raise ValueError(busy % "")
+    name.parent.mkdir(parents=True, exist_ok=True)
+    _held.add(name)
+    try:
+        with _locked(name, busy):
+            yield
+    finally:
+        _held.discard(name)
+
+
+@contextlib.contextmanager
+def _locked(name, busy):
+    """Lock the file `name`; `busy` is the error where it is locked, with room for who holds it."""
+    if fcntl is None:
+        note(f"warning: this system has no file locks; make sure that no other run writes {name.parent}")
+        yield
+        return
+    while True:
+        file = open(name, "a+")  # noqa: SIM115  closed below, which lets go
+        try:
+            # a record lock: unlike flock's it is not inherited by processes that read images and may outlive a kill
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise ValueError(busy % (f" ({holder})" if holder else "")) from None
+        except OSError as error:  # a file system without locks
+            note(f"warning: {name.parent} cannot lock files ({error.strerror}); make sure that no other run writes it")
+        if name.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(name)):
+            break
+        file.close()  # its holder has removed it since we opened it
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+    finally:
+        name.unlink(missing_ok=True)  # while it is still ours
+        file.close()
