@@ -13,7 +13,6 @@ if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
 import os
-from pathlib import Path
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from metrics.report import image_uri, render, text_tables
 from utils.cli import Parser, non_negative_int, note, positive_int, progress_bar, run
 from utils.devices import pick_device
 from utils.files import write_json, write_text
+from utils.outputs import check_output
 
 INTERVALS = "bootstrap over images, percentiles, {samples} samples, seed {seed}"
 COMPARISON = "interval: paired bootstrap; p: two-sided paired randomisation test; {samples} samples each, seed {seed}"
@@ -233,9 +233,13 @@ def per_image(scores, captions):
 
 def check_flags(args):
     """Refuse flags that cannot work, before any scoring; Raises: ValueError."""
-    for flag, path in (("--out", args.out), ("--html", args.html)):
-        if path and Path(path).is_dir():
-            raise ValueError(f"{flag} {path} is a folder; name a file in it")
+    inputs = {
+        "the captions": args.captions, "the references": args.references, "the captions of --compare": args.compare,
+        "the training captions": args.train_captions, "the encoder": args.clip_model_type,
+    }  # fmt: skip
+    for flag, path, endings in (("--out", args.out, (".json",)), ("--html", args.html, (".html", ".htm"))):
+        if path:
+            check_output(flag, path, inputs, endings)
     if args.images and not (args.html or args.clip_model_type):
         raise ValueError("--images is for the page and for CLIPScore; pass --html FILE or --clip_model_type P too")
     if args.clip_model_type and not args.images:

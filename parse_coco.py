@@ -12,6 +12,7 @@ record without encoding.
 if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
+import contextlib
 import itertools
 import os
 from pathlib import Path
@@ -22,12 +23,14 @@ import transformers
 from features.annotations import FORMATS, ImageFinder, read_annotations
 from features.check import find_faults
 from features.clip_encoder import ClipEncoder
+from features.partial import PartialStore, collect_rows, partial_names
 from features.shards import finished_shard, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
-from features.store import PartialStore, collect_rows, info_path, partial_names, write_store
+from features.store import check_store_output, info_path, is_folder, write_store
 from utils.cli import VERSION, Parser, non_negative_int, note, positive_int, progress_bar, run
 from utils.devices import pick_device
 from utils.distributed import all_union, barrier, connected, is_main, main_first, own_device, rank, share
 from utils.files import read_json, sha256, write_json
+from utils.outputs import lock
 from utils.precision import add_dtype_flag
 
 SHOWN = 10  # skipped images that are listed on the terminal; the json beside the store lists all
@@ -96,6 +99,12 @@ def file_key(path):
     """Return what tells whether an image file is still the one that was encoded: name, bytes, time in ns."""
     status = os.stat(path)
     return str(path), status.st_size, status.st_mtime_ns
+
+
+def stamp_of(encoder, images):
+    """Return what tells whether a store or shard was made of these, {image file: its records}, by this encoder."""
+    made_of = [(*file_key(path), *(record["caption"] for record in same)) for path, same in images.items()]
+    return shard_stamp(encoder.identity(), made_of)
 
 
 def encode(encoder, paths, batches, args, bar):
@@ -188,8 +197,7 @@ def write_folder(encoder, found, out, args, info, skipped):
     parts, stamps = [], {}
     for number, start in enumerate(range(0, len(paths), rows)):
         images = {path: found[path] for path in paths[start : start + rows]}
-        made_of = [(*file_key(path), *(record["caption"] for record in same)) for path, same in images.items()]
-        stamp = shard_stamp(encoder.identity(), made_of)
+        stamp = stamp_of(encoder, images)
         left_out = finished_shard(out, number, stamp)
         if left_out is None:
             file = shard_files(out, number)[0]
@@ -248,9 +256,8 @@ def is_done(out, info):
     if not (Path(out).is_file() and info_path(out).is_file()):
         return False
     stored = read_json(info_path(out))
-    made_of = ("clip_model_type", "clip_sha256", "dtype", "annotations_sha256", "split")
-    same = all(stored.get(key) == info[key] for key in made_of)
-    return same and not stored.get("skipped") and stored.get("images_found") == info["images_found"]
+    made_of = ("clip_model_type", "clip_sha256", "dtype", "annotations_sha256", "split", "made_of")
+    return all(stored.get(key) == info[key] for key in made_of) and not stored.get("skipped")
 
 
 def report_skipped(skipped):
@@ -276,10 +283,11 @@ def main(argv=None):
     if args.check:
         return check(args.annotations, args.split, args.images, args.num_workers)
     out = args.out or default_out(args.clip_model_type, args.split)
+    check_store_output(out, {"the annotations": args.annotations, "the encoder": args.clip_model_type})
     records = read_annotations(args.annotations, args.split)
     found, skipped = find_images(records, ImageFinder(args.images, args.annotations), args.strict)
     device = own_device([pick_device(args.device)])
-    with connected(device):
+    with connected(device), lock(out) if is_main() else contextlib.nullcontext():
         with main_first():
             encoder = ClipEncoder(args.clip_model_type, device, args.dtype)
         return make_store(encoder, found, out, args, skipped)
@@ -287,11 +295,12 @@ def main(argv=None):
 
 def make_store(encoder, found, out, args, skipped):
     """Encode the images and write the store, unless it is there; arguments as those of `write_folder`."""
-    folder = out.endswith("/") or Path(out).is_dir()
+    folder = is_folder(out)
     info = {
         "clip_model_type": args.clip_model_type, "clip_sha256": encoder.sha256, "embed_dim": encoder.embed_dim,
         "dtype": encoder.dtype, "normalized": False, "annotations": args.annotations,
         "annotations_sha256": sha256(args.annotations), "split": args.split, "images_found": len(found),
+        "made_of": stamp_of(encoder, found),
         "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     }  # fmt: skip
     if not skipped and not folder and is_done(out, info):

@@ -11,6 +11,7 @@ coco_prefix_best.pt holds the weights of the highest CIDEr.
 if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
+import contextlib
 import os
 import time
 from dataclasses import fields
@@ -18,7 +19,7 @@ from dataclasses import fields
 import torch
 
 from features.dataset import CaptionDataset
-from features.store import read_store
+from features.store import info_path, read_store
 from models.checkpoint import load_weights
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import check_tokenizer, context_length, load_language_model, load_tokenizer
@@ -38,6 +39,7 @@ from utils.cli import (
     run,
 )  # fmt: skip
 from utils.distributed import all_sum, barrier, connected, is_main, world_size
+from utils.outputs import lock
 
 NORM_TOLERANCE = 0.01  # of float16 rows that were divided by their norm
 RN_DIMS = (640, 768, 1024)  # widths of CLIP's ResNets: RN50x4; RN50x16; RN50 and RN50x64
@@ -255,7 +257,7 @@ def prepare(config, training, store, placement):
 
 
 def train(config, training, store, files, placement, resuming=False, save_every=1, save_steps=10_000,
-          validation=None):  # fmt: skip
+          validation=None, contents=None):  # fmt: skip
     """Train a captioner, or go on with a run.
 
     Args:
@@ -263,18 +265,20 @@ def train(config, training, store, files, placement, resuming=False, save_every=
         placement: Placement of the captioner.
         resuming: go on with the run in `files`, where there is one.
         save_every, save_steps, validation: see `fit`.
+        contents: {"data" and "val_data": the stores' fingerprints}, which a continuation is compared with.
     Returns: the captioner.
     """
+    contents = contents or {}
     resuming = resuming and files.config.is_file()
     if resuming:
-        files.check_resume(config, training)
+        files.check_resume(config, training, contents)
     trainer, tokenizer = prepare(config, training, store, placement)
     model = trainer.model
     begun = resuming and files.resume(trainer)
     barrier()  # all have read what process 0 may move aside
     if not begun and is_main():
         files.move_aside()
-        files.write_config(config, training, model.gpt.config, tokenizer, store)
+        files.write_config(config, training, model.gpt.config, tokenizer, store, contents)
     if trainer.epoch >= training.epochs:
         note(f"{files.latest} has all {training.epochs} epochs; nothing to do")
         return model
@@ -293,21 +297,28 @@ def train(config, training, store, files, placement, resuming=False, save_every=
 def main(argv=None, parser=None):
     """Train as the command line says; `parser` is that of a variant of this command."""
     args = (parser or get_parser()).parse_args(argv)
-    placement = pick_placement(args)
-    with connected(placement.devices[0]):
+    placement, files = pick_placement(args), RunFiles(args.out_dir, args.prefix)
+    stores = {f"--{name}": getattr(args, name) for name in ("data", "val_data") if getattr(args, name)}
+    files.check(stores | {f"{flag}'s store": info_path(path) for flag, path in stores.items()})
+    with (
+        connected(placement.devices[0]),
+        lock(files.config, "--prefix or --out_dir") if is_main() else contextlib.nullcontext(),
+    ):
         store = read_store(args.data)
         check_store(store, args.is_rn, args.normalize_prefix)
-        validation = Validation(read_store(args.val_data), store) if args.val_data else None
+        val_store = read_store(args.val_data) if args.val_data else None
+        contents = {"data": store.fingerprint()} | ({"val_data": val_store.fingerprint()} if val_store else {})
         train(
             caption_config(args, store),
             training_config(args),
             store,
-            RunFiles(args.out_dir, args.prefix),
+            files,
             placement,
             args.resume,
             args.save_every,
             args.save_steps,
-            validation,
+            Validation(val_store, store) if val_store else None,
+            contents,
         )
 
 

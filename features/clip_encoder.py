@@ -138,6 +138,7 @@ def image_loader(paths, preprocess, batches, num_workers, pin_memory=False, coll
 
 def _leave_ctrl_c_to_parent(_worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class ImageFiles(Dataset):

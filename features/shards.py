@@ -48,7 +48,7 @@ def shard_stamp(encoder, made_of):
 
 
 def write_shard(folder, number, stamp, embeddings, images, skipped):
-    """Write one shard; the parquet last, so that a shard that has one is whole.
+    """Write one shard; the parquet last and an older one away first, so that a shard that has one is whole.
 
     Args:
         folder: of the store.
@@ -58,11 +58,12 @@ def write_shard(folder, number, stamp, embeddings, images, skipped):
         skipped: {image file: why it is in no row}.
     """
     npy, parquet = shard_files(folder, number)
+    parquet.unlink(missing_ok=True)
     with atomic_path(npy) as temporary, open(temporary, "wb") as file:
         np.save(file, embeddings.half().numpy())
     captions = [[text for record in same if (text := record["caption"]).strip()] for same in images.values()]
     ids = [same[0]["image_id"] for same in images.values()]
-    numbers = all(isinstance(i, int) for i in ids)
+    numbers = all(isinstance(i, int) and -(2**63) <= i < 2**63 for i in ids)
     columns = {
         "image_path": pa.array(map(str, images), pa.string()),
         "caption": pa.array((texts[0] if texts else "" for texts in captions), pa.string()),

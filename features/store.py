@@ -5,10 +5,9 @@ On disk a pickle in the predecessors' format, `{"clip_embedding": [N, D], "capti
 made. Rows are one per image; the predecessors' files, one row per caption, are read as they are.
 """
 
+import hashlib
 import io
-import json
 import pickle
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,10 @@ import torch
 
 from features.shards import MappedCaptions, read_shards
 from utils.files import atomic_path, read_json, reason, write_json
+from utils.outputs import check_folder, check_output, same_file
+
+PICKLES = (".pkl", ".pickle")
+SAMPLED = 4096  # rows of a folder of shards that its fingerprint is taken of
 
 
 @dataclass
@@ -49,11 +52,63 @@ class FeatureStore:
         lengths = (len(record["caption"].strip()) for record in self.captions)
         return rows, np.fromiter(lengths, np.int64, len(self.captions))
 
+    def fingerprint(self):
+        """Return a hash of what a run is trained on, wherever the store lies: embeddings, captions, rows.
+
+        Of a folder of shards, which may be too large to be read, SAMPLED rows stand for all.
+        """
+        digest = hashlib.sha256(repr((tuple(self.clip_embedding.shape), len(self.captions))).encode())
+        if isinstance(self.captions, MappedCaptions):
+            rows = np.linspace(0, len(self.clip_embedding) - 1, SAMPLED).astype(int)
+            numbers = np.linspace(0, len(self.captions) - 1, SAMPLED).astype(int)
+            captions = [self.captions[int(number)] for number in numbers]
+            embedding = self.clip_embedding[np.unique(rows)]
+        else:
+            captions, embedding = self.captions, self.clip_embedding
+        digest.update(np.ascontiguousarray(embedding.numpy()).view(np.uint8))
+        for record in captions:
+            digest.update(f"{record['clip_embedding']} {record['caption']}\n".encode(errors="surrogatepass"))
+        return digest.hexdigest()
+
+
+def is_folder(path):
+    """Tell whether a store of this name is a folder of shards."""
+    return str(path).endswith("/") or Path(path).is_dir()
+
 
 def info_path(path):
     """Return the json beside a store: `x.pkl` -> `x.json`, `x/` -> `x.json`."""
-    path = Path(path)
-    return path.with_name(path.name + ".json") if path.is_dir() else path.with_suffix(".json")
+    file = Path(path)
+    return file.with_name(file.name + ".json") if is_folder(path) else file.with_suffix(".json")
+
+
+def check_store_output(path, inputs):
+    """Refuse a name for a new store that cannot be written, or where it or its json would overwrite another file.
+
+    Args:
+        path: of the store, as --out.
+        inputs: {what it is: file} that the command reads.
+    Raises: ValueError.
+    """
+    if is_folder(path):
+        check_folder("--out", path)
+    else:
+        check_output("--out", path, inputs, PICKLES)
+    info = info_path(path)
+    for what, file in inputs.items():
+        if same_file(info, file):
+            raise ValueError(f"--out {path} would overwrite {what}, {file}, by its json; name another store")
+    if info.exists() and not _is_store_info(info):
+        raise ValueError(f"--out {path} would overwrite {info}, which tells of no store, by its json; name another")
+
+
+def _is_store_info(path):
+    """Tell whether a file is the json beside a store."""
+    try:
+        value = read_json(path)
+    except (ValueError, OSError):
+        return False
+    return isinstance(value, dict) and {"clip_model_type", "embed_dim"} <= value.keys()
 
 
 def write_store(path, clip_embedding, captions, info):
@@ -153,121 +208,3 @@ class SafeUnpickler(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):  # how old protocols store bytes
             return super().find_class(module, name)
         raise UnsafePickle(f"asks for {module}.{name}, which could run code")
-
-
-def partial_names(store_path):
-    """Return the names of the PartialStores that processes have begun for a store: `x.pkl`, `x.pkl.rank1`, ..."""
-    path = Path(store_path)
-    pattern = re.compile(re.escape(path.name) + r"(\.rank\d+)?\.partial")
-    folders = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
-    return [str(folder.with_suffix("")) for folder in folders if pattern.fullmatch(folder.name)]
-
-
-def collect_rows(partials, keys):
-    """Return the rows of images, whichever PartialStore each is in.
-
-    Args:
-        partials: list of PartialStore.
-        keys: [N] keys of images.
-    Returns: [N, D] float32.
-    Raises: ValueError where one is in none.
-    """
-    rows, missing = torch.empty(len(keys), partials[0].dim), set(keys)
-    for partial in partials:
-        here = [number for number, key in enumerate(keys) if key in partial.rows]
-        rows[here] = partial.embeddings([keys[number] for number in here])
-        missing -= partial.rows.keys()
-    if missing:
-        raise ValueError(f"{min(missing)[0]} changed while the images were encoded; run the same command again")
-    return rows
-
-
-class PartialStore:
-    """Embeddings of an extraction under way, appended batch by batch so that a kill loses at most one batch.
-
-    `<store>.partial/embeddings.f32` holds rows of D float32 numbers and `journal.jsonl` a line for every batch that is
-    wholly in it: the images' keys. A row that the journal does not name was not finished and is cut off.
-    """
-
-    def __init__(self, store_path, encoder):
-        """Open or begin the folder.
-
-        Args:
-            store_path: the store that is being made.
-            encoder: name, sha256 and embed_dim of the encoder, as a dict; another encoder's rows are thrown away.
-        """
-        self.folder = Path(f"{store_path}.partial")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.dim = encoder["embed_dim"]
-        self.rows = {}  # image key -> row
-        self._resume(encoder)
-
-    @classmethod
-    def encoded(cls, store_path, encoder):
-        """Return the keys of the images that are encoded already, without beginning a folder where there is none."""
-        if not Path(f"{store_path}.partial").is_dir():
-            return set()
-        partial = cls(store_path, encoder)
-        partial.close()
-        return set(partial.rows)
-
-    def _resume(self, encoder):
-        """Read the journal, drop what a kill left unfinished, and open both files for appending."""
-        journal, data = self.folder / "journal.jsonl", self.folder / "embeddings.f32"
-        good_bytes = 0
-        with open(journal, "ab+") as file:
-            file.seek(0)
-            for number, line in enumerate(file):
-                try:
-                    entry = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    entry = None
-                if entry is None or (number == 0 and entry != encoder):
-                    break
-                if number:
-                    enough = data.is_file() and data.stat().st_size >= (len(self.rows) + len(entry)) * self.dim * 4
-                    if not enough:
-                        break
-                    self.rows.update({tuple(key): len(self.rows) + i for i, key in enumerate(entry)})
-                good_bytes += len(line)
-            file.truncate(good_bytes)
-        self.journal, self.data = open(journal, "ab"), open(data, "ab+")  # noqa: SIM115
-        self.data.truncate(len(self.rows) * self.dim * 4)
-        if not good_bytes:
-            self._log(encoder)
-
-    def _log(self, entry):
-        self.journal.write(json.dumps(entry).encode() + b"\n")
-        self.journal.flush()
-
-    def append(self, keys, embeddings):
-        """Add a batch: the rows first, then the line that makes them count.
-
-        Args:
-            keys: per image, a tuple of text and numbers that changes when the file does.
-            embeddings: [B, D] float32.
-        """
-        self.data.write(embeddings.numpy().tobytes())
-        self.data.flush()
-        self._log([list(key) for key in keys])
-        self.rows.update({key: len(self.rows) + i for i, key in enumerate(keys)})
-
-    def embeddings(self, keys):
-        """Return the [N, D] float32 rows of these images."""
-        if not keys:
-            return torch.empty(0, self.dim)
-        self.data.flush()
-        stored = np.memmap(self.folder / "embeddings.f32", np.float32, "r", shape=(len(self.rows), self.dim))
-        return torch.from_numpy(stored[[self.rows[key] for key in keys]])
-
-    def close(self):
-        """Close the files; the folder stays for the next run."""
-        self.journal.close()
-        self.data.close()
-
-    def remove(self):
-        """Close and delete the folder, once the store is written."""
-        self.close()
-        for file in self.folder.iterdir():
-            file.unlink()
-        self.folder.rmdir()

@@ -98,7 +98,7 @@ def run_script(script, *arguments, check=0):
     Returns: what `subprocess.run` would have returned; the exit status must be `check`.
     """
     out, err = io.StringIO(), io.StringIO()
-    before, on_broken_pipe = sys.argv, signal.getsignal(signal.SIGPIPE)
+    before, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [script, *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -107,7 +107,8 @@ def run_script(script, *arguments, check=0):
         code = end.code or 0
     finally:
         sys.argv = before
-        signal.signal(signal.SIGPIPE, on_broken_pipe)  # `run` lets it end the process
+        for number, handler in handlers.items():  # `run` has its own
+            signal.signal(number, handler)
     done = subprocess.CompletedProcess(script, code, out.getvalue(), err.getvalue())
     return checked(done, check)
 

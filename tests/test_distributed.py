@@ -21,7 +21,8 @@ from torch.distributed import TCPStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from features import shards
-from features.store import PartialStore, read_store, write_store
+from features.partial import PartialStore
+from features.store import read_store, write_store
 from models import language
 from training.trainer import Trainer
 

@@ -14,7 +14,8 @@ from PIL import Image
 from features.annotations import ImageFinder, image_id_of, read_annotations
 from features.dataset import CaptionDataset, batches_per_epoch, epoch_batches
 from features.images import ImageError, read_image
-from features.store import PartialStore, read_store, write_store
+from features.partial import PartialStore
+from features.store import read_store, write_store
 from models.language import load_tokenizer
 
 COCO = {"images": [{"id": 7, "file_name": "a.jpg"}], "annotations": [{"image_id": 7, "id": 1, "caption": "a star"}]}

@@ -13,6 +13,7 @@ from models.checkpoint import captioner_weights, save_weights, tokenizer_folder
 from utils.cli import VERSION, note
 from utils.distributed import is_main
 from utils.files import atomic_path, disk_errors, read_json, save_torch, write_json
+from utils.outputs import check_folder, same_file
 
 
 class RunFiles:
@@ -31,25 +32,47 @@ class RunFiles:
         """Return the checkpoint of an epoch, counted from 0."""
         return self.out_dir / f"{self.prefix}-{epoch:03d}.pt"
 
+    def check(self, inputs):
+        """Refuse a place where the run cannot be written, or would overwrite what it reads or another's file.
+
+        Args:
+            inputs: {flag: file that the run reads}; a feature store's json is one of them.
+        Raises: ValueError naming the flag.
+        """
+        if not self.prefix or os.sep in self.prefix:
+            raise ValueError(f"--prefix {self.prefix!r} is no name for files; --out_dir names their folder")
+        check_folder("--out_dir", self.out_dir)
+        own = (self.config, self.latest, self.best, self.state, self.log, self.plot)
+        for flag, file in inputs.items():
+            if flag != "--init_from" and any(same_file(file, mine) for mine in own):  # weights are read before
+                raise ValueError(f"--prefix {self.prefix} would overwrite {file}, which {flag} reads; pass another")
+        if self.config.exists() and not _is_run(self.config):
+            raise ValueError(
+                f"--prefix {self.prefix} would overwrite {self.config}, which is not the json of a run; pass another"
+            )
+
     def move_aside(self):
-        """Move an earlier run of the same name into `<prefix>-previous/`, in place of the one moved there before."""
+        """Move an earlier run of the same name into `<prefix>-previous/`, or `-previous-2/` where that is taken."""
         files = [self.config, self.latest, self.best, self.state, self.log, self.plot, tokenizer_folder(self.config)]
         files = [f for f in (*files, *self.out_dir.glob(f"{self.prefix}-[0-9][0-9][0-9].pt")) if f.exists()]
         if not self.config.exists():
             return
-        previous = self.out_dir / f"{self.prefix}-previous"
-        shutil.rmtree(previous, ignore_errors=True)
+        previous, number = self.out_dir / f"{self.prefix}-previous", 1
+        while previous.exists():
+            number += 1
+            previous = self.out_dir / f"{self.prefix}-previous-{number}"
         previous.mkdir()
         for file in files:
             os.replace(file, previous / file.name)
         note(f"an earlier run {self.prefix} was there; it is now in {previous} (--resume goes on with a run)")
 
-    def write_config(self, config, training, gpt_config, tokenizer, store):
+    def write_config(self, config, training, gpt_config, tokenizer, store, contents):
         """Write `<prefix>.json` and the tokenizer's folder, before the first step.
 
         Args:
             config: CaptionConfig. training: TrainingConfig. store: FeatureStore.
             gpt_config: the language model's configuration.
+            contents: {flag: fingerprint of the feature store that it names}.
         """
         self.out_dir.mkdir(parents=True, exist_ok=True)
         with disk_errors(self.out_dir):
@@ -61,21 +84,38 @@ class RunFiles:
                 "language_model_config": gpt_config.to_dict(),
                 "training": asdict(training),
                 "data": {key: store.info[key] for key in store.info if key != "skipped"},
+                "contents": contents,
                 "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
             },
         )
 
-    def check_resume(self, config, training):
-        """Refuse to go on with a run of other options.
+    def check_resume(self, config, training, contents):
+        """Refuse to go on with a run of other options or other data, wherever the data lies by now.
 
+        Args:
+            config: CaptionConfig. training: TrainingConfig.
+            contents: as of `write_config`.
         Raises: ValueError naming the first flag that differs.
         """
         stored = read_json(self.config)
-        before = stored["model"] | stored["training"]
+        before, told = stored["model"] | stored["training"], stored.get("contents", {})
         for name, value in (config.to_dict() | asdict(training)).items():
-            if name in before and before[name] != value:
+            if name not in before or before[name] == value or _same_place(name, before[name], value):
+                continue
+            if name in told and name in contents:  # whose content is compared below
+                continue
+            remedy = "pass the same, or leave out --resume"
+            if name == "epochs":
+                remedy = (
+                    f"its learning rate comes down to 0 by then; to train on after it, begin a new run with "
+                    f"--init_from {self.latest} and another --prefix, without --resume"
+                )
+            raise ValueError(f"--resume: the run had --{name} {before[name]}, not {value}; {remedy}")
+        for name, content in contents.items():
+            if told.get(name, content) != content:
                 raise ValueError(
-                    f"--resume: the run had --{name} {before[name]}, not {value}; pass the same, or leave out --resume"
+                    f"--resume: --{name} {getattr(training, name)} does not hold what the run was begun with; pass the "
+                    f"same data, or leave out --resume"
                 )
 
     def resume(self, trainer):
@@ -151,3 +191,18 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = number
         note("stopping after this step; once more to stop at once")
+
+
+def _is_run(path):
+    """Tell whether a file is the json of a run."""
+    try:
+        value = read_json(path)
+    except (ValueError, OSError):
+        return False
+    return isinstance(value, dict) and {"model", "training"} <= value.keys()
+
+
+def _same_place(name, before, value):
+    """Tell whether two values of an option that names a file or folder name the same one."""
+    paths = ("data", "val_data", "init_from", "language_model")
+    return name in paths and None not in (before, value) and os.path.exists(value) and same_file(before, value)

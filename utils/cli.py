@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import os
+import select
 import signal
 import sys
 
@@ -13,7 +14,8 @@ from tqdm import tqdm
 from utils.distributed import first_to_fail, is_main
 
 VERSION = "0.1.0"
-LOUD = ("error", "interrupted", "skipped", "unreadable", "warning")  # notes that begin so are printed under --quiet too
+# notes that begin so are printed under --quiet too
+LOUD = ("error", "interrupted", "skipped", "terminated", "unreadable", "warning")
 METAVARS = {"positive_int": "N", "non_negative_int": "N", "positive_float": "X", "float": "X"}
 DISK_FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 
@@ -92,6 +94,7 @@ def positive_float(text):
 
 
 _quiet = False  # whether the command line said --quiet
+_stopped_by = []  # signals that have asked the command to stop
 
 
 def shows_progress():
@@ -116,25 +119,85 @@ def note(message):
 
 
 def run(main):
-    """Call a command's `main` and exit: 2 with one line for bad input, 130 after Ctrl-C.
+    """Call a command's `main` and exit: 2 with one line for bad input, 130 after Ctrl-C, 143 after SIGTERM.
 
-    Set CLIPCAP_DEBUG=1 to see the whole traceback.
+    141 without a word where nobody reads the output any more, as after `predict.py ... | head`. Set CLIPCAP_DEBUG=1 to
+    see the whole traceback.
     """
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `predict.py ... | head` ends quietly
-    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.SIG_DFL):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # see utils/interrupt.py
+    _prepare_streams()
+    _catch_signals()
     try:
-        sys.exit(main())
+        status = _outcome(main)
+    except BrokenPipeError:
+        status = 141
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # told by now; Python would complain of it when it flushes at the very end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    sys.exit(status)
+
+
+def _prepare_streams():
+    """Make sure that there are output streams, and that they take any text: what they cannot show is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # `>&-`; opened at once, so that no other file gets its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _catch_signals():
+    """Make SIGTERM raise KeyboardInterrupt as Ctrl-C does, so that what keeps finished work on one does on the other.
+
+    The second signal is passed over, for then that work is being written, and torchrun sends one after the terminal
+    has; a third one interrupts that too. One that the shell has set to be ignored, as `nohup` or `&` do, stays so.
+    """
+    _stopped_by.clear()
+
+    def stop(number, _frame):
+        _stopped_by.append(number)
+        if len(_stopped_by) != 2:
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            signal.signal(number, stop)  # see utils/interrupt.py
+
+
+def _outcome(main):
+    """Call `main`; returns the exit status, after the one line that says what was wrong.
+
+    Raises: BrokenPipeError where nobody reads the output any more.
+    """
+    try:
+        try:
+            status = main()
+        except SystemExit as end:  # --help, or a wrong flag
+            status = end.code
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt as stop:
-        note(f"interrupted{': ' + str(stop) if str(stop) else ''}")
-        sys.exit(130)
+        number = _stopped_by[0] if _stopped_by else signal.SIGINT
+        word = "terminated" if number == signal.SIGTERM else "interrupted"
+        note(f"{word}{': ' + str(stop) if str(stop) else ''}")
+        return 128 + number
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, BrokenPipeError) and any(map(_is_abandoned, (1, 2))):
+            raise
         if os.environ.get("CLIPCAP_DEBUG"):
             raise
         if first_to_fail():
             tqdm.write(f"error: {describe(error)}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+
+
+def _is_abandoned(number):
+    """Tell whether a stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def describe(error):

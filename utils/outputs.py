@@ -28,6 +28,8 @@ def check_output(flag, path, inputs=None, endings=()):
     given, path = path, Path(path)
     if path.is_dir() or str(given).endswith(os.sep):
         raise ValueError(f"{flag} {path} is a folder; name a file in it")
+    if path.exists() and not path.is_file():  # a device or a pipe, which a file would take the place of
+        raise ValueError(f"{flag} {path} is no file that can be replaced; name another")
     if endings and path.suffix.lower() not in endings:
         raise ValueError(f"{flag} {path} must end in {' or '.join(endings)}, which says what is written")
     check_folder(flag, path.parent)
@@ -59,22 +61,24 @@ def same_file(first, second):
 
 
 @contextlib.contextmanager
-def lock(path, flag="--out"):
+def lock(path, flag="--out", shown=None):
     """Hold an output for the time of the body, so that no second run writes it.
 
     The system lets go of the lock when the process ends, however it ends; `.<name>.lock` beside the output, which may
-    be left after a kill, holds nothing.
+    be left after a kill, holds nothing. A folder that is made for it goes again where nothing has been written.
 
     Args:
         path: file or folder that is written; it need not exist.
         flag: the option that names it.
+        shown: what the error says is being written, where `path` is only a part of it.
     Raises: ValueError where another run holds it.
     """
     path = Path(os.path.realpath(path))
     name = path.with_name(f".{path.name}.lock")
-    busy = f"another run is writing {path}%s; wait for it, or name another {flag}"
+    busy = f"another run is writing {shown or path}%s; wait for it, or name another {flag}"
     if name in _held:
         raise ValueError(busy % "")
+    made = [folder for folder in name.parents if not folder.exists()]
     name.parent.mkdir(parents=True, exist_ok=True)
     _held.add(name)
     try:
@@ -82,6 +86,9 @@ def lock(path, flag="--out"):
             yield
     finally:
         _held.discard(name)
+        with contextlib.suppress(OSError):  # what has been written into stays
+            for folder in made:
+                folder.rmdir()
 
 
 @contextlib.contextmanager

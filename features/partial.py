@@ -1,0 +1,147 @@
+"""What an extraction under way has encoded, so that the same command goes on after a kill."""
+
+import json
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.cli import note
+
+
+def partial_names(store_path):
+    """Return the names of the PartialStores that processes have begun for a store: `x.pkl`, `x.pkl.rank1`, ..."""
+    path = Path(store_path)
+    pattern = re.compile(re.escape(path.name) + r"(\.rank\d+)?\.partial")
+    folders = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    return [str(folder.with_suffix("")) for folder in folders if pattern.fullmatch(folder.name)]
+
+
+def collect_rows(partials, keys):
+    """Return the rows of images, whichever PartialStore each is in.
+
+    Args:
+        partials: list of PartialStore.
+        keys: [N] keys of images.
+    Returns: [N, D] float32.
+    Raises: ValueError where one is in none.
+    """
+    rows, missing = torch.empty(len(keys), partials[0].dim), set(keys)
+    for partial in partials:
+        here = [number for number, key in enumerate(keys) if key in partial.rows]
+        rows[here] = partial.embeddings([keys[number] for number in here])
+        missing -= partial.rows.keys()
+    if missing:
+        raise ValueError(f"{min(missing)[0]} changed while the images were encoded; run the same command again")
+    return rows
+
+
+class PartialStore:
+    """Embeddings of an extraction under way, appended batch by batch so that a kill loses at most one batch.
+
+    `<store>.partial/embeddings.f32` holds rows of D float32 numbers and `journal.jsonl` a line for every batch that is
+    wholly in it: the images' keys, and a checksum of their rows. What the journal does not name was not finished, and
+    what does not agree with it is encoded again.
+    """
+
+    def __init__(self, store_path, encoder):
+        """Open or begin the folder.
+
+        Args:
+            store_path: the store that is being made.
+            encoder: name, sha256 and embed_dim of the encoder, as a dict; another encoder's rows are thrown away.
+        """
+        self.folder = Path(f"{store_path}.partial")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.dim = encoder["embed_dim"]
+        self.rows = {}  # image key -> row
+        self._resume(encoder)
+
+    @classmethod
+    def encoded(cls, store_path, encoder):
+        """Return the keys of the images that are encoded already, without beginning a folder where there is none."""
+        if not Path(f"{store_path}.partial").is_dir():
+            return set()
+        partial = cls(store_path, encoder)
+        partial.close()
+        return set(partial.rows)
+
+    def _resume(self, encoder):
+        """Read the journal, drop what a kill left unfinished, and open both files for appending."""
+        journal = self.folder / "journal.jsonl"
+        self.data = open(self.folder / "embeddings.f32", "ab+")  # noqa: SIM115
+        self.data.seek(0)
+        good_bytes = 0
+        with open(journal, "ab+") as file:
+            file.seek(0)
+            for number, line in enumerate(file):
+                entry = _parse_line(line)
+                if entry is None or (number == 0 and entry != encoder):
+                    break
+                if number and not self._rows_agree(entry):
+                    note(f"warning: {self.folder} is damaged after {len(self.rows):,} images; encoding the rest again")
+                    break
+                good_bytes += len(line)
+            file.truncate(good_bytes)
+        self.journal = open(journal, "ab")  # noqa: SIM115
+        self.data.truncate(len(self.rows) * self.dim * 4)
+        if not good_bytes:
+            self._log(encoder)
+
+    def _rows_agree(self, entry):
+        """Count the images of a journal's line where the rows that follow are theirs; returns whether they are."""
+        if not isinstance(entry, dict) or not {"images", "crc32"} <= entry.keys():
+            return False
+        keys, size = [tuple(key) for key in entry["images"]], len(entry["images"]) * self.dim * 4
+        data = self.data.read(size)
+        if len(data) < size or zlib.crc32(data) != entry["crc32"] or not self.rows.keys().isdisjoint(keys):
+            return False
+        self.rows.update({key: len(self.rows) + i for i, key in enumerate(keys)})
+        return True
+
+    def _log(self, entry):
+        self.journal.write(json.dumps(entry).encode() + b"\n")
+        self.journal.flush()
+
+    def append(self, keys, embeddings):
+        """Add a batch: the rows first, then the line that makes them count.
+
+        Args:
+            keys: per image, a tuple of text and numbers that changes when the file does.
+            embeddings: [B, D] float32.
+        """
+        data = embeddings.numpy().tobytes()
+        self.data.write(data)
+        self.data.flush()
+        self._log({"images": [list(key) for key in keys], "crc32": zlib.crc32(data)})
+        self.rows.update({key: len(self.rows) + i for i, key in enumerate(keys)})
+
+    def embeddings(self, keys):
+        """Return the [N, D] float32 rows of these images."""
+        if not keys:
+            return torch.empty(0, self.dim)
+        self.data.flush()
+        stored = np.memmap(self.folder / "embeddings.f32", np.float32, "r", shape=(len(self.rows), self.dim))
+        return torch.from_numpy(stored[[self.rows[key] for key in keys]])
+
+    def close(self):
+        """Close the files; the folder stays for the next run."""
+        self.journal.close()
+        self.data.close()
+
+    def remove(self):
+        """Close and delete the folder, once the store is written."""
+        self.close()
+        for file in self.folder.iterdir():
+            file.unlink()
+        self.folder.rmdir()
+
+
+def _parse_line(line):
+    """Return what a journal's line holds, or None where it is not whole."""
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
