@@ -25,11 +25,13 @@ from models.language import check_tokenizer, context_length, load_language_model
 from models.lora import add_lora
 from training.large_models import add_scale_flags, pick_placement
 from training.log import TrainingLog
+from training.optimizers import WEIGHT_DECAY
 from training.run_files import RunFiles, StopRequest
 from training.trainer import DTYPES, Trainer, TrainingConfig
 from training.validation import Validation, show_samples
 from utils.cli import (
     Parser,
+    non_negative_float,
     non_negative_int,
     note,
     positive_float,
@@ -76,7 +78,17 @@ def get_parser():
     optimiser.add_argument(
         "--bs", type=positive_int, default=defaults.bs, help="captions per batch, of all processes together"
     )
+    optimiser.add_argument(
+        "--optimizer", choices=WEIGHT_DECAY, default=defaults.optimizer,
+        help="adamw_hf: transformers' AdamW up to 4.46, which the predecessor's train.py imports (eps 1e-6, before the "
+        "bias correction); adamw_torch: torch's, as its train_OPT.py (eps 1e-8, after it)",
+    )  # fmt: skip
     optimiser.add_argument("--lr", type=positive_float, default=defaults.lr, help="peak learning rate")
+    optimiser.add_argument(
+        "--weight_decay", type=non_negative_float, metavar="X",
+        help="share of a weight, times the learning rate, that a step takes off (default: 0 for adamw_hf, 0.01 for "
+        "adamw_torch)",
+    )  # fmt: skip
     optimiser.add_argument(
         "--warmup_steps", type=non_negative_int, default=defaults.warmup_steps, help="steps of linear warm-up"
     )

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from models.checkpoint import captioner_weights, save_weights, tokenizer_folder
+from training.optimizers import BEFORE_THE_OPTION
 from utils.cli import VERSION, note
 from utils.distributed import is_main
 from utils.files import atomic_path, disk_errors, read_json, save_torch, write_json
@@ -71,7 +72,7 @@ class RunFiles:
         Raises: ValueError naming the first flag that differs.
         """
         stored = read_json(self.config)
-        before = stored["model"] | stored["training"]
+        before = stored["model"] | BEFORE_THE_OPTION | stored["training"]
         for name, value in (config.to_dict() | asdict(training)).items():
             if name in before and before[name] != value:
                 raise ValueError(
