@@ -21,7 +21,13 @@ from features.dataset import CaptionDataset
 from features.store import read_store
 from models.checkpoint import load_weights
 from models.clip_caption import CaptionConfig, build_captioner
-from models.language import check_tokenizer, context_length, load_language_model, load_tokenizer
+from models.language import (
+    check_tokenizer,
+    context_length,
+    load_language_config,
+    load_language_model,
+    load_tokenizer,
+)
 from models.lora import add_lora
 from training.large_models import add_scale_flags, pick_placement
 from training.log import TrainingLog
@@ -255,12 +261,13 @@ def prepare(config, training, store, placement):
     Raises: ValueError where model, tokenizer, checkpoint and data do not fit each other.
     """
     torch.manual_seed(training.seed)
-    tokenizer = load_tokenizer(config.language_model)
-    model = build_model(config, training.init_from, placement.devices[0])
-    check_tokenizer(tokenizer, model.gpt.config, config.language_model)
-    room = context_length(model.gpt.config)
-    if room and config.prefix_length >= room:
+    language_config = load_language_config(config.language_model)
+    room = context_length(language_config)
+    if room and config.prefix_length >= room:  # before a mapping network is built, which grows with its square
         raise ValueError(f"--prefix_length {config.prefix_length} leaves no room in the context of {room}; lower it")
+    tokenizer = load_tokenizer(config.language_model)
+    check_tokenizer(tokenizer, language_config, config.language_model)
+    model = build_model(config, training.init_from, placement.devices[0])
     dataset = CaptionDataset(store, tokenizer, room and room - config.prefix_length)
     model.place(placement)
     return Trainer(model, dataset, training, placement.devices[0]), tokenizer

@@ -5,6 +5,7 @@ A predecessor's bare `.pt`, which has no json, is recognised from its keys and s
 
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -77,25 +78,43 @@ def load_weights(path):
     Raises: FileNotFoundError; ValueError where the file is damaged, holds code, or is no state dict.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"checkpoint {path} is a folder; pass a file in it")
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path()
         there = sorted(p.name for p in folder.glob("*.pt"))[:8]
         raise FileNotFoundError(f"checkpoint {path} does not exist{'; there are ' + ', '.join(there) if there else ''}")
     try:
-        if path.suffix == ".safetensors":
-            state_dict = safetensors.torch.load_file(path)
-        else:
-            state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state_dict = _read_weights(path)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} was not loaded: it is damaged, or holds more than tensors, which could run code; save its "
             f"state_dict() where you trust it"
         ) from None
-    except (RuntimeError, EOFError, OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint ({reason(error)}); copy it again") from None
-    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+    except Exception as error:  # what is no pickle makes the reader raise whatever its bytes happen to mean
+        raise ValueError(f"{path} is damaged or no checkpoint ({_cause(error)}); copy it again") from None
+    tensors = isinstance(state_dict, dict) and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
+    )
+    if not tensors or not state_dict:
         raise ValueError(f"{path} is no state dict: it must map names to tensors, clip_project.* and gpt.*")
     return {key: value for key, value in state_dict.items() if not OLD_BUFFERS.fullmatch(key)}
+
+
+def _read_weights(path):
+    """Return what a file of either format holds, as torch or safetensors read it."""
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    with warnings.catch_warnings():  # of pickle's protocols, in files that torch did not write
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _cause(error):
+    """Return what a reader's error says, which is nothing where it tripped over bytes that mean something else."""
+    return (
+        reason(error) if isinstance(error, OSError | RuntimeError | safetensors.SafetensorError) else "another format"
+    )
 
 
 def config_path(checkpoint):

@@ -3,9 +3,12 @@
 import json
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
+from conftest import run_script, train
+from test_scripts import one_line_error
 from transformers import AutoConfig
 
 from models.checkpoint import config_path, infer_config, load_captioner, load_weights, save_weights
@@ -150,11 +153,44 @@ def test_checkpoint_with_code_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "reached.txt").exists()
 
 
-@pytest.mark.parametrize("content", (b"", b"not a checkpoint", b"PK\x03\x04broken"))
+NOT_CHECKPOINTS = (
+    b"", b"not a checkpoint", b"PK\x03\x04broken", b"hello world\n", b"a", b"\x80", b"<html></html>", b'{"a": 1}',
+    b"\x89PNG\r\n", b"version https://git-lfs.github.com/spec/v1\n", pickle.dumps({1: 2}, protocol=4),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", NOT_CHECKPOINTS)
 def test_damaged_checkpoint_is_named(tmp_path, content):
     (tmp_path / "broken.pt").write_bytes(content)
     with pytest.raises(ValueError, match="broken.pt"):
         load_weights(tmp_path / "broken.pt")
+
+
+@pytest.mark.parametrize("content", ({}, {1: torch.ones(1)}, [torch.ones(1)], {"a": 1}))
+def test_what_is_no_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="no state dict"):
+        load_weights(tmp_path / "x.pt")
+
+
+def test_no_checkpoint_is_one_line_in_every_command(store, language_model, photos, tmp_path):
+    """Text, a zip of something else, a folder."""
+    (tmp_path / "text.pt").write_text("hello world")
+    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as file:
+        file.writestr("a.txt", "x")
+    (tmp_path / "folder.pt").mkdir()
+    for name in ("text.pt", "zip.pt", "folder.pt"):
+        done = run_script("predict.py", photos, "--checkpoint", tmp_path / name, "--device", "cpu", check=2)
+        one_line_error(done, name)
+        done = train(store, language_model, tmp_path / "out", "--init_from", tmp_path / name, check=2)
+        one_line_error(done, name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_prefix_is_refused_before_anything_is_built(store, language_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.build_model", lambda *_: pytest.fail("built"))
+    done = train(store, language_model, tmp_path / "out", "--prefix_length", 5000, check=2)
+    one_line_error(done, "--prefix_length 5000", "64")
 
 
 def test_missing_checkpoint_lists_what_is_there(tmp_path):
