@@ -29,6 +29,7 @@ from models.language import (
     load_tokenizer,
 )
 from models.lora import add_lora
+from models.placement import place
 from training.large_models import add_scale_flags, pick_placement
 from training.log import TrainingLog
 from training.optimizers import WEIGHT_DECAY
@@ -238,12 +239,11 @@ def finish_epoch(trainer, files, log, tokenizer, save_every, validation):
     """Save and show what an epoch ends with, and count it."""
     epoch = trainer.epoch
     random = torch.get_rng_state()  # samples must not change what training draws next
-    with trainer.model.gathered():  # all processes caption the same images: sharded ones need each other
-        if validation:
-            log.flush()
-            files.save_state(trainer)  # a stop while validating loses no step
-            validation.run(trainer, tokenizer, files, log)
-        show_samples(trainer.model, tokenizer, trainer.dataset, epoch)
+    if validation:
+        log.flush()
+        files.save_state(trainer)  # a stop while validating loses no step
+        validation.run(trainer, tokenizer, files, log)
+    show_samples(trainer.model, tokenizer, trainer.dataset, epoch)  # in all processes: sharded ones need each other
     torch.set_rng_state(random)
     log.flush()
     if is_main():
@@ -269,7 +269,7 @@ def prepare(config, training, store, placement):
     check_tokenizer(tokenizer, language_config, config.language_model)
     model = build_model(config, training.init_from, placement.devices[0])
     dataset = CaptionDataset(store, tokenizer, room and room - config.prefix_length)
-    model.place(placement)
+    place(model, placement)
     return Trainer(model, dataset, training, placement.devices[0]), tokenizer
 
 

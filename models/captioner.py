@@ -9,6 +9,7 @@ from pathlib import Path
 from features.clip_encoder import ClipEncoder
 from models.checkpoint import config_path, load_captioner
 from models.decoding import generate_captions
+from models.placement import place
 from models.pretrained import ALIASES, DEMO, DEMO_CHECKPOINT, NAMES, PRETRAINED, fetch
 from utils.cli import nearest
 from utils.devices import Placement, pick_devices
@@ -49,7 +50,7 @@ class Captioner:
         self.model, self.tokenizer, described = load_captioner(
             checkpoint, language_model, normalize_prefix, self.device
         )
-        self.model.place(placement)
+        place(self.model, placement)
         if pn != "auto" and not self.model.config.load_in:
             prepare_for_inference(self.model, pick_dtype(dtype, self.device), self.device)
         elif dtype:

@@ -22,7 +22,8 @@ from models.language import (
     load_tokenizer,
 )
 from models.lora import add_lora, merge_lora
-from utils.distributed import is_main, whole
+from models.placement import whole
+from utils.distributed import is_main
 from utils.files import atomic_path, disk_errors, read_json, reason, save_torch
 
 # buffers that transformers stored before 4.31; no weights

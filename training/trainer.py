@@ -9,8 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import get_linear_schedule_with_warmup
 
 from features.dataset import batches_per_epoch, epoch_batches
+from models.placement import is_sharded, laid_out_as, whole
 from training.optimizers import WEIGHT_DECAY, make_optimizer
-from utils.distributed import all_gather, all_sum, check_shares, laid_out_as, rank, share, whole, world_size
+from utils.distributed import all_gather, all_sum, check_shares, rank, share, world_size
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -74,7 +75,7 @@ class Trainer:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # one pass over the weights instead of a dozen; sharded ones it does not take
         self.optimizer = make_optimizer(
-            config.optimizer, self.trained.values(), config.lr, config.weight_decay, fused=not model.sharded
+            config.optimizer, self.trained.values(), config.lr, config.weight_decay, fused=not is_sharded(model)
         )
         self.batches = batches_per_epoch(len(dataset), config.bs)
         self.steps_per_epoch = math.ceil(self.batches / config.gradient_accumulation_steps)
@@ -164,7 +165,7 @@ class Trainer:
                 parameter.copy_(laid_out_as(parameter, state["trained"][name]))
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # the run that was saved may have been sharded, or this one is
-            group["fused"] = not self.model.sharded
+            group["fused"] = not is_sharded(self.model)
         for parameter, values in self.optimizer.state.items():
             values.update({k: laid_out_as(parameter, v) for k, v in values.items() if v.ndim})  # `step` has none
         self.scheduler.load_state_dict(state["scheduler"])
@@ -192,6 +193,6 @@ class Loss(torch.nn.Module):
 
 def data_parallel(model):
     """Return the captioner's loss; where there are several processes, its gradients are averaged over them."""
-    if world_size() == 1 or model.sharded:
+    if world_size() == 1 or is_sharded(model):
         return model.loss
     return DistributedDataParallel(Loss(model), broadcast_buffers=False)
