@@ -304,6 +304,12 @@ def train(config, training, store, files, placement, resuming=False, save_every=
         f"parameters learn, on {', '.join(map(str, placement.devices))}"
         f"{f' in each of {world_size()} processes' * (world_size() > 1)}"
     )
+    steps = training.epochs * trainer.steps_per_epoch
+    if training.warmup_steps >= steps:
+        note(
+            f"warning: --warmup_steps {training.warmup_steps} is not shorter than the training of {steps} steps: "
+            f"--lr is never reached; lower it, to a tenth of the steps or so"
+        )
     with TrainingLog(files.log if is_main() else os.devnull, trainer.step, trainer.epoch) as log:
         fit(trainer, files, log, tokenizer, save_every, save_steps, validation)
     return model

@@ -26,6 +26,9 @@ from models.placement import whole
 from utils.distributed import is_main
 from utils.files import atomic_path, disk_errors, read_json, reason, save_torch
 
+FORMAT = 1  # of a run's json; files of before it had a number are read too
+# all that such a json can hold
+KEYS = {"format", "model", "language_model_config", "training", "decoding", "data", "versions"}
 # buffers that transformers stored before 4.31; no weights
 OLD_BUFFERS = re.compile(r"gpt\.transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 # the name of the run that `<prefix>-000.pt`, `<prefix>_latest.pt` and `<prefix>_best.pt` belong to
@@ -203,12 +206,29 @@ def read_config(checkpoint, state_dict):
     if not path.is_file():
         return infer_config(state_dict, checkpoint), None, None
     stored = read_json(path)
-    if not isinstance(stored, dict) or "model" not in stored:
+    if not isinstance(stored, dict) or not stored.keys() & {"model", "format"}:
         return infer_config(state_dict, checkpoint), None, None
+    check_format(stored, path)
     try:
         return CaptionConfig.from_dict(stored["model"]), stored.get("language_model_config"), path
-    except TypeError as error:
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} does not describe a captioner: {error}") from None
+
+
+def check_format(stored, path):
+    """Refuse a run's json that a newer version wrote.
+
+    Args:
+        stored: what the json holds.
+        path: named in the error.
+    Raises: ValueError.
+    """
+    number = stored.get("format", FORMAT)
+    if not isinstance(number, int) or number > FORMAT:
+        raise ValueError(f"{path} has format {number} and this version reads up to {FORMAT}; update this one")
+    unknown = stored.keys() - KEYS
+    if unknown:
+        raise ValueError(f"{path} has an unknown key {min(unknown)!r}: a newer version wrote it; update this one")
 
 
 def load_captioner(checkpoint, language_model=None, normalize_prefix=None, device="cpu"):

@@ -54,9 +54,14 @@ class CaptionConfig:
 
     @classmethod
     def from_dict(cls, values):
-        """Build from a dictionary, leaving out keys of later versions."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        """Build from a dictionary.
+
+        Raises: ValueError naming a key of a later version, which would change what the captioner is.
+        """
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown key {min(unknown)!r}: it was written by a newer version; update this one")
+        return cls(**values)
 
 
 class ClipCaptionModel(nn.Module):

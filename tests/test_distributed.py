@@ -158,6 +158,7 @@ def test_two_processes_resume_exactly(store, language_model, tmp_path, flags):
     assert equal(weights(parts), weights(whole)) and losses(parts) == losses(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ([], ["--only_prefix"]), ids=("all", "only_prefix"))
 def test_sharded_with_validation_and_resume_at_an_epochs_end(store, still, tmp_path, flags):
     """Scored after every epoch; stopped there and resumed by two, sharded, and by one: the run of one process."""

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import zipfile
 
 import pytest
@@ -218,3 +219,33 @@ def test_empty_tokenizer_is_refused(language_model, tmp_path):
     (tmp_path / "config.json").write_text((language_model / "config.json").read_text())
     with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path)):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("change, words", (
+    ({"format": 2}, ("format 2", "update")), ({"format": "x"}, ("format x",)), ({"extra": 1}, ("'extra'", "newer")),
+    ({"model": {"mapping_depth": 3}}, ("'mapping_depth'", "newer")), ({"model": None}, ("does not describe",)),
+))  # fmt: skip
+def test_json_of_a_newer_version_is_refused(trained, tmp_path, change, words):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    stored = json.loads((trained / "run.json").read_text())
+    assert stored["format"] == 1
+    for key, value in change.items():
+        stored[key] = stored[key] | value if isinstance(value, dict) else value
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError) as error:
+        load_captioner(tmp_path / "run_latest.pt")
+    assert all(word in str(error.value) for word in (*words, "run.json"))
+
+
+def test_json_without_a_number_is_read(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    stored = json.loads((trained / "run.json").read_text())
+    del stored["format"]
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    assert load_captioner(tmp_path / "run_latest.pt")[2]
+
+
+def test_long_warmup_is_said(store, language_model, tmp_path):
+    done = train(store, language_model, tmp_path, "--warmup_steps", 12, "--quiet")
+    assert done.stderr.count("warning: --warmup_steps 12") == 1 and "12 steps" in done.stderr
+    assert "--warmup_steps" not in train(store, language_model, tmp_path / "short", "--warmup_steps", 11).stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from models.checkpoint import captioner_weights, save_weights, tokenizer_folder
+from models.checkpoint import FORMAT, captioner_weights, check_format, save_weights, tokenizer_folder
 from training.optimizers import BEFORE_THE_OPTION
 from utils.cli import VERSION, note
 from utils.distributed import is_main
@@ -58,6 +58,7 @@ class RunFiles:
         write_json(
             self.config,
             {
+                "format": FORMAT,
                 "model": config.to_dict(),
                 "language_model_config": gpt_config.to_dict(),
                 "training": asdict(training),
@@ -72,6 +73,7 @@ class RunFiles:
         Raises: ValueError naming the first flag that differs.
         """
         stored = read_json(self.config)
+        check_format(stored, self.config)
         before = stored["model"] | BEFORE_THE_OPTION | stored["training"]
         for name, value in (config.to_dict() | asdict(training)).items():
             if name in before and before[name] != value:
