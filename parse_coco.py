@@ -21,7 +21,7 @@ import transformers
 
 from features.annotations import FORMATS, ImageFinder, read_annotations
 from features.check import find_faults
-from features.clip_encoder import ClipEncoder
+from features.clip_encoder import ClipEncoder, named_sha256
 from features.shards import finished_shard, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
 from features.store import PartialStore, collect_rows, info_path, partial_names, write_store
 from utils.cli import VERSION, Parser, non_negative_int, note, positive_int, progress_bar, run
@@ -249,6 +249,7 @@ def is_done(out, info):
         return False
     stored = read_json(info_path(out))
     made_of = ("clip_model_type", "clip_sha256", "dtype", "annotations_sha256", "split")
+    stored = stored | {"clip_sha256": stored.get("clip_sha256") or named_sha256(stored.get("clip_model_type"))}
     same = all(stored.get(key) == info[key] for key in made_of)
     return same and not stored.get("skipped") and stored.get("images_found") == info["images_found"]
 

@@ -23,6 +23,7 @@ from models.language import (
 )
 from models.lora import add_lora, merge_lora
 from models.placement import whole
+from utils.cli import note
 from utils.distributed import is_main
 from utils.files import atomic_path, disk_errors, read_json, reason, save_torch
 
@@ -39,6 +40,8 @@ OPT_NAMES = {
     (768, 12): "facebook/opt-125m", (2048, 24): "facebook/opt-1.3b", (2560, 32): "facebook/opt-2.7b",
     (4096, 32): "facebook/opt-6.7b", (5120, 40): "facebook/opt-13b",
 }  # fmt: skip
+# mapping network, P, K, D and layers of the published transformer weights, trained on normalised embeddings
+PUBLISHED_TRANSFORMER = ("transformer", 40, 40, 640, 8)
 # width of the CLIP embedding -> the encoder that the predecessors used for it
 CLIP_NAMES = {512: "ViT-B/32", 640: "RN50x4", 768: "ViT-L/14", 1024: "RN50"}
 
@@ -252,6 +255,8 @@ def load_captioner(checkpoint, language_model=None, normalize_prefix=None, devic
                 f"{'with' if config.normalize_prefix else 'without'} it; leave the flag out"
             )
         config.normalize_prefix = normalize_prefix
+    elif not described:
+        _guess_normalization(checkpoint, config, state_dict)
     gpt_config = _language_config(checkpoint, config, language_config, language_model, state_dict)
     source = language_model or _tokenizer_source(config, described)
     tokenizer = load_tokenizer(source)
@@ -268,6 +273,23 @@ def load_captioner(checkpoint, language_model=None, normalize_prefix=None, devic
         model = build_captioner(config, build_language_model(gpt_config))
     _fill(model, state_dict, checkpoint)
     return model.eval(), tokenizer, described is not None
+
+
+def _guess_normalization(checkpoint, config, state_dict):
+    """Normalise for the published transformer, told by its shapes; say what a bare checkpoint leaves open."""
+    shape = (config.mapping_type, config.prefix_length, config.prefix_length_clip, config.prefix_dim, config.num_layers)
+    layers = _count(state_dict, "gpt.transformer.h.")
+    if shape == PUBLISHED_TRANSFORMER and (config.language_model, layers) == ("gpt2", 12):
+        config.normalize_prefix = True
+        note(
+            f"{checkpoint} has the shapes of the published transformer weights: "
+            f"embeddings of {config.clip_model_type}, normalised"
+        )
+    else:
+        note(
+            f"warning: {checkpoint} does not say whether it was trained on normalised embeddings: taken as they are; "
+            f"pass --normalize_prefix if it was"
+        )
 
 
 def _language_config(checkpoint, config, stored, language_model, state_dict):

@@ -26,7 +26,7 @@ class CaptionConfig:
         normalize_prefix: CLIP embeddings are divided by their L2 norm first.
         language_model: name or folder the language model and its tokenizer came from.
         clip_model_type: name or file of the encoder whose embeddings it was trained on.
-        clip_sha256: of that file, where it was one.
+        clip_sha256: of that file, or of the one that the name stands for.
         lora_rank: rank of the LoRA that the language model learns; 0: none.
         load_in: precision that the language model's weights were kept in, untrained; None: float32.
     """

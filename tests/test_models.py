@@ -1,17 +1,23 @@
 """Mapping networks, captioner and checkpoints."""
 
+import contextlib
+import hashlib
+import io
 import json
 import os
 import pickle
 import shutil
 import zipfile
 
+import clip
 import pytest
 import torch
 from conftest import run_script, train
 from test_scripts import one_line_error
 from transformers import AutoConfig
 
+from models import checkpoint
+from models.captioner import encoder_source
 from models.checkpoint import config_path, infer_config, load_captioner, load_weights, save_weights
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import build_language_model, load_language_model, load_tokenizer
@@ -249,3 +255,35 @@ def test_long_warmup_is_said(store, language_model, tmp_path):
     done = train(store, language_model, tmp_path, "--warmup_steps", 12, "--quiet")
     assert done.stderr.count("warning: --warmup_steps 12") == 1 and "12 steps" in done.stderr
     assert "--warmup_steps" not in train(store, language_model, tmp_path / "short", "--warmup_steps", 11).stderr
+
+
+def test_published_transformer_by_path(tmp_path):
+    """Its shapes are enough: normalised, RN50x4; other bare files are warned of."""
+    for layers, normalized in ((8, True), (7, False)):
+        with torch.device("meta"):
+            gpt = build_language_model(AutoConfig.for_model("gpt2"))
+            weights = build_captioner(CaptionConfig(640, 40, 40, "transformer", layers), gpt).state_dict()
+        config, said = infer_config(weights), io.StringIO()
+        with contextlib.redirect_stderr(said):
+            checkpoint._guess_normalization("x.pt", config, weights)
+        assert config.normalize_prefix == normalized and config.clip_model_type == "RN50x4"
+        assert said.getvalue().count("\n") == 1
+        assert ("normalised" if normalized else "warning: x.pt") in said.getvalue()
+
+
+def test_a_named_encoder_is_its_file(tmp_path, monkeypatch):
+    """The path of a name's file is accepted for the name, and the name for the path; another file is not."""
+    file, other = tmp_path / "ViT-B-32.pt", tmp_path / "other.pt"
+    file.write_bytes(b"weights")
+    other.write_bytes(b"others")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setitem(clip.clip._MODELS, "ViT-B/32", f"https://host/{digest}/ViT-B-32.pt")
+    path = tmp_path / "run.pt"
+    for own, stored in (("ViT-B/32", None), ("ViT-B/32", digest), (str(file), digest)):
+        config = CaptionConfig(512, clip_model_type=own, clip_sha256=stored)
+        for given in ("ViT-B/32", str(file)):
+            assert encoder_source(config, path, given, True) == given
+        assert encoder_source(config, path, None, True) == own
+        for given in ("RN50", str(other)):
+            with pytest.raises(ValueError, match="contradicts"):
+                encoder_source(config, path, given, True)

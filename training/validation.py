@@ -2,6 +2,7 @@
 
 import torch
 
+from features.clip_encoder import named_sha256
 from metrics.coco import caption_statistics, coco_scores, too_few_distinct
 from models.decoding import DecodingConfig, generate_captions
 from models.placement import is_sharded
@@ -94,5 +95,6 @@ class Validation:
 
 
 def _encoder(store):
-    """Return what a store says of its encoder: the file's hash, else the name, else None."""
-    return store.info.get("clip_sha256") or store.info.get("clip_model_type")
+    """Return what a store says of its encoder: the file's hash, which a name of OpenAI's has too, else the name."""
+    name = store.info.get("clip_model_type")
+    return store.info.get("clip_sha256") or named_sha256(name) or name
