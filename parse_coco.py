@@ -22,7 +22,7 @@ import transformers
 
 from features.annotations import FORMATS, ImageFinder, read_annotations
 from features.check import find_faults
-from features.clip_encoder import ClipEncoder
+from features.clip_encoder import ClipEncoder, named_sha256
 from features.partial import PartialStore, collect_rows, partial_names
 from features.shards import finished_shard, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
 from features.store import check_store_output, info_path, is_folder, write_store
@@ -256,6 +256,7 @@ def is_done(out, info):
     if not (Path(out).is_file() and info_path(out).is_file()):
         return False
     stored = read_json(info_path(out))
+    stored = stored | {"clip_sha256": stored.get("clip_sha256") or named_sha256(stored.get("clip_model_type"))}
     made_of = ("clip_model_type", "clip_sha256", "dtype", "annotations_sha256", "split", "made_of")
     return all(stored.get(key) == info[key] for key in made_of) and not stored.get("skipped")
 

@@ -22,15 +22,24 @@ from features.dataset import CaptionDataset
 from features.store import info_path, read_store
 from models.checkpoint import load_weights
 from models.clip_caption import CaptionConfig, build_captioner
-from models.language import check_tokenizer, context_length, load_language_model, load_tokenizer
+from models.language import (
+    check_tokenizer,
+    context_length,
+    load_language_config,
+    load_language_model,
+    load_tokenizer,
+)
 from models.lora import add_lora
+from models.placement import place
 from training.large_models import add_scale_flags, pick_placement
 from training.log import TrainingLog
+from training.optimizers import WEIGHT_DECAY
 from training.run_files import RunFiles, StopRequest
 from training.trainer import DTYPES, Trainer, TrainingConfig
 from training.validation import Validation, show_samples
 from utils.cli import (
     Parser,
+    non_negative_float,
     non_negative_int,
     note,
     positive_float,
@@ -78,7 +87,17 @@ def get_parser():
     optimiser.add_argument(
         "--bs", type=positive_int, default=defaults.bs, help="captions per batch, of all processes together"
     )
+    optimiser.add_argument(
+        "--optimizer", choices=WEIGHT_DECAY, default=defaults.optimizer,
+        help="adamw_hf: transformers' AdamW up to 4.46, which the predecessor's train.py imports (eps 1e-6, before the "
+        "bias correction); adamw_torch: torch's, as its train_OPT.py (eps 1e-8, after it)",
+    )  # fmt: skip
     optimiser.add_argument("--lr", type=positive_float, default=defaults.lr, help="peak learning rate")
+    optimiser.add_argument(
+        "--weight_decay", type=non_negative_float, metavar="X",
+        help="share of a weight, times the learning rate, that a step takes off (default: 0 for adamw_hf, 0.01 for "
+        "adamw_torch)",
+    )  # fmt: skip
     optimiser.add_argument(
         "--warmup_steps", type=non_negative_int, default=defaults.warmup_steps, help="steps of linear warm-up"
     )
@@ -222,12 +241,11 @@ def finish_epoch(trainer, files, log, tokenizer, save_every, validation):
     """Save and show what an epoch ends with, and count it."""
     epoch = trainer.epoch
     random = torch.get_rng_state()  # samples must not change what training draws next
-    with trainer.model.gathered():  # all processes caption the same images: sharded ones need each other
-        if validation:
-            log.flush()
-            files.save_state(trainer)  # a stop while validating loses no step
-            validation.run(trainer, tokenizer, files, log)
-        show_samples(trainer.model, tokenizer, trainer.dataset, epoch)
+    if validation:
+        log.flush()
+        files.save_state(trainer)  # a stop while validating loses no step
+        validation.run(trainer, tokenizer, files, log)
+    show_samples(trainer.model, tokenizer, trainer.dataset, epoch)  # in all processes: sharded ones need each other
     torch.set_rng_state(random)
     log.flush()
     if is_main():
@@ -245,14 +263,15 @@ def prepare(config, training, store, placement):
     Raises: ValueError where model, tokenizer, checkpoint and data do not fit each other.
     """
     torch.manual_seed(training.seed)
-    tokenizer = load_tokenizer(config.language_model)
-    model = build_model(config, training.init_from, placement.devices[0])
-    check_tokenizer(tokenizer, model.gpt.config, config.language_model)
-    room = context_length(model.gpt.config)
-    if room and config.prefix_length >= room:
+    language_config = load_language_config(config.language_model)
+    room = context_length(language_config)
+    if room and config.prefix_length >= room:  # before a mapping network is built, which grows with its square
         raise ValueError(f"--prefix_length {config.prefix_length} leaves no room in the context of {room}; lower it")
+    tokenizer = load_tokenizer(config.language_model)
+    check_tokenizer(tokenizer, language_config, config.language_model)
+    model = build_model(config, training.init_from, placement.devices[0])
     dataset = CaptionDataset(store, tokenizer, room and room - config.prefix_length)
-    model.place(placement)
+    place(model, placement)
     return Trainer(model, dataset, training, placement.devices[0]), tokenizer
 
 
@@ -289,6 +308,12 @@ def train(config, training, store, files, placement, resuming=False, save_every=
         f"parameters learn, on {', '.join(map(str, placement.devices))}"
         f"{f' in each of {world_size()} processes' * (world_size() > 1)}"
     )
+    steps = training.epochs * trainer.steps_per_epoch
+    if training.warmup_steps >= steps:
+        note(
+            f"warning: --warmup_steps {training.warmup_steps} is not shorter than the training of {steps} steps: "
+            f"--lr is never reached; lower it, to a tenth of the steps or so"
+        )
     with TrainingLog(files.log if is_main() else os.devnull, trainer.step, trainer.epoch) as log:
         fit(trainer, files, log, tokenizer, save_every, save_steps, validation)
     return model

@@ -26,6 +26,7 @@ def get_parser():
         mapping_type="transformer",
         prefix_length=32,
         prefix_length_clip=32,
+        optimizer="adamw_torch",
     )
     parser.aliases["language_model"] = LANGUAGE_MODELS
     return parser

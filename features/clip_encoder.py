@@ -48,7 +48,7 @@ class ClipEncoder:
         self.tokenize = clip.tokenize
         self.input_resolution = self.model.visual.input_resolution  # R
         self.embed_dim = self.model.text_projection.shape[1]  # D
-        self.sha256 = sha256(self.name) if Path(self.name).is_file() else None
+        self.sha256 = named_sha256(self.name) or sha256(self.name)
 
     @torch.inference_mode()
     def encode_images(self, pixels):
@@ -75,8 +75,12 @@ class ClipEncoder:
         return torch.cat([self.model.encode_text(batch).float().cpu() for batch in tokens])
 
     def identity(self):
-        """Return what tells this encoder's embeddings from another's: name, sha256 of its file, width, numbers."""
-        same = {"name": self.name, "sha256": self.sha256, "embed_dim": self.embed_dim}
+        """Return what tells this encoder's embeddings from another's: name, sha256 of its file, width, numbers.
+
+        A name of OpenAI's stands for one file; stores of before its hash was recorded go on.
+        """
+        digest = None if named_sha256(self.name) else self.sha256
+        same = {"name": self.name, "sha256": digest, "embed_dim": self.embed_dim}
         return same | ({"dtype": self.dtype} if self.dtype in ("bf16", "int8") else {})
 
     def encode_files(self, paths, batches=64, num_workers=0):
@@ -94,6 +98,14 @@ class ClipEncoder:
         for indices, pixels, errors in loader:
             embeddings = self.encode_images(pixels) if indices else torch.empty(0, self.embed_dim)
             yield indices, embeddings, errors
+
+
+def named_sha256(name):
+    """Return the SHA-256, checked by `clip.load`, of the file that a name of OpenAI's stands for; None: no name."""
+    import clip
+
+    url = clip.clip._MODELS.get(str(name))
+    return url.split("/")[-2] if url else None
 
 
 def _load(clip, name, device):

@@ -6,9 +6,10 @@ Axes: B batch, D CLIP width.
 import os
 from pathlib import Path
 
-from features.clip_encoder import ClipEncoder
+from features.clip_encoder import ClipEncoder, named_sha256
 from models.checkpoint import config_path, load_captioner
 from models.decoding import generate_captions
+from models.placement import place
 from models.pretrained import ALIASES, DEMO, DEMO_CHECKPOINT, NAMES, PRETRAINED, fetch
 from utils.cli import nearest
 from utils.devices import Placement, pick_devices
@@ -49,7 +50,7 @@ class Captioner:
         self.model, self.tokenizer, described = load_captioner(
             checkpoint, language_model, normalize_prefix, self.device
         )
-        self.model.place(placement)
+        place(self.model, placement)
         if pn != "auto" and not self.model.config.load_in:
             prepare_for_inference(self.model, pick_dtype(dtype, self.device), self.device)
         elif dtype:
@@ -91,7 +92,8 @@ def encoder_source(config, checkpoint, given, described):
     """
     own = config.clip_model_type
     if given:
-        same = sha256(given) == config.clip_sha256 if config.clip_sha256 and Path(given).is_file() else given == own
+        hashes = [digest or _sha256(name) for name, digest in ((given, None), (own, config.clip_sha256))]
+        same = hashes[0] == hashes[1] if all(hashes) else given == own
         if described and own and not same:
             raise ValueError(
                 f"--clip_model_type {given} contradicts {config_path(checkpoint)}: the captioner was trained on {own}; "
@@ -100,7 +102,7 @@ def encoder_source(config, checkpoint, given, described):
         return given
     if not own:
         raise ValueError(f"{checkpoint} does not say which encoder it was trained on; pass --clip_model_type")
-    if not config.clip_sha256:
+    if not config.clip_sha256 or named_sha256(own) == config.clip_sha256:
         return own
     # a file may be named from where training ran, or from beside the checkpoint
     for file in (Path(own), config_path(checkpoint).parent / own):
@@ -109,3 +111,8 @@ def encoder_source(config, checkpoint, given, described):
     raise FileNotFoundError(
         f"the encoder {own} of {checkpoint} is not there, or is another file by now; pass --clip_model_type FILE"
     )
+
+
+def _sha256(encoder):
+    """Return the SHA-256 of an encoder's file, given by its path or a name of OpenAI's; None: neither."""
+    return named_sha256(encoder) or (sha256(encoder) if encoder and Path(encoder).is_file() else None)

@@ -5,6 +5,7 @@ A predecessor's bare `.pt`, which has no json, is recognised from its keys and s
 
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -21,9 +22,14 @@ from models.language import (
     load_tokenizer,
 )
 from models.lora import add_lora, merge_lora
-from utils.distributed import is_main, whole
+from models.placement import whole
+from utils.cli import note
+from utils.distributed import is_main
 from utils.files import atomic_path, disk_errors, read_json, reason, save_torch
 
+FORMAT = 1  # of a run's json; files of before it had a number are read too
+# all that such a json can hold
+KEYS = {"format", "model", "language_model_config", "training", "decoding", "data", "contents", "versions"}
 # buffers that transformers stored before 4.31; no weights
 OLD_BUFFERS = re.compile(r"gpt\.transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 # the name of the run that `<prefix>-000.pt`, `<prefix>_latest.pt` and `<prefix>_best.pt` belong to
@@ -34,6 +40,8 @@ OPT_NAMES = {
     (768, 12): "facebook/opt-125m", (2048, 24): "facebook/opt-1.3b", (2560, 32): "facebook/opt-2.7b",
     (4096, 32): "facebook/opt-6.7b", (5120, 40): "facebook/opt-13b",
 }  # fmt: skip
+# mapping network, P, K, D and layers of the published transformer weights, trained on normalised embeddings
+PUBLISHED_TRANSFORMER = ("transformer", 40, 40, 640, 8)
 # width of the CLIP embedding -> the encoder that the predecessors used for it
 CLIP_NAMES = {512: "ViT-B/32", 640: "RN50x4", 768: "ViT-L/14", 1024: "RN50"}
 
@@ -77,25 +85,43 @@ def load_weights(path):
     Raises: FileNotFoundError; ValueError where the file is damaged, holds code, or is no state dict.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"checkpoint {path} is a folder; pass a file in it")
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path()
         there = sorted(p.name for p in folder.glob("*.pt"))[:8]
         raise FileNotFoundError(f"checkpoint {path} does not exist{'; there are ' + ', '.join(there) if there else ''}")
     try:
-        if path.suffix == ".safetensors":
-            state_dict = safetensors.torch.load_file(path)
-        else:
-            state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state_dict = _read_weights(path)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} was not loaded: it is damaged, or holds more than tensors, which could run code; save its "
             f"state_dict() where you trust it"
         ) from None
-    except (RuntimeError, EOFError, OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint ({reason(error)}); copy it again") from None
-    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+    except Exception as error:  # what is no pickle makes the reader raise whatever its bytes happen to mean
+        raise ValueError(f"{path} is damaged or no checkpoint ({_cause(error)}); copy it again") from None
+    tensors = isinstance(state_dict, dict) and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
+    )
+    if not tensors or not state_dict:
         raise ValueError(f"{path} is no state dict: it must map names to tensors, clip_project.* and gpt.*")
     return {key: value for key, value in state_dict.items() if not OLD_BUFFERS.fullmatch(key)}
+
+
+def _read_weights(path):
+    """Return what a file of either format holds, as torch or safetensors read it."""
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    with warnings.catch_warnings():  # of pickle's protocols, in files that torch did not write
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _cause(error):
+    """Return what a reader's error says, which is nothing where it tripped over bytes that mean something else."""
+    return (
+        reason(error) if isinstance(error, OSError | RuntimeError | safetensors.SafetensorError) else "another format"
+    )
 
 
 def config_path(checkpoint):
@@ -183,12 +209,29 @@ def read_config(checkpoint, state_dict):
     if not path.is_file():
         return infer_config(state_dict, checkpoint), None, None
     stored = read_json(path)
-    if not isinstance(stored, dict) or "model" not in stored:
+    if not isinstance(stored, dict) or not stored.keys() & {"model", "format"}:
         return infer_config(state_dict, checkpoint), None, None
+    check_format(stored, path)
     try:
         return CaptionConfig.from_dict(stored["model"]), stored.get("language_model_config"), path
-    except TypeError as error:
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} does not describe a captioner: {error}") from None
+
+
+def check_format(stored, path):
+    """Refuse a run's json that a newer version wrote.
+
+    Args:
+        stored: what the json holds.
+        path: named in the error.
+    Raises: ValueError.
+    """
+    number = stored.get("format", FORMAT)
+    if not isinstance(number, int) or number > FORMAT:
+        raise ValueError(f"{path} has format {number} and this version reads up to {FORMAT}; update this one")
+    unknown = stored.keys() - KEYS
+    if unknown:
+        raise ValueError(f"{path} has an unknown key {min(unknown)!r}: a newer version wrote it; update this one")
 
 
 def load_captioner(checkpoint, language_model=None, normalize_prefix=None, device="cpu"):
@@ -212,6 +255,8 @@ def load_captioner(checkpoint, language_model=None, normalize_prefix=None, devic
                 f"{'with' if config.normalize_prefix else 'without'} it; leave the flag out"
             )
         config.normalize_prefix = normalize_prefix
+    elif not described:
+        _guess_normalization(checkpoint, config, state_dict)
     gpt_config = _language_config(checkpoint, config, language_config, language_model, state_dict)
     source = language_model or _tokenizer_source(config, described)
     tokenizer = load_tokenizer(source)
@@ -228,6 +273,23 @@ def load_captioner(checkpoint, language_model=None, normalize_prefix=None, devic
         model = build_captioner(config, build_language_model(gpt_config))
     _fill(model, state_dict, checkpoint)
     return model.eval(), tokenizer, described is not None
+
+
+def _guess_normalization(checkpoint, config, state_dict):
+    """Normalise for the published transformer, told by its shapes; say what a bare checkpoint leaves open."""
+    shape = (config.mapping_type, config.prefix_length, config.prefix_length_clip, config.prefix_dim, config.num_layers)
+    layers = _count(state_dict, "gpt.transformer.h.")
+    if shape == PUBLISHED_TRANSFORMER and (config.language_model, layers) == ("gpt2", 12):
+        config.normalize_prefix = True
+        note(
+            f"{checkpoint} has the shapes of the published transformer weights: "
+            f"embeddings of {config.clip_model_type}, normalised"
+        )
+    else:
+        note(
+            f"warning: {checkpoint} does not say whether it was trained on normalised embeddings: taken as they are; "
+            f"pass --normalize_prefix if it was"
+        )
 
 
 def _language_config(checkpoint, config, stored, language_model, state_dict):

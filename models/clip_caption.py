@@ -3,17 +3,13 @@
 Axes: B batch, D CLIP width, P prefix, E language-model width, T caption tokens, V vocabulary.
 """
 
-import contextlib
 from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.language import checkpoint_layers, decoder_layers, offload, split_layers
 from models.mapping import MLP, TransformerMapper
-from utils.devices import split_devices
-from utils.distributed import world_size
 
 
 @dataclass
@@ -30,7 +26,7 @@ class CaptionConfig:
         normalize_prefix: CLIP embeddings are divided by their L2 norm first.
         language_model: name or folder the language model and its tokenizer came from.
         clip_model_type: name or file of the encoder whose embeddings it was trained on.
-        clip_sha256: of that file, where it was one.
+        clip_sha256: of that file, or of the one that the name stands for.
         lora_rank: rank of the LoRA that the language model learns; 0: none.
         load_in: precision that the language model's weights were kept in, untrained; None: float32.
     """
@@ -58,9 +54,14 @@ class CaptionConfig:
 
     @classmethod
     def from_dict(cls, values):
-        """Build from a dictionary, leaving out keys of later versions."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        """Build from a dictionary.
+
+        Raises: ValueError naming a key of a later version, which would change what the captioner is.
+        """
+        unknown = values.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown key {min(unknown)!r}: it was written by a newer version; update this one")
+        return cls(**values)
 
 
 class ClipCaptionModel(nn.Module):
@@ -74,7 +75,7 @@ class ClipCaptionModel(nn.Module):
             gpt: any causal language model of transformers that takes `inputs_embeds`.
         """
         super().__init__()
-        self.config, self.sharded = config, False
+        self.config = config
         self.gpt = gpt
         embedding_dim = gpt.get_input_embeddings().embedding_dim
         if config.mapping_type == "mlp":
@@ -155,50 +156,13 @@ class ClipCaptionModel(nn.Module):
             hook.remove()
         return F.cross_entropy(out.logits.float(), tokens[real].to(out.logits.device))  # of [sum(lengths), V]
 
-    def place(self, placement):
-        """Put the captioner where it runs; returns itself. What is no decoder layer goes to the first device.
+    def caption(self, search, *arguments):
+        """Return `search(self, *arguments)`: a method of its own, for which sharded weights are gathered.
 
         Args:
-            placement: Placement.
-        Raises: ValueError where it does not fit the language model.
+            search: function of a captioner, such as `generate_captions`.
         """
-        first = placement.devices[0]
-        if placement.fsdp:
-            self._shard(first)
-        elif placement.pn == "auto":
-            offload(self.gpt, placement.devices, placement.max_memory, placement.offload_dir)
-        elif not getattr(self.gpt, "is_quantized", False):  # else it lies where it was loaded
-            layer_devices = split_devices(placement.devices, placement.pn, self.gpt.config.num_hidden_layers)
-            if len(set(layer_devices)) == 1:
-                self.gpt.to(first)
-            else:
-                split_layers(self.gpt, layer_devices)
-        if placement.gradient_checkpointing:  # after the hooks that move weights, which it must repeat
-            checkpoint_layers(self.gpt)
-        if not placement.fsdp:
-            self.clip_project.to(first)
-        return self
-
-    def _shard(self, device):
-        """Share the weights out over all processes (FSDP2); each gathers a decoder layer while it computes it."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-        mesh = init_device_mesh(device.type, (world_size(),))
-        for layer in decoder_layers(self.gpt)[1]:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self, mesh=mesh)
-        register_fsdp_forward_method(self, "loss")
-        self.sharded = True
-
-    @contextlib.contextmanager
-    def gathered(self):
-        """Let the body call more than `loss`: where weights are sharded, those outside the decoder layers are here."""
-        if self.sharded:
-            self.unshard()
-        yield
-        if self.sharded:
-            self.reshard()
+        return search(self, *arguments)
 
 
 class ClipCaptionPrefix(ClipCaptionModel):

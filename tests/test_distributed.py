@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from test_scripts import equal, one_line_error, parse, weights
 from torch.distributed import TCPStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import train as train_script
 from features import shards
 from features.partial import PartialStore
 from features.store import read_store, write_store
@@ -155,6 +157,58 @@ def test_two_processes_resume_exactly(store, language_model, tmp_path, flags):
     assert "step 4 is saved" in errors[0]
     launch(2, parts, train_command(store, language_model, parts, *flags, "--resume"))
     assert equal(weights(parts), weights(whole)) and losses(parts) == losses(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ([], ["--only_prefix"]), ids=("all", "only_prefix"))
+def test_sharded_with_validation_and_resume_at_an_epochs_end(store, still, tmp_path, flags):
+    """Scored after every epoch; stopped there and resumed by two, sharded, and by one: the run of one process."""
+    flags = [*flags, "--val_data", store]
+    one, two, three = tmp_path / "one", tmp_path / "two", tmp_path / "three"
+    train(store, still, one, *flags)
+    words = train_command(store, still, two, *flags, "--fsdp")
+    launch(2, two, words)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert scores(two) == [pytest.approx(score) for score in scores(one)] and len(scores(one)) == 2
+    assert close(weights(two), weights(one))
+
+    def before(_rank):
+        finish = train_script.finish_epoch
+
+        def finish_and_die(trainer, *rest):
+            finish(trainer, *rest)
+            os._exit(9)
+
+        train_script.finish_epoch = finish_and_die
+
+    words = train_command(store, still, three, *flags, "--fsdp")
+    launch(2, three, words, 9, before)
+    shutil.copytree(three, tmp_path / "four")
+    launch(2, three, [*words, "--resume"])
+    train(store, still, tmp_path / "four", *flags, "--resume")
+    for folder in (three, tmp_path / "four"):
+        assert losses(folder) == pytest.approx(losses(one), rel=1e-5)
+        assert close(weights(folder), weights(one))
+
+
+@pytest.mark.parametrize("step", (3, 6), ids=("middle", "end"))
+def test_one_process_state_goes_on_sharded(store, still, tmp_path, step, monkeypatch):
+    """Begun on one device, stopped in the middle of an epoch or after its last step."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(store, still, one)
+    with monkeypatch.context() as patch:
+        take_step = Trainer.train_step
+
+        def train_step(trainer, group):
+            if trainer.step == step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return take_step(trainer, group)
+
+        patch.setattr(Trainer, "train_step", train_step)
+        train(store, still, two, check=130)
+    launch(2, two, train_command(store, still, two, "--fsdp", "--resume"))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert close(weights(two), weights(one))
 
 
 def test_errors_are_told_once(store, still, tmp_path):

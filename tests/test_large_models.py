@@ -16,6 +16,7 @@ from test_scripts import equal, one_line_error, predict, weights
 from models.checkpoint import load_captioner
 from models.clip_caption import CaptionConfig, build_captioner
 from models.lora import add_lora, merge_lora
+from models.placement import place
 from training.trainer import Trainer
 from utils.devices import Placement
 
@@ -109,7 +110,7 @@ def test_gradient_checkpointing(family, only_prefix):
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = captioner(family, only_prefix).train()
-        model.place(Placement([torch.device("cpu")], gradient_checkpointing=checkpointing))
+        place(model, Placement([torch.device("cpu")], gradient_checkpointing=checkpointing))
         torch.manual_seed(1)
         tensors = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=tensors: kept.append(t.numel()) or t, lambda t: t):

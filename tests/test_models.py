@@ -1,13 +1,23 @@
 """Mapping networks, captioner and checkpoints."""
 
+import contextlib
+import hashlib
+import io
 import json
 import os
 import pickle
+import shutil
+import zipfile
 
+import clip
 import pytest
 import torch
+from conftest import run_script, train
+from test_scripts import one_line_error
 from transformers import AutoConfig
 
+from models import checkpoint
+from models.captioner import encoder_source
 from models.checkpoint import config_path, infer_config, load_captioner, load_weights, save_weights
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import build_language_model, load_language_model, load_tokenizer
@@ -150,11 +160,44 @@ def test_checkpoint_with_code_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "reached.txt").exists()
 
 
-@pytest.mark.parametrize("content", (b"", b"not a checkpoint", b"PK\x03\x04broken"))
+NOT_CHECKPOINTS = (
+    b"", b"not a checkpoint", b"PK\x03\x04broken", b"hello world\n", b"a", b"\x80", b"<html></html>", b'{"a": 1}',
+    b"\x89PNG\r\n", b"version https://git-lfs.github.com/spec/v1\n", pickle.dumps({1: 2}, protocol=4),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", NOT_CHECKPOINTS)
 def test_damaged_checkpoint_is_named(tmp_path, content):
     (tmp_path / "broken.pt").write_bytes(content)
     with pytest.raises(ValueError, match="broken.pt"):
         load_weights(tmp_path / "broken.pt")
+
+
+@pytest.mark.parametrize("content", ({}, {1: torch.ones(1)}, [torch.ones(1)], {"a": 1}))
+def test_what_is_no_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="no state dict"):
+        load_weights(tmp_path / "x.pt")
+
+
+def test_no_checkpoint_is_one_line_in_every_command(store, language_model, photos, tmp_path):
+    """Text, a zip of something else, a folder."""
+    (tmp_path / "text.pt").write_text("hello world")
+    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as file:
+        file.writestr("a.txt", "x")
+    (tmp_path / "folder.pt").mkdir()
+    for name in ("text.pt", "zip.pt", "folder.pt"):
+        done = run_script("predict.py", photos, "--checkpoint", tmp_path / name, "--device", "cpu", check=2)
+        one_line_error(done, name)
+        done = train(store, language_model, tmp_path / "out", "--init_from", tmp_path / name, check=2)
+        one_line_error(done, name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_prefix_is_refused_before_anything_is_built(store, language_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.build_model", lambda *_: pytest.fail("built"))
+    done = train(store, language_model, tmp_path / "out", "--prefix_length", 5000, check=2)
+    one_line_error(done, "--prefix_length 5000", "64")
 
 
 def test_missing_checkpoint_lists_what_is_there(tmp_path):
@@ -182,3 +225,65 @@ def test_empty_tokenizer_is_refused(language_model, tmp_path):
     (tmp_path / "config.json").write_text((language_model / "config.json").read_text())
     with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path)):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("change, words", (
+    ({"format": 2}, ("format 2", "update")), ({"format": "x"}, ("format x",)), ({"extra": 1}, ("'extra'", "newer")),
+    ({"model": {"mapping_depth": 3}}, ("'mapping_depth'", "newer")), ({"model": None}, ("does not describe",)),
+))  # fmt: skip
+def test_json_of_a_newer_version_is_refused(trained, tmp_path, change, words):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    stored = json.loads((trained / "run.json").read_text())
+    assert stored["format"] == 1
+    for key, value in change.items():
+        stored[key] = stored[key] | value if isinstance(value, dict) else value
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError) as error:
+        load_captioner(tmp_path / "run_latest.pt")
+    assert all(word in str(error.value) for word in (*words, "run.json"))
+
+
+def test_json_without_a_number_is_read(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    stored = json.loads((trained / "run.json").read_text())
+    del stored["format"]
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    assert load_captioner(tmp_path / "run_latest.pt")[2]
+
+
+def test_long_warmup_is_said(store, language_model, tmp_path):
+    done = train(store, language_model, tmp_path, "--warmup_steps", 12, "--quiet")
+    assert done.stderr.count("warning: --warmup_steps 12") == 1 and "12 steps" in done.stderr
+    assert "--warmup_steps" not in train(store, language_model, tmp_path / "short", "--warmup_steps", 11).stderr
+
+
+def test_published_transformer_by_path(tmp_path):
+    """Its shapes are enough: normalised, RN50x4; other bare files are warned of."""
+    for layers, normalized in ((8, True), (7, False)):
+        with torch.device("meta"):
+            gpt = build_language_model(AutoConfig.for_model("gpt2"))
+            weights = build_captioner(CaptionConfig(640, 40, 40, "transformer", layers), gpt).state_dict()
+        config, said = infer_config(weights), io.StringIO()
+        with contextlib.redirect_stderr(said):
+            checkpoint._guess_normalization("x.pt", config, weights)
+        assert config.normalize_prefix == normalized and config.clip_model_type == "RN50x4"
+        assert said.getvalue().count("\n") == 1
+        assert ("normalised" if normalized else "warning: x.pt") in said.getvalue()
+
+
+def test_a_named_encoder_is_its_file(tmp_path, monkeypatch):
+    """The path of a name's file is accepted for the name, and the name for the path; another file is not."""
+    file, other = tmp_path / "ViT-B-32.pt", tmp_path / "other.pt"
+    file.write_bytes(b"weights")
+    other.write_bytes(b"others")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setitem(clip.clip._MODELS, "ViT-B/32", f"https://host/{digest}/ViT-B-32.pt")
+    path = tmp_path / "run.pt"
+    for own, stored in (("ViT-B/32", None), ("ViT-B/32", digest), (str(file), digest)):
+        config = CaptionConfig(512, clip_model_type=own, clip_sha256=stored)
+        for given in ("ViT-B/32", str(file)):
+            assert encoder_source(config, path, given, True) == given
+        assert encoder_source(config, path, None, True) == own
+        for given in ("RN50", str(other)):
+            with pytest.raises(ValueError, match="contradicts"):
+                encoder_source(config, path, given, True)

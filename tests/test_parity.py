@@ -73,7 +73,10 @@ def make_trainer(parity, expected, variant, full_batch=False):
 def test_training_losses(parity, expected, variant):
     trainer, settings = make_trainer(parity, expected, variant)
     losses = [trainer.train_step([trainer.dataset.batch(rows)])[0] for rows in settings["batches"]]
-    np.testing.assert_allclose(losses, settings["losses"], rtol=1e-3)
+    # the reference's first loss of `transformer_40_40`, before any update, is 4e-6 off what float64 gives, which 400
+    # steps make larger
+    np.testing.assert_allclose(losses[:150], settings["losses"][:150], rtol=1e-4)
+    np.testing.assert_allclose(losses, settings["losses"], rtol=1e-4 if variant == "mlp_10_10" else 4e-4)
     final = load_weights(parity / f"checkpoints/{variant}-079.pt")
     for name, value in trainer.model.state_dict().items():
         assert torch.allclose(value, final[name], atol=1e-2), name
@@ -86,7 +89,7 @@ def test_full_batch_losses(parity, expected, variant):
     for epoch in range(settings["epochs"]):
         trainer.epoch, trainer.batch = epoch, 0
         losses += [trainer.train_step(group)[0] for group in trainer.epoch_batches()]
-    np.testing.assert_allclose(losses, settings["losses"], rtol=1e-3)
+    np.testing.assert_allclose(losses, settings["losses"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("step_type", (CachedStep, UncachedStep))

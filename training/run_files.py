@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from models.checkpoint import captioner_weights, save_weights, tokenizer_folder
+from models.checkpoint import FORMAT, captioner_weights, check_format, save_weights, tokenizer_folder
+from training.optimizers import BEFORE_THE_OPTION
 from utils.cli import VERSION, note
 from utils.distributed import is_main
 from utils.files import atomic_path, disk_errors, read_json, save_torch, write_json
@@ -80,6 +81,7 @@ class RunFiles:
         write_json(
             self.config,
             {
+                "format": FORMAT,
                 "model": config.to_dict(),
                 "language_model_config": gpt_config.to_dict(),
                 "training": asdict(training),
@@ -98,7 +100,8 @@ class RunFiles:
         Raises: ValueError naming the first flag that differs.
         """
         stored = read_json(self.config)
-        before, told = stored["model"] | stored["training"], stored.get("contents", {})
+        check_format(stored, self.config)
+        before, told = stored["model"] | BEFORE_THE_OPTION | stored["training"], stored.get("contents", {})
         for name, value in (config.to_dict() | asdict(training)).items():
             if name not in before or before[name] == value or _same_place(name, before[name], value):
                 continue

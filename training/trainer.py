@@ -9,7 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import get_linear_schedule_with_warmup
 
 from features.dataset import batches_per_epoch, epoch_batches
-from utils.distributed import all_gather, all_sum, check_shares, laid_out_as, rank, share, whole, world_size
+from models.placement import is_sharded, laid_out_as, whole
+from training.optimizers import WEIGHT_DECAY, make_optimizer
+from utils.distributed import all_gather, all_sum, check_shares, rank, share, world_size
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,7 +26,9 @@ class TrainingConfig:
         init_from: checkpoint whose weights training starts from, or None.
         epochs: passes over the captions.
         bs: captions per batch, of all processes together.
-        lr: peak learning rate of AdamW.
+        optimizer: key of WEIGHT_DECAY.
+        lr: its peak learning rate.
+        weight_decay: share of a weight, times the learning rate, that a step takes off; None: the optimiser's own.
         warmup_steps: optimiser steps of linear warm-up, before the linear decay to zero.
         gradient_accumulation_steps: batches per optimiser step.
         mixed_precision: key of DTYPES, the type that autocast uses.
@@ -37,12 +41,18 @@ class TrainingConfig:
     init_from: str | None = None
     epochs: int = 10
     bs: int = 40
+    optimizer: str = "adamw_hf"
     lr: float = 2e-5
+    weight_decay: float | None = None
     warmup_steps: int = 5000
     gradient_accumulation_steps: int = 1
     mixed_precision: str = "no"
     group_by_length: bool = False
     seed: int = 0
+
+    def __post_init__(self):
+        if self.weight_decay is None:
+            self.weight_decay = WEIGHT_DECAY[self.optimizer]
 
 
 class Trainer:
@@ -64,7 +74,9 @@ class Trainer:
             torch.manual_seed(config.seed + rank())
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # one pass over the weights instead of a dozen; sharded ones it does not take
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=config.lr, fused=not model.sharded)
+        self.optimizer = make_optimizer(
+            config.optimizer, self.trained.values(), config.lr, config.weight_decay, fused=not is_sharded(model)
+        )
         self.batches = batches_per_epoch(len(dataset), config.bs)
         self.steps_per_epoch = math.ceil(self.batches / config.gradient_accumulation_steps)
         self.scheduler = get_linear_schedule_with_warmup(
@@ -153,7 +165,7 @@ class Trainer:
                 parameter.copy_(laid_out_as(parameter, state["trained"][name]))
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # the run that was saved may have been sharded, or this one is
-            group["fused"] = not self.model.sharded
+            group["fused"] = not is_sharded(self.model)
         for parameter, values in self.optimizer.state.items():
             values.update({k: laid_out_as(parameter, v) for k, v in values.items() if v.ndim})  # `step` has none
         self.scheduler.load_state_dict(state["scheduler"])
@@ -181,6 +193,6 @@ class Loss(torch.nn.Module):
 
 def data_parallel(model):
     """Return the captioner's loss; where there are several processes, its gradients are averaged over them."""
-    if world_size() == 1 or model.sharded:
+    if world_size() == 1 or is_sharded(model):
         return model.loss
     return DistributedDataParallel(Loss(model), broadcast_buffers=False)

@@ -2,8 +2,10 @@
 
 import torch
 
+from features.clip_encoder import named_sha256
 from metrics.coco import caption_statistics, coco_scores, too_few_distinct
 from models.decoding import DecodingConfig, generate_captions
+from models.placement import is_sharded
 from utils.cli import note, progress_bar
 from utils.distributed import all_union, share
 
@@ -17,8 +19,8 @@ def show_samples(model, tokenizer, dataset, epoch):
     rows = list(dict.fromkeys(dataset.embedding_index[:1000].tolist()))[:SAMPLES]
     embeddings = dataset.clip_embedding[rows].float().to(next(model.clip_project.parameters()).device)
     model.eval()
-    captions = [group[0].text.strip() for group in generate_captions(
-        model, tokenizer, embeddings, DecodingConfig(entry_length=SAMPLE_LENGTH)
+    captions = [group[0].text.strip() for group in model.caption(
+        generate_captions, tokenizer, embeddings, DecodingConfig(entry_length=SAMPLE_LENGTH)
     )]  # fmt: skip
     reference = dataset.store.captions[dataset.records[0]]["caption"]
     note(f"epoch {epoch} sample: {captions[0]!r}; reference: {reference!r}")
@@ -80,18 +82,19 @@ class Validation:
     def _caption(self, model, tokenizer, device, batch_size):
         """Return {image id: greedy caption}, as predict.py makes them, each process captioning its share."""
         captions, ids = {}, list(self.rows)
-        if not model.sharded:  # else all must compute the same, for the weights' sake
+        if not is_sharded(model):  # else all must compute the same, for the weights' sake
             ids = share(ids)
         with progress_bar(len(ids), "validation", "img") as bar:
             for start in range(0, len(ids), batch_size):
                 batch = ids[start : start + batch_size]
                 embeddings = self.clip_embedding[torch.tensor([self.rows[i] for i in batch])].float().to(device)
-                groups = generate_captions(model, tokenizer, embeddings, DecodingConfig())
+                groups = model.caption(generate_captions, tokenizer, embeddings, DecodingConfig())
                 captions |= {i: group[0].text.strip() for i, group in zip(batch, groups, strict=True)}
                 bar.update(len(batch))
         return all_union(captions)
 
 
 def _encoder(store):
-    """Return what a store says of its encoder: the file's hash, else the name, else None."""
-    return store.info.get("clip_sha256") or store.info.get("clip_model_type")
+    """Return what a store says of its encoder: the file's hash, which a name of OpenAI's has too, else the name."""
+    name = store.info.get("clip_model_type")
+    return store.info.get("clip_sha256") or named_sha256(name) or name

@@ -93,6 +93,17 @@ def positive_float(text):
     return value
 
 
+def non_negative_float(text):
+    """Argparse type: a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
 _quiet = False  # whether the command line said --quiet
 _stopped_by = []  # signals that have asked the command to stop
 

@@ -143,25 +143,3 @@ def check_shares(bs, records):
         )
     if records < processes:
         raise ValueError(f"{processes} processes and only {records} captions; start at most {records}")
-
-
-def whole(tensors):
-    """Return a dictionary's tensors, those that are sharded (FSDP2) gathered on the CPU of process 0.
-
-    Every process must call it; tensors that are shared, as tied weights are, stay shared.
-    """
-    gathered = {}
-    for tensor in tensors.values():
-        if hasattr(tensor, "full_tensor") and id(tensor) not in gathered:
-            full = tensor.full_tensor()  # needs all processes
-            gathered[id(tensor)] = full.cpu() if is_main() else None
-    return {name: gathered.get(id(tensor), tensor) for name, tensor in tensors.items()}
-
-
-def laid_out_as(parameter, tensor):
-    """Return a whole tensor, which every process has, sharded as a parameter is."""
-    if not hasattr(parameter, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor  # a second that only sharded runs pay
-
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
