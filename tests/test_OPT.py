@@ -17,8 +17,9 @@ from demo.train_gpt2 import train_bpe
 from features.clip_encoder import ClipEncoder
 from models.checkpoint import load_captioner
 from models.clip_caption import CaptionConfig, build_captioner
-from models.decoding import BEAM, DecodingConfig, UncachedStep, generate_captions
+from models.decoding import BEAM, DecodingConfig, generate_captions
 from models.language import build_language_model, load_language_model, load_tokenizer, split_layers
+from models.steps import UncachedStep
 from utils.devices import layer_cuts, pick_devices, split_devices
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

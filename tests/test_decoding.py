@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from models.clip_caption import CaptionConfig, build_captioner
-from models.decoding import BEAM, GREEDY, SAMPLE, CachedStep, DecodingConfig, UncachedStep, generate_captions, stop_ids
+from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, generate_captions
 from models.language import load_language_model, load_tokenizer
+from models.steps import CachedStep, UncachedStep
 
 METHODS = {
     GREEDY: DecodingConfig(entry_length=16),
@@ -80,7 +81,7 @@ def reference_beam_search(model, embedding, config, stop):
 def test_beam_search_against_lists(captioner):
     model, tokenizer, embeddings = captioner
     config = METHODS[BEAM]
-    stop = int(stop_ids(tokenizer, "."))
+    stop = tokenizer.convert_tokens_to_ids(".")
     ours = tokens_of(generate_captions(model, tokenizer, embeddings[:5], config))
     assert ours == [reference_beam_search(model, e, config, stop) for e in embeddings[:5]]
 
@@ -122,7 +123,7 @@ def test_sampling_draws_from_the_nucleus_in_proportion():
 
     step = FixedStep([0.5, 0.3, 0.15, 0.05], 1)
     config = DecodingConfig(method=SAMPLE, top_p=0.79, num_captions=500, entry_length=20)
-    captions = nucleus_sampling(step, config, torch.tensor([], dtype=torch.long))[0]
+    captions = nucleus_sampling(step, config, lambda tokens, caption: tokens < 0, [b"image"])[0]
     drawn = torch.tensor([caption.tokens for caption in captions]).flatten()
     shares = drawn.bincount(minlength=4) / len(drawn)
     assert shares[2:].sum() == 0
@@ -141,7 +142,7 @@ def test_sampling_seed(captioner):
 
 def test_entry_length_and_stop_token(captioner):
     model, tokenizer, embeddings = captioner
-    stop = int(stop_ids(tokenizer, "."))
+    stop = tokenizer.convert_tokens_to_ids(".")
     for config in METHODS.values():
         for caption in sum(generate_captions(model, tokenizer, embeddings, config), []):
             assert len(caption.tokens) == config.entry_length or caption.tokens[-1] == stop
@@ -169,7 +170,7 @@ def test_first_token_may_stop():
     step = FixedStep([0.1, 0.9], 3)
     from models.decoding import beam_search, greedy_search
 
-    stop = torch.tensor([1])
+    stop = lambda tokens, caption: tokens == 1  # noqa: E731
     assert [group[0].tokens for group in greedy_search(step, DecodingConfig(), stop)] == [[1]] * 3
     beams = beam_search(FixedStep([0.1, 0.9], 3), DecodingConfig(method=BEAM, beam_size=1), stop)
     assert [group[0].tokens for group in beams] == [[1]] * 3
