@@ -225,7 +225,7 @@ def finish_epoch(trainer, files, log, tokenizer, save_every, validation):
             log.flush()
             files.save_state(trainer)  # a stop while validating loses no step
             validation.run(trainer, tokenizer, files, log)
-        show_samples(trainer.model, tokenizer, trainer.dataset, epoch)
+        show_samples(trainer.model, tokenizer, trainer.dataset, epoch, files.decoding)
     torch.set_rng_state(random)
     log.flush()
     if is_main():
@@ -290,8 +290,8 @@ def train(config, training, store, files, placement, resuming=False, save_every=
     return model
 
 
-def main(argv=None, parser=None):
-    """Train as the command line says; `parser` is that of a variant of this command."""
+def main(argv=None, parser=None, decoding=None):
+    """Train as the command line says; `parser` and `decoding` are those of a variant of this command."""
     args = (parser or get_parser()).parse_args(argv)
     placement = pick_placement(args)
     with connected(placement.devices[0]):
@@ -302,7 +302,7 @@ def main(argv=None, parser=None):
             caption_config(args, store),
             training_config(args),
             store,
-            RunFiles(args.out_dir, args.prefix),
+            RunFiles(args.out_dir, args.prefix, decoding),
             placement,
             args.resume,
             args.save_every,

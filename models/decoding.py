@@ -8,7 +8,7 @@ Axes: B images, R rows at work, W beams, V vocabulary, T tokens so far.
 
 import hashlib
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -18,6 +18,7 @@ from models.steps import CachedStep
 from models.stopping import Stop, begin_tokens, end_tokens
 
 GREEDY, BEAM, SAMPLE = "greedy", "beam", "sample"
+DECODERS = ("clipcap", "transformers")
 SCORED_TOGETHER = 8  # captions of the library's search: their logits take T x V numbers each
 
 
@@ -27,7 +28,8 @@ class DecodingConfig:
 
     Args:
         method: `greedy`, `beam` or `sample`.
-        decoder: `clipcap`, the searches below, or `transformers`, the library's `generate`, as the OPT predecessor.
+        decoder: `clipcap`, the searches below, or `transformers`, the library's `generate`, as the OPT predecessor;
+            they sample alike.
         beam_size: W.
         entry_length: new tokens at most, within the language model's context.
         stop_token: text that ends a caption, whatever tokens make it; it is kept in the text.
@@ -64,6 +66,33 @@ class DecodingConfig:
             )
         if self.method == GREEDY and self.num_captions > 1:
             raise ValueError("--num_captions above 1 needs --use_beam_search or --top_p: greedy decoding gives one")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"--decoder {self.decoder!r} is not one of {', '.join(DECODERS)}")
+
+    @classmethod
+    def from_dict(cls, values, path):
+        """Build from what a run's json says; what it does not say has its default.
+
+        Args:
+            path: the json, named in errors.
+        Raises: ValueError naming a key that is unknown or whose value is no setting.
+        """
+        types = {f.name: (int, float) if f.type is float else f.type for f in fields(cls)}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: decoding is not a list of settings")
+        for name, value in values.items():
+            if name not in types:
+                raise ValueError(
+                    f"{path}: decoding has the unknown key {name!r}; this version knows {', '.join(types)}"
+                )
+            if isinstance(value, bool) or not isinstance(value, types[name]):
+                raise ValueError(f"{path}: decoding has {name} {value!r}, which is no such setting")
+            if name in ("beam_size", "entry_length", "num_captions") and value < 1:
+                raise ValueError(f"{path}: decoding has {name} {value}, which is not at least 1")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: decoding: {error}") from None
 
 
 @dataclass

@@ -1,7 +1,11 @@
 """Decoding: cached = uncached, batch = one by one, against searches written out."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import run_script
 
 from models.clip_caption import CaptionConfig, build_captioner
 from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, generate_captions
@@ -138,6 +142,33 @@ def test_sampling_seed(captioner):
         return tokens_of(generate_captions(model, tokenizer, embeddings, config))
 
     assert sample(1) == sample(1) != sample(2)
+
+
+def test_random_numbers_are_an_image_s_own(captioner, trained, photos, tmp_path):
+    """None shares another's, whatever its place, batch and search; files are told by name and content."""
+    model, tokenizer, embeddings = captioner
+    config = DecodingConfig(method=SAMPLE, temperature=50, num_captions=3, entry_length=16, stop_token="")
+    alike = embeddings[:1].expand(6, -1)
+    keys = [b"%d" % number for number in range(6)]
+    groups = tokens_of(generate_captions(model, tokenizer, alike, config, keys=keys))
+    drawn = [tuple(tokens[:6]) for group in groups for tokens in group]
+    assert len(set(drawn)) == len(drawn)
+    again = tokens_of(generate_captions(model, tokenizer, alike[:3], config, keys=keys[:2:-1]))
+    assert again == groups[:2:-1]
+    library = tokens_of(generate_captions(model, tokenizer, alike, replace(config, decoder="transformers"), keys=keys))
+    assert library == groups
+    backwards = tokens_of(generate_captions(model, tokenizer, embeddings.flip(0), config))
+    assert backwards[::-1] == tokens_of(generate_captions(model, tokenizer, embeddings, config))
+
+    flags = ("--checkpoint", trained / "run_latest.pt", "--temperature", 5, "--num_captions", 2, "--seed", 4)
+    (tmp_path / "a").mkdir()
+    first, second = sorted(photos.glob("*.jpg"))[:2]
+    shutil.copy(second, tmp_path / "a" / first.name)
+    shutil.copy(first, tmp_path / first.name)
+    said = run_script("predict.py", photos, *flags, "--batch_size", 5).stdout.splitlines()
+    elsewhere = run_script("predict.py", tmp_path / "a", tmp_path / first.name, *flags).stdout.splitlines()
+    assert [line.split("\t")[1] for line in elsewhere[2:]] == [line.split("\t")[1] for line in said[:2]]
+    assert len({line.split("\t")[1] for line in said + elsewhere[:2]}) == len(said) + 2
 
 
 def test_entry_length_and_stop_token(captioner):

@@ -1,16 +1,22 @@
 """Where captions begin and end: begin and end tokens, stop texts of any tokens; captions equal what was learnt."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
-from conftest import captions_of, read_log, train
+from conftest import captions_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from demo.train_gpt2 import train_bpe
+from features.dataset import CaptionDataset
 from features.store import read_store
-from models.captioner import Captioner
-from models.decoding import BEAM, SAMPLE, DecodingConfig, beam_search, nucleus_sampling
+from models.clip_caption import CaptionConfig, build_captioner
+from models.decoding import BEAM, SAMPLE, DecodingConfig, beam_search, generate_captions, nucleus_sampling
+from models.language import load_language_model, load_tokenizer
 from models.stopping import Stop, begin_tokens, end_tokens, text_of
+from training.run_files import RunFiles
+from training.validation import Validation
 
 
 def sentencepiece(pieces):
@@ -82,7 +88,7 @@ def test_no_stop_text_ends_nothing(pieces):
 
 
 def test_begin_and_end_tokens(pieces, language_model):
-    from models.language import build_language_model, load_tokenizer
+    from models.language import build_language_model
 
     gpt = build_language_model(AutoConfig.for_model("gpt2", vocab_size=64, n_embd=16, n_layer=1, n_head=2))
     assert begin_tokens(pieces) == [1] and begin_tokens(load_tokenizer(str(language_model))) == []
@@ -93,7 +99,7 @@ def test_end_token_ends_and_is_not_shown(pieces):
     ids = [*pieces.convert_tokens_to_ids(["▁a", "▁red", "</s>"])]
     stop = Stop(pieces, ".", len(pieces), [2])
     [[caption]] = beam_search(
-        Script([*ids, 300], 1, len(pieces)), DecodingConfig(method=BEAM, beam_size=1, entry_length=9), stop
+        Script([*ids, ids[0]], 1, len(pieces)), DecodingConfig(method=BEAM, beam_size=1, entry_length=9), stop
     )
     assert caption.tokens == ids and stop.text_until(ids) == "a red"
 
@@ -116,32 +122,42 @@ def beginning_model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ("gpt2", "opt"))
 def test_captions_learnt_by_heart(family, store, language_model, beginning_model, tmp_path):
     """One caption per image, learnt by heart: validation's CIDEr is 10, and every decoder says the caption itself."""
-    from features.store import write_store
-
     whole = read_store(store)
-    captions = list({record["clip_embedding"]: record for record in whole.captions}.values())
-    write_store(tmp_path / "one.pkl", whole.clip_embedding, captions, whole.info)
-    folder = beginning_model if family == "opt" else language_model
-    train(
-        tmp_path / "one.pkl", folder, tmp_path / "run", "--val_data", tmp_path / "one.pkl", "--epochs", 150,
-        "--save_every", 150, "--bs", 12, "--normalize_prefix",
-    )  # fmt: skip
-    assert read_log(tmp_path / "run")[-1]["validation"]["CIDEr"] == pytest.approx(10)
-    captioner = Captioner(str(tmp_path / "run" / "run_latest.pt"))
-    embeddings = whole.clip_embedding[[record["clip_embedding"] for record in captions]].float()
+    records = list({record["clip_embedding"]: record for record in whole.captions}.values())
+    whole.captions[:] = records
+    folder = str(beginning_model if family == "opt" else language_model)
+    torch.manual_seed(0)
+    whole.clip_embedding = torch.randn(len(records), 32)
+    model = build_captioner(CaptionConfig(prefix_dim=32, prefix_length=4), load_language_model(folder))
+    tokenizer = load_tokenizer(folder)
+    batch = CaptionDataset(whole, tokenizer).batch(range(len(records)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(250):
+        model.loss(*batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    files, log = RunFiles(tmp_path, "run"), Mock()
+    files.save_best = Mock()
+    trainer = Mock(model=model.eval(), device="cpu", config=Mock(bs=5), best=None, epoch=0)
+    Validation(whole, whole).run(trainer, tokenizer, files, log)
+    assert trainer.best == pytest.approx(10)
+    wanted = [record["caption"] for record in records]
     for decoding in (
         DecodingConfig(),
         DecodingConfig(method=BEAM),
         DecodingConfig(method=SAMPLE, top_p=0.5),
         DecodingConfig(method=BEAM, decoder="transformers"),
-        DecodingConfig(prompt=captions[0]["caption"][:7]),
     ):
-        said = [decoding.prompt + group[0].text for group in captioner.caption_embeddings(embeddings, decoding)]
-        wanted = [record["caption"] for record in captions]
-        if decoding.prompt:
-            said, wanted = said[:1], wanted[:1]
-        assert said == wanted, decoding
+        groups = generate_captions(model, tokenizer, batch[1], decoding)
+        assert [group[0].text for group in groups] == wanted, decoding
+        for group, embedding in zip(groups, batch[1], strict=True):
+            tokens = torch.tensor([begin_tokens(tokenizer) + group[0].tokens])
+            with torch.no_grad():
+                logits = model(tokens, embedding[None])[:, model.config.prefix_length - 1 : -1]
+            logprobs = logits.log_softmax(-1).gather(-1, tokens[..., None])[0, len(begin_tokens(tokenizer)) :]
+            assert group[0].logprob == pytest.approx(logprobs.sum().item(), abs=1e-4)
+    prompted = generate_captions(model, tokenizer, batch[1][:1], DecodingConfig(prompt=wanted[0][:7]))
+    assert wanted[0][:7] + prompted[0][0].text == wanted[0]

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from models.checkpoint import captioner_weights, save_weights, tokenizer_folder
+from models.decoding import DecodingConfig
 from utils.cli import VERSION, note
 from utils.distributed import is_main
 from utils.files import atomic_path, disk_errors, read_json, save_torch, write_json
@@ -18,8 +19,13 @@ from utils.files import atomic_path, disk_errors, read_json, save_torch, write_j
 class RunFiles:
     """The files of a run: `<out_dir>/<prefix>...`."""
 
-    def __init__(self, out_dir, prefix):
-        self.out_dir, self.prefix = Path(out_dir), prefix
+    def __init__(self, out_dir, prefix, decoding=None):
+        """Name the files.
+
+        Args:
+            decoding: DecodingConfig that the run's captioner is meant to be decoded with.
+        """
+        self.out_dir, self.prefix, self.decoding = Path(out_dir), prefix, decoding or DecodingConfig()
         self.config = self.out_dir / f"{prefix}.json"
         self.latest = self.out_dir / f"{prefix}_latest.pt"
         self.best = self.out_dir / f"{prefix}_best.pt"
@@ -60,6 +66,7 @@ class RunFiles:
                 "model": config.to_dict(),
                 "language_model_config": gpt_config.to_dict(),
                 "training": asdict(training),
+                "decoding": asdict(self.decoding),
                 "data": {key: store.info[key] for key in store.info if key != "skipped"},
                 "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
             },
@@ -71,6 +78,8 @@ class RunFiles:
         Raises: ValueError naming the first flag that differs.
         """
         stored = read_json(self.config)
+        if "decoding" in stored:
+            self.decoding = DecodingConfig.from_dict(stored["decoding"], self.config)
         before = stored["model"] | stored["training"]
         for name, value in (config.to_dict() | asdict(training)).items():
             if name in before and before[name] != value:
