@@ -8,7 +8,7 @@ score; the image regions that each word rests on; the prefix read back as words.
 which answers concurrent requests in batches. Only this machine is served unless --host says otherwise.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from features.images import read_image
 from metrics.clipscore import PROMPT, clip_scores
+from models.captioner import image_key
 from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, context_room
 from models.explain import nearest_words, word_heat
 from models.pretrained import DEMO, NAMES
@@ -127,7 +128,8 @@ class Service:
         [(indices, embeddings, errors)] = captioner.encoder.encode_files(images, len(images))
         answers = {index: ValueError(reason) for index, reason in errors.items()}
         if indices:
-            groups = captioner.caption_embeddings(embeddings, decoding)
+            keys = [image_key(images[index]) for index in indices]
+            groups = captioner.caption_embeddings(embeddings, as_trained(decoding, captioner.decoding), keys)
             answers |= zip(indices, map(partial(_scored, captioner), embeddings, groups), strict=True)
         return [answers[index] for index in range(len(images))]
 
@@ -158,6 +160,14 @@ class Service:
         prefix = nearest_words(captioner.model, captioner.tokenizer, encoder.encode_images(pixels[None]))
         side = min(PICTURE_SIDE, *image.size)
         return Explanation(ImageOps.fit(image, (side, side)), words, heat, prefix)
+
+
+def as_trained(decoding, own):
+    """Return a visitor's DecodingConfig with a checkpoint's own prompt, stop text, search and lengths."""
+    return replace(
+        decoding, prompt=own.prompt, stop_token=own.stop_token, decoder=own.decoder, entry_length=own.entry_length,
+        length_penalty=own.length_penalty, beam_size=max(own.beam_size, decoding.num_captions),
+    )  # fmt: skip
 
 
 def _scored(captioner, embedding, captions):

@@ -12,13 +12,14 @@ if __name__ == "__main__":
 
 import glob
 import os
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
 from features.annotations import image_id_of, list_images
-from models.captioner import Captioner
-from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig
+from models.captioner import Captioner, stored_decoding
+from models.decoding import BEAM, DECODERS, GREEDY, SAMPLE, DecodingConfig
 from models.pretrained import ALIASES, NAMES
 from utils.cli import (
     Parser,
@@ -34,17 +35,21 @@ from utils.files import write_json
 from utils.precision import add_dtype_flag
 
 
-def get_parser():
-    """Return the command line's parser."""
+def get_parser(decoding=None):
+    """Return the command line's parser; `decoding` is the DecodingConfig of a variant of this command."""
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, folder, or quoted glob")
     parser.add_argument("--out", metavar="FILE", help="also write [{image_id, caption}], COCO's result format")
-    add_captioner_flags(parser)
+    add_captioner_flags(parser, decoding or DecodingConfig())
     return parser
 
 
-def add_captioner_flags(parser):
-    """Add what every captioning command takes: captioner, decoding, batches, devices."""
+def add_captioner_flags(parser, decoding):
+    """Add what every captioning command takes: captioner, decoding, batches, devices.
+
+    Args:
+        decoding: DecodingConfig, where the checkpoint's json does not say.
+    """
     model = parser.add_argument_group("captioner")
     model.add_argument("--checkpoint", default="coco", help=f"{', '.join(NAMES)}, or a file (default: coco)")
     model.add_argument("--clip_model_type", help="encoder, where the checkpoint does not say or it has moved")
@@ -52,26 +57,7 @@ def add_captioner_flags(parser):
     model.add_argument(
         "--normalize_prefix", action="store_true", default=None, help="for a bare checkpoint trained with it"
     )
-    defaults = DecodingConfig()
-    decoding = parser.add_argument_group("decoding (greedy unless told otherwise)")
-    decoding.add_argument("--use_beam_search", action="store_true", help="beam search")
-    decoding.add_argument("--beam_size", type=positive_int, default=defaults.beam_size, help="beams")
-    decoding.add_argument(
-        "--length_penalty", type=float, default=defaults.length_penalty,
-        help="exponent of the length in a beam's mean log-probability; above 1 favours long captions",
-    )  # fmt: skip
-    decoding.add_argument("--top_p", type=positive_float, help="sample from this much of the probability")
-    decoding.add_argument("--temperature", type=positive_float, default=defaults.temperature, help="of sampling")
-    decoding.add_argument("--num_captions", type=positive_int, default=1, help="captions per image")
-    decoding.add_argument("--seed", type=non_negative_int, default=defaults.seed, help="of sampling")
-    decoding.add_argument("--entry_length", type=positive_int, default=defaults.entry_length, help="tokens at most")
-    decoding.add_argument("--prompt", default=defaults.prompt, help="text that captions go on from")
-    decoding.add_argument(
-        "--decoder", choices=("clipcap", "transformers"), default="clipcap", help="whose search: ours or the library's"
-    )
-    decoding.add_argument(
-        "--stop_token", default=defaults.stop_token, help="text that ends a caption (default: %(default)r)"
-    )
+    add_decoding_flags(parser, decoding)
     batches = parser.add_argument_group("batches")
     batches.add_argument("--batch_size", type=positive_int, default=32, help="images at a time")
     batches.add_argument(
@@ -81,29 +67,53 @@ def add_captioner_flags(parser):
     add_dtype_flag(batches)
 
 
-def decoding_config(args):
-    """Return the DecodingConfig that the command line asks for.
+def add_decoding_flags(parser, decoding):
+    """Add the flags of decoding, which have no value where they are not given.
 
-    Raises: ValueError for flags that contradict each other.
+    Args:
+        decoding: DecodingConfig of the command, where the checkpoint's json does not say.
     """
-    if args.use_beam_search is None:  # a variant's default
-        args.use_beam_search = args.top_p is None
+    parser.set_defaults(decoding=decoding)
+    how = {GREEDY: "greedy", BEAM: "beam search", SAMPLE: "sampling"}[decoding.method]
+    group = parser.add_argument_group(
+        "decoding", f"as the checkpoint's json says; where it does not, {how} with the defaults below"
+    )
+
+    def add(name, text, **options):
+        default = repr(getattr(decoding, name)).replace("%", "%%")
+        group.add_argument(f"--{name}", help=f"{text} (default: {default})", **options)
+
+    group.add_argument("--use_beam_search", action="store_true", default=None, help="beam search")
+    add("beam_size", "beams", type=positive_int)
+    add(
+        "length_penalty", "exponent of the length in a beam's mean log-probability; above 1 favours long captions",
+        type=float,
+    )  # fmt: skip
+    group.add_argument("--top_p", type=positive_float, help="sample from this much of the probability")
+    add("temperature", "of sampling", type=positive_float)
+    add("num_captions", "captions per image", type=positive_int)
+    add("seed", "of sampling", type=non_negative_int)
+    add("entry_length", "tokens at most", type=positive_int)
+    add("prompt", "text that captions go on from")
+    add("decoder", "whose search: ours or the library's", choices=DECODERS)
+    add("stop_token", "text that ends a caption")
+
+
+def decoding_config(args):
+    """Return the DecodingConfig asked for: by flags, else by the checkpoint's json, else by the command.
+
+    Raises: ValueError for flags that contradict each other, or a json that is malformed.
+    """
     if args.use_beam_search and args.top_p is not None:
         raise ValueError("--use_beam_search and --top_p contradict each other: beam search does not sample")
-    sampling = args.top_p is not None or (args.temperature != 1 and not args.use_beam_search)
-    return DecodingConfig(
-        method=BEAM if args.use_beam_search else SAMPLE if sampling else GREEDY,
-        decoder=args.decoder,
-        prompt=args.prompt,
-        beam_size=args.beam_size,
-        entry_length=args.entry_length,
-        stop_token=args.stop_token,
-        top_p=args.top_p if args.top_p is not None else 1.0,
-        temperature=args.temperature,
-        length_penalty=args.length_penalty,
-        num_captions=args.num_captions,
-        seed=args.seed,
-    )
+    base = stored_decoding(args.checkpoint) or args.decoding
+    given = {field.name: getattr(args, field.name, None) for field in fields(DecodingConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.use_beam_search:
+        given["method"] = BEAM
+    elif args.top_p is not None or (base.method == GREEDY and given.get("temperature", 1) != 1):
+        given = {"method": SAMPLE, "top_p": 1.0} | given
+    return replace(base, **given)
 
 
 def find_images(arguments):
@@ -166,12 +176,13 @@ class Predictor:
         Args:
             image: path of an image file.
             model: one of the names given to `setup`; None is the first.
-            use_beam_search: beam search instead of greedy decoding.
+            use_beam_search: beam search, whatever the checkpoint's json says.
         Returns: the caption.
         Raises: ValueError where there is no such model or the image cannot be read.
         """
-        decoding = DecodingConfig(method=BEAM if use_beam_search else GREEDY)
-        captions, errors = next(self.captioner(model).caption_files([image], decoding))
+        captioner = self.captioner(model)
+        decoding = replace(captioner.decoding, method=BEAM) if use_beam_search else captioner.decoding
+        captions, errors = next(captioner.caption_files([image], decoding))
         if errors:
             raise ValueError(f"{image}: {errors[image]}")
         return captions[image][0].text

@@ -10,31 +10,21 @@ if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
 import predict
-from train_OPT import LANGUAGE_MODELS
+from train_OPT import DECODING, LANGUAGE_MODELS
 from utils.cli import run
-
-PROMPT = "a photo of"
-MAX_NEW_TOKENS = 30
 
 
 def get_parser():
     """Return predict.py's parser with OPT's defaults."""
-    parser = predict.get_parser()
+    parser = predict.get_parser(DECODING)
     parser.description = __doc__.strip()
     set_defaults(parser)
     return parser
 
 
 def set_defaults(parser):
-    """Give a captioning command the predecessor's settings for OPT."""
-    parser.set_defaults(
-        checkpoint="./checkpoints/coco_prefix_latest.pt",
-        decoder="transformers",
-        use_beam_search=None,  # unless --top_p is given
-        prompt=PROMPT,
-        entry_length=MAX_NEW_TOKENS,
-        stop_token="\n",
-    )
+    """Give a captioning command the predecessor's names for OPT."""
+    parser.set_defaults(checkpoint="./checkpoints/coco_prefix_latest.pt")
     parser.aliases["language_model"] = LANGUAGE_MODELS
 
 

@@ -28,7 +28,7 @@ def get_parser():
     parser.add_argument("--images", default="data/nice/images", metavar="DIR", help="folder of images")
     parser.add_argument("--ofile", default="clipcap", help="name of the files in output_caption/")
     parser.add_argument("--prefix_length", type=int, help="as the predecessor's; checked against the checkpoint")
-    predict.add_captioner_flags(parser)
+    predict.add_captioner_flags(parser, predict_OPT.DECODING)
     predict_OPT.set_defaults(parser)
     return parser
 

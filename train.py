@@ -245,7 +245,7 @@ def finish_epoch(trainer, files, log, tokenizer, save_every, validation):
         log.flush()
         files.save_state(trainer)  # a stop while validating loses no step
         validation.run(trainer, tokenizer, files, log)
-    show_samples(trainer.model, tokenizer, trainer.dataset, epoch)  # in all processes: sharded ones need each other
+    show_samples(trainer.model, tokenizer, trainer.dataset, epoch, files.decoding)  # in all processes: sharded ones need each other
     torch.set_rng_state(random)
     log.flush()
     if is_main():
@@ -319,10 +319,10 @@ def train(config, training, store, files, placement, resuming=False, save_every=
     return model
 
 
-def main(argv=None, parser=None):
-    """Train as the command line says; `parser` is that of a variant of this command."""
+def main(argv=None, parser=None, decoding=None):
+    """Train as the command line says; `parser` and `decoding` are those of a variant of this command."""
     args = (parser or get_parser()).parse_args(argv)
-    placement, files = pick_placement(args), RunFiles(args.out_dir, args.prefix)
+    placement, files = pick_placement(args), RunFiles(args.out_dir, args.prefix, decoding)
     stores = {f"--{name}": getattr(args, name) for name in ("data", "val_data") if getattr(args, name)}
     files.check(stores | {f"{flag}'s store": info_path(path) for flag, path in stores.items()})
     with (

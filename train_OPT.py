@@ -9,11 +9,14 @@ if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
 import train
+from models.decoding import BEAM, DecodingConfig
 from utils.cli import run
 
 OPT_MODEL = "facebook/opt-125m"
 # the predecessor's words for --language_model
 LANGUAGE_MODELS = {"opt": OPT_MODEL}
+# how predict_OPT.py captions
+DECODING = DecodingConfig(BEAM, "transformers", beam_size=5, entry_length=30, stop_token="\n", prompt="a photo of")
 
 
 def get_parser():
@@ -34,7 +37,7 @@ def get_parser():
 
 def main(argv=None):
     """Train as the command line says."""
-    train.main(argv, get_parser())
+    train.main(argv, get_parser(), DECODING)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,17 @@ import torch
 from benchmarks.measure import interleave, peak_memory
 from benchmarks.plain import beam_caption, greedy_caption
 from benchmarks.workload import PREFIX, language_model
-from models.decoding import BEAM, GREEDY, CachedStep, DecodingConfig, beam_search, greedy_search
+from models.decoding import BEAM, GREEDY, DecodingConfig, beam_search, greedy_search
+from models.steps import CachedStep
 from utils.precision import pick_dtype, prepare_for_inference
 
 NEW_TOKENS = 20
 PARAMETERS = 124e6  # of GPT-2: each is read once per step, and multiplied and added once per row
 
 
-def stop_never(device):
-    """Return no stop token: every caption then has the same length in all systems."""
-    return torch.empty(0, dtype=torch.long, device=device)
+def stop_never(tokens, caption):
+    """End no caption: every one then has the same length in all systems."""
+    return torch.zeros_like(tokens, dtype=torch.bool)
 
 
 def prefixes(gpt, batch, device):
@@ -32,7 +33,7 @@ def prefixes(gpt, batch, device):
 def ours(gpt, embeddings, config):
     """Return the token ids of each image's best caption."""
     search = beam_search if config.method == BEAM else greedy_search
-    groups = search(CachedStep(gpt, embeddings), config, stop_never(embeddings.device))
+    groups = search(CachedStep(gpt, embeddings), config, stop_never)
     return [group[0].tokens for group in groups]
 
 
@@ -49,7 +50,7 @@ def library(gpt, embeddings, config):
 def plain(gpt, embeddings, config):
     """The plain method for one image."""
     if config.method == BEAM:
-        return [beam_caption(gpt, embeddings[:1], config, stop_never(embeddings.device))]
+        return [beam_caption(gpt, embeddings[:1], config, stop_never)]
     return [greedy_caption(gpt, embeddings[:1], config.entry_length)]
 
 

@@ -8,7 +8,8 @@ from PIL import Image
 from skimage import io
 from torch.nn import functional as F
 
-from models.decoding import UncachedStep, beam_search
+from models.decoding import beam_search
+from models.steps import UncachedStep
 
 
 def encode_captions(clip_model, preprocess, records):
@@ -40,10 +41,10 @@ def greedy_caption(gpt, embeddings, length):
     return tokens
 
 
-def beam_caption(gpt, embeddings, config, stop_tokens):
+def beam_caption(gpt, embeddings, config, stop):
     """The same for all beams of one image; returns token ids of the best."""
     with torch.no_grad():
-        return beam_search(UncachedStep(gpt, embeddings), config, stop_tokens)[0][0].tokens
+        return beam_search(UncachedStep(gpt, embeddings), config, stop)[0][0].tokens
 
 
 def training_step(model, optimizer, tokens, clip_embedding, mask, autocast):

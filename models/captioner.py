@@ -8,12 +8,12 @@ from pathlib import Path
 
 from features.clip_encoder import ClipEncoder, named_sha256
 from models.checkpoint import config_path, load_captioner
-from models.decoding import generate_captions
+from models.decoding import SAMPLE, DecodingConfig, generate_captions
 from models.placement import place
 from models.pretrained import ALIASES, DEMO, DEMO_CHECKPOINT, NAMES, PRETRAINED, fetch
 from utils.cli import nearest
 from utils.devices import Placement, pick_devices
-from utils.files import sha256
+from utils.files import read_json, sha256
 from utils.precision import pick_dtype, prepare_for_inference
 
 
@@ -33,6 +33,7 @@ class Captioner:
             dtype: the flag --dtype.
         Raises: ValueError where an argument contradicts the checkpoint; FileNotFoundError where a file is missing.
         """
+        self.decoding = stored_decoding(checkpoint) or DecodingConfig()
         placement = Placement(pick_devices(device), pn, offload_dir, max_memory)
         self.device = placement.devices[0]
         name = ALIASES.get(checkpoint, checkpoint)
@@ -76,13 +77,38 @@ class Captioner:
         Yields: per batch ({path: list of Caption, best first}, {path: why it could not be read}).
         """
         for indices, embeddings, errors in self.encoder.encode_files(paths, batch_size, num_workers):
-            captions = self.caption_embeddings(embeddings, decoding) if indices else []
+            keys = [image_key(paths[index]) for index in indices] if decoding.method == SAMPLE else None
+            captions = self.caption_embeddings(embeddings, decoding, keys) if indices else []
             read = {paths[index]: group for index, group in zip(indices, captions, strict=True)}
             yield read, {paths[index]: reason for index, reason in errors.items()}
 
-    def caption_embeddings(self, clip_embedding, decoding):
-        """Caption CLIP embeddings [B, D]; returns per image a list of Caption, best first."""
-        return generate_captions(self.model, self.tokenizer, clip_embedding.to(self.device), decoding)
+    def caption_embeddings(self, clip_embedding, decoding, keys=None):
+        """Caption CLIP embeddings [B, D]; returns per image a list of Caption, best first.
+
+        `keys`: see `generate_captions`.
+        """
+        embeddings = clip_embedding.to(self.device)
+        return generate_captions(self.model, self.tokenizer, embeddings, decoding, keys=keys)
+
+
+def image_key(path):
+    """Return what an image file's random numbers come from: its name and bytes, wherever it lies."""
+    return f"{Path(path).name} {sha256(path)}".encode("utf-8", "surrogateescape")
+
+
+def stored_decoding(checkpoint):
+    """Return the DecodingConfig in the json beside a checkpoint, or None where there is none.
+
+    Args:
+        checkpoint: as that of Captioner.
+    Raises: ValueError where the json is malformed or holds an unknown setting.
+    """
+    name = ALIASES.get(checkpoint, checkpoint)
+    path = config_path(DEMO_CHECKPOINT if name == DEMO else name)
+    stored = read_json(path) if name not in PRETRAINED and path.is_file() else None
+    if not isinstance(stored, dict) or "decoding" not in stored:
+        return None
+    return DecodingConfig.from_dict(stored["decoding"], path)
 
 
 def encoder_source(config, checkpoint, given, described):

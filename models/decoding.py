@@ -6,16 +6,20 @@ logits, `step.select(rows)` keeps, drops, repeats or reorders rows. Finished cap
 Axes: B images, R rows at work, W beams, V vocabulary, T tokens so far.
 """
 
-import inspect
+import hashlib
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
-from transformers import DynamicCache
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from models.language import context_length
+from models.steps import CachedStep
+from models.stopping import Stop, begin_tokens, end_tokens
 
 GREEDY, BEAM, SAMPLE = "greedy", "beam", "sample"
+DECODERS = ("clipcap", "transformers")
+SCORED_TOGETHER = 8  # captions of the library's search: their logits take T x V numbers each
 
 
 @dataclass
@@ -24,10 +28,11 @@ class DecodingConfig:
 
     Args:
         method: `greedy`, `beam` or `sample`.
-        decoder: `clipcap`, the searches below, or `transformers`, the library's `generate`, as the OPT predecessor.
+        decoder: `clipcap`, the searches below, or `transformers`, the library's `generate`, as the OPT predecessor;
+            they sample alike.
         beam_size: W.
         entry_length: new tokens at most, within the language model's context.
-        stop_token: text whose first token ends a caption; it is kept in the text.
+        stop_token: text that ends a caption, whatever tokens make it; it is kept in the text.
         top_p: probability mass that sampling draws from, in (0, 1].
         temperature: divides the logits.
         length_penalty: exponent of the length that a beam's log-probability is divided by; 1 is the mean.
@@ -61,6 +66,33 @@ class DecodingConfig:
             )
         if self.method == GREEDY and self.num_captions > 1:
             raise ValueError("--num_captions above 1 needs --use_beam_search or --top_p: greedy decoding gives one")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"--decoder {self.decoder!r} is not one of {', '.join(DECODERS)}")
+
+    @classmethod
+    def from_dict(cls, values, path):
+        """Build from what a run's json says; what it does not say has its default.
+
+        Args:
+            path: the json, named in errors.
+        Raises: ValueError naming a key that is unknown or whose value is no setting.
+        """
+        types = {f.name: (int, float) if f.type is float else f.type for f in fields(cls)}
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: decoding is not a list of settings")
+        for name, value in values.items():
+            if name not in types:
+                raise ValueError(
+                    f"{path}: decoding has the unknown key {name!r}; this version knows {', '.join(types)}"
+                )
+            if isinstance(value, bool) or not isinstance(value, types[name]):
+                raise ValueError(f"{path}: decoding has {name} {value!r}, which is no such setting")
+            if name in ("beam_size", "entry_length", "num_captions") and value < 1:
+                raise ValueError(f"{path}: decoding has {name} {value}, which is not at least 1")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: decoding: {error}") from None
 
 
 @dataclass
@@ -68,9 +100,9 @@ class Caption:
     """One decoded caption.
 
     Args:
-        tokens: its token ids, the stop token included.
+        tokens: its token ids, up to the one that ended it.
         logprob: sum of the tokens' log-probabilities under the language model (at the decoding temperature).
-        text: the tokens decoded.
+        text: the tokens decoded, without special ones and what follows the stop text.
     """
 
     tokens: list = field(default_factory=list)
@@ -78,58 +110,13 @@ class Caption:
     text: str = ""
 
 
-class CachedStep:
-    """The language model as a function from one token per row to the next logits, with a key-value cache."""
-
-    def __init__(self, gpt, embeddings):
-        """Run the prefix.
-
-        Args:
-            gpt: causal language model.
-            embeddings: [B, P, E], the same length for every row, so that nothing is padded.
-        """
-        self.gpt, self.cache = gpt, DynamicCache(config=gpt.config)
-        # transformers 5 renamed the argument
-        self.argument = "cache" if "cache" in inspect.signature(gpt.forward).parameters else "past_key_values"
-        self.first = self._run(inputs_embeds=embeddings)  # [B, V]
-
-    def __call__(self, tokens):
-        """Append `tokens` [R]; return the logits of the next, [R, V] float32."""
-        return self._run(input_ids=tokens[:, None])
-
-    def _run(self, **inputs):
-        out = self.gpt(**inputs, **{self.argument: self.cache}, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].float()
-
-    def select(self, rows):
-        """Let row i become what row `rows[i]` was; `rows` is [R'] of indices."""
-        self.cache.reorder_cache(rows)
-
-
-class UncachedStep:
-    """The same by running the whole sequence again for every token: the reference for the cached step."""
-
-    def __init__(self, gpt, embeddings):
-        self.gpt, self.embeddings = gpt, embeddings  # [R, T, E]
-        self.first = gpt(inputs_embeds=embeddings, use_cache=False).logits[:, -1].float()
-
-    def __call__(self, tokens):
-        """Append `tokens` [R]; return the logits of the next, [R, V] float32."""
-        embedded = self.gpt.get_input_embeddings()(tokens)[:, None].to(self.embeddings)  # [R, 1, E]
-        self.embeddings = torch.cat((self.embeddings, embedded), dim=1)
-        return self.gpt(inputs_embeds=self.embeddings, use_cache=False).logits[:, -1].float()
-
-    def select(self, rows):
-        """Let row i become what row `rows[i]` was; `rows` is [R'] of indices."""
-        self.embeddings = self.embeddings[rows]
-
-
-def decode_rows(step, choose, config, stop_tokens):
-    """Extend every row by one chosen token at a time, until its stop token or `entry_length` tokens.
+def decode_rows(step, choose, config, stop):
+    """Extend every row by one chosen token at a time, until it ends or has `entry_length` tokens.
 
     Args:
         step: CachedStep of R rows.
         choose: function of logits [R', V] and row numbers [R'] to token ids [R'].
+        stop: Stop, or another function of the newest tokens [R'] and a row's tokens to which rows have ended, [R'].
     Returns: R Captions without text.
     """
     captions = [Caption() for _ in range(len(step.first))]
@@ -138,10 +125,11 @@ def decode_rows(step, choose, config, stop_tokens):
     for length in range(1, config.entry_length + 1):
         tokens = choose(logits, rows)  # [R']
         logprobs = (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
-        for row, token, logprob in zip(rows.tolist(), tokens.tolist(), logprobs, strict=True):
-            captions[row].tokens.append(token)
-            captions[row].logprob += logprob
-        going = ~torch.isin(tokens, stop_tokens)
+        working = [captions[row] for row in rows.tolist()]
+        for caption, token, logprob in zip(working, tokens.tolist(), logprobs, strict=True):
+            caption.tokens.append(token)
+            caption.logprob += logprob
+        going = ~stop(tokens, lambda row: working[row].tokens)  # noqa: B023  called at once
         if length == config.entry_length or not going.any():
             break
         if not going.all():
@@ -152,29 +140,44 @@ def decode_rows(step, choose, config, stop_tokens):
     return captions
 
 
-def greedy_search(step, config, stop_tokens):
+def greedy_search(step, config, stop):
     """Take the likeliest token every time.
 
     Args: see `decode_rows`.
     Returns: per image, a list of one Caption.
     Source: rmokady predict.py `generate2`, which filters by top_p and then takes the argmax all the same.
     """
-    return [[caption] for caption in decode_rows(step, lambda logits, rows: logits.argmax(-1), config, stop_tokens)]
+    return [[caption] for caption in decode_rows(step, lambda logits, rows: logits.argmax(-1), config, stop)]
 
 
-def nucleus_sampling(step, config, stop_tokens):
+def image_keys(clip_embedding):
+    """Return a key per image for the random numbers of sampling: its embedding's bytes, whatever shares its batch."""
+    return [row.cpu().numpy().tobytes() for row in clip_embedding.detach().half()]
+
+
+def _draws(keys, config):
+    """Return uniform random numbers [B, N, T], each row's from seed, image and candidate alone."""
+    generator, rows = torch.Generator(), []
+    for key in keys:
+        for candidate in range(config.num_captions):
+            digest = hashlib.sha256(f"{config.seed} {candidate} ".encode() + key).digest()
+            generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            rows.append(torch.rand(config.entry_length, generator=generator))
+    return torch.stack(rows).view(len(keys), config.num_captions, -1)
+
+
+def nucleus_sampling(step, config, stop, keys):
     """Draw each token from the likeliest ones that hold `top_p` of the probability.
 
-    Every image and every candidate draws the same way whatever shares its batch: candidate j of any image reads its
-    random numbers from a generator seeded with `seed + j`.
+    Random numbers come from seed, image and candidate: no image shares another's, and no batch changes them.
 
     Args: see `decode_rows`.
+        keys: bytes that tell each image.
     Returns: per image, `num_captions` Captions as drawn.
     Source: Holtzman et al., The Curious Case of Neural Text Degeneration (arXiv 1904.09751).
     """
     images, count = len(step.first), config.num_captions
-    generators = [torch.Generator().manual_seed(config.seed + j) for j in range(count)]
-    draws = torch.stack([torch.rand(config.entry_length, generator=g) for g in generators])  # [N, T]
+    draws = _draws(keys, config).flatten(0, 1).to(step.first.device)  # [B·N, T]
     repeated = torch.arange(images, device=step.first.device).repeat_interleave(count)
     step.select(repeated)
     step.first = step.first[repeated]
@@ -185,19 +188,19 @@ def nucleus_sampling(step, config, stop_tokens):
         mass = probabilities.cumsum(-1)
         # a token is in while the mass before it is below top_p, so the likeliest always is
         nucleus = probabilities.masked_fill(mass - probabilities >= config.top_p, 0)
-        drawn = draws[:, next(position)].to(logits)[rows % count] * nucleus.sum(-1)  # [R']
+        drawn = draws[rows, next(position)].to(logits) * nucleus.sum(-1)  # [R']
         index = (nucleus.cumsum(-1) <= drawn[:, None]).sum(-1)
         last = (nucleus > 0).sum(-1) - 1  # rounding must not step past the nucleus
         return ids.gather(-1, index.minimum(last)[:, None])[:, 0]
 
-    captions = decode_rows(step, choose, config, stop_tokens)
+    captions = decode_rows(step, choose, config, stop)
     return [captions[image * count : (image + 1) * count] for image in range(images)]
 
 
-def beam_search(step, config, stop_tokens):
+def beam_search(step, config, stop):
     """Keep the W hypotheses with the highest mean log-probability at every step.
 
-    A hypothesis that has met the stop token stays as it is and goes on competing.
+    A hypothesis that has ended stays as it is and goes on competing.
 
     Args: see `decode_rows`.
     Returns: per image, `num_captions` Captions, best first.
@@ -210,7 +213,7 @@ def beam_search(step, config, stop_tokens):
     scores, last = logprobs.topk(width)  # [B, W] sums of log-probabilities, newest tokens
     tokens = last[..., None]  # [B, W, T]
     lengths = torch.ones_like(scores)
-    stopped = torch.isin(last, stop_tokens)  # [B, W]
+    stopped = _ended(stop, tokens)  # [B, W]
     source = torch.arange(len(images), device=device)[:, None].expand(-1, width)  # cache rows
     while True:
         done = stopped.all(-1) | (tokens.shape[-1] == config.entry_length)  # [B]
@@ -226,8 +229,14 @@ def beam_search(step, config, stop_tokens):
         logits = step(tokens[..., -1].flatten()) / config.temperature  # [B·W, V]
         scores, beams, last, lengths = _extend(logits.unflatten(0, (-1, width)), scores, lengths, stopped, config)
         tokens = torch.cat((tokens.gather(1, beams[..., None].expand_as(tokens)), last[..., None]), dim=-1)
-        stopped = stopped.gather(1, beams) | torch.isin(last, stop_tokens)
+        stopped = stopped.gather(1, beams) | _ended(stop, tokens)
         source = torch.arange(len(images), device=device)[:, None] * width + beams
+
+
+def _ended(stop, tokens):
+    """Return which hypotheses [B, W] their newest token ends; tokens: [B, W, T]."""
+    rows = tokens.flatten(0, 1)
+    return stop(rows[:, -1], lambda row: rows[row].tolist()).view(tokens.shape[:2])
 
 
 def _extend(logits, scores, lengths, stopped, config):
@@ -259,54 +268,61 @@ def _ranked(tokens, scores, lengths, config):
     return [Caption(tokens[i, : int(lengths[i])].tolist(), scores[i].item()) for i in order.tolist()]
 
 
-DECODERS = {GREEDY: greedy_search, BEAM: beam_search, SAMPLE: nucleus_sampling}
+SEARCHES = {GREEDY: greedy_search, BEAM: beam_search}
 
 
-def library_search(gpt, embeddings, tokenizer, config, stop_tokens):
+class _StopCriterion(StoppingCriteria):
+    """Stop, as transformers' `generate` asks for it."""
+
+    def __init__(self, stop):
+        self.stop = stop
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return self.stop(input_ids[:, -1], lambda row: input_ids[row].tolist())
+
+
+def library_search(gpt, embeddings, tokenizer, config, stop):
     """Decode with transformers' `generate`, whose beam search is another one than ClipCap's.
 
     Args:
         embeddings: [B, P, E] prefix and prompt.
-    Returns: per image, `num_captions` Captions, best first, without the stop token.
+    Returns: per image, `num_captions` Captions, best first.
     Source: Jhryu30/cvpr2023_challenge_clipcap predict.py `generate`.
     """
     count = config.num_captions
-    options = {"num_beams": config.beam_size if config.method == BEAM else 1, "do_sample": config.method == SAMPLE}
-    if config.method == SAMPLE:
-        torch.manual_seed(config.seed)
-        options |= {"top_p": config.top_p, "top_k": 0, "temperature": config.temperature}
-    if config.method == BEAM:
-        options |= {"length_penalty": config.length_penalty}
+    options = {"length_penalty": config.length_penalty} if config.method == BEAM else {}
     mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
-    out = gpt.generate(
-        inputs_embeds=embeddings, attention_mask=mask,
-        max_new_tokens=config.entry_length, min_length=1, num_return_sequences=count,
-        eos_token_id=stop_tokens.tolist() or None, pad_token_id=_pad_id(tokenizer), return_dict_in_generate=True,
-        output_scores=True, **options,
+    sequences = gpt.generate(
+        inputs_embeds=embeddings, attention_mask=mask, do_sample=False,
+        num_beams=config.beam_size if config.method == BEAM else 1, num_return_sequences=count,
+        max_new_tokens=config.entry_length, min_length=1, eos_token_id=None, pad_token_id=_pad_id(tokenizer),
+        stopping_criteria=StoppingCriteriaList([_StopCriterion(stop)]), **options,
     )  # fmt: skip
-    scores = gpt.compute_transition_scores(out.sequences, out.scores, getattr(out, "beam_indices", None), True)
-    logprobs = scores.masked_fill(~scores.isfinite(), 0).sum(-1).tolist()
-    captions = [
-        Caption(tokens, logprob, tokenizer.decode(tokens, skip_special_tokens=True).strip())
-        for tokens, logprob in zip(out.sequences.tolist(), logprobs, strict=True)
-    ]
+    captions = [Caption(stop.cut(tokens)) for tokens in sequences.tolist()]
+    _score(gpt, embeddings.repeat_interleave(count, 0), captions)
     return [captions[start : start + count] for start in range(0, len(captions), count)]
+
+
+def _score(gpt, embeddings, captions):
+    """Set the captions' log-probabilities, a few at a time; `generate` would keep [V] scores of every step.
+
+    Args:
+        embeddings: [B, P, E] before each caption.
+    """
+    for start in range(0, len(captions), SCORED_TOGETHER):
+        group = captions[start : start + SCORED_TOGETHER]
+        tokens = [torch.tensor(caption.tokens, device=embeddings.device) for caption in group]
+        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)  # [R, T]
+        inputs = torch.cat((embeddings[start : start + len(group)], gpt.get_input_embeddings()(padded[:, :-1])), dim=1)
+        logits = gpt(inputs_embeds=inputs, use_cache=False, logits_to_keep=padded.shape[1]).logits.float()
+        logprobs = logits.gather(-1, padded[..., None])[..., 0] - logits.logsumexp(-1)  # [R, T]
+        for caption, row in zip(group, logprobs, strict=True):
+            caption.logprob = row[: len(caption.tokens)].sum().item()
 
 
 def _pad_id(tokenizer):
     """Return the id that fills up finished captions."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-
-def stop_ids(tokenizer, stop_token, device=None):
-    """Return the ids, [S], that end a caption.
-
-    Raises: ValueError where the tokenizer has nothing for `stop_token`.
-    """
-    ids = tokenizer.encode(stop_token, add_special_tokens=False) if stop_token else []
-    if stop_token and not ids:
-        raise ValueError(f"--stop_token {stop_token!r} is no token of this language model")
-    return torch.tensor(ids[:1], dtype=torch.long, device=device)
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def context_room(config, positions):
@@ -322,7 +338,7 @@ def context_room(config, positions):
 
 
 @torch.inference_mode()
-def generate_captions(model, tokenizer, clip_embedding, config, step_type=CachedStep):
+def generate_captions(model, tokenizer, clip_embedding, config, step_type=CachedStep, keys=None):
     """Caption a batch of images.
 
     Args:
@@ -331,22 +347,27 @@ def generate_captions(model, tokenizer, clip_embedding, config, step_type=Cached
         clip_embedding: [B, D].
         config: DecodingConfig.
         step_type: CachedStep, or UncachedStep to check it.
+        keys: per image, what its random numbers come from; None: see `image_keys`.
     Returns: per image, a list of Captions, best (or first drawn) first.
     Raises: ValueError where prefix and prompt leave no room in the language model's context; where they leave less
         than `entry_length`, captions end there.
     """
-    embeddings = model.prefix(clip_embedding).to(model.gpt.get_input_embeddings().weight.dtype)  # [B, P, E]
-    prompt = tokenizer.encode(config.prompt) if config.prompt else []
-    if prompt:
-        tokens = torch.tensor(prompt, device=embeddings.device).expand(len(embeddings), -1)
-        embeddings = torch.cat((embeddings, model.gpt.get_input_embeddings()(tokens)), dim=1)
-    room = context_room(model.gpt.config, embeddings.shape[1])
+    gpt = model.gpt
+    embed = gpt.get_input_embeddings()
+    embeddings = model.prefix(clip_embedding).to(embed.weight.dtype)  # [B, P, E]
+    before = begin_tokens(tokenizer) + tokenizer.encode(config.prompt, add_special_tokens=False)
+    if before:
+        tokens = torch.tensor(before, device=embeddings.device).expand(len(embeddings), -1)
+        embeddings = torch.cat((embeddings, embed(tokens)), dim=1)
+    room = context_room(gpt.config, embeddings.shape[1])
     config = replace(config, entry_length=min(config.entry_length, room))
-    stop_tokens = stop_ids(tokenizer, config.stop_token, embeddings.device)
-    if config.decoder == "transformers":
-        return library_search(model.gpt, embeddings, tokenizer, config, stop_tokens)
-    step = step_type(model.gpt, embeddings)
-    captions = DECODERS[config.method](step, config, stop_tokens)
+    stop = Stop(tokenizer, config.stop_token, len(embed.weight), end_tokens(tokenizer, gpt), embeddings.device)
+    if config.decoder == "transformers" and config.method != SAMPLE:
+        captions = library_search(gpt, embeddings, tokenizer, config, stop)
+    elif config.method == SAMPLE:
+        captions = nucleus_sampling(step_type(gpt, embeddings), config, stop, keys or image_keys(clip_embedding))
+    else:
+        captions = SEARCHES[config.method](step_type(gpt, embeddings), config, stop)
     for caption in (caption for group in captions for caption in group):
-        caption.text = tokenizer.decode(caption.tokens)
+        caption.text = stop.text_until(caption.tokens)
     return captions

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,14 +12,17 @@ from test_scripts import one_line_error
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import predict
 import predict_nice
+import predict_OPT
 import train_OPT
 from demo.train_gpt2 import train_bpe
 from features.clip_encoder import ClipEncoder
 from models.checkpoint import load_captioner
 from models.clip_caption import CaptionConfig, build_captioner
-from models.decoding import BEAM, DecodingConfig, UncachedStep, generate_captions
+from models.decoding import BEAM, SAMPLE, DecodingConfig, generate_captions
 from models.language import build_language_model, load_language_model, load_tokenizer, split_layers
+from models.steps import UncachedStep
 from utils.devices import layer_cuts, pick_devices, split_devices
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -200,3 +204,47 @@ def test_opt_model_is_a_name_at_the_top():
     parser = train_OPT.get_parser()
     assert parser.parse_args([]).language_model == train_OPT.OPT_MODEL
     assert parser.parse_args(["--language_model", "opt"]).language_model == train_OPT.OPT_MODEL
+
+
+def test_decoding_travels_with_the_checkpoint(opt_run, photos, tmp_path):
+    """A captioner of train_OPT.py is captioned by every command as by predict_OPT.py; flags go before its json."""
+    checkpoint, path = opt_run / "coco_prefix_latest.pt", sorted(photos.glob("*.jpg"))[0]
+    stored = json.loads((opt_run / "coco_prefix.json").read_text())["decoding"]
+    assert stored == asdict(train_OPT.DECODING)
+    theirs = run_script("predict_OPT.py", photos, "--checkpoint", checkpoint).stdout
+    assert run_script("predict.py", photos, "--checkpoint", checkpoint).stdout == theirs
+    predictor = predict.Predictor()
+    predictor.setup([str(checkpoint)])
+    assert predictor.predict(str(path)).strip() == theirs.splitlines()[0].split("\t")[1]
+
+    def asked_for(*flags):
+        args = predict.get_parser().parse_args(["x.jpg", "--checkpoint", str(checkpoint), *flags])
+        return predict.decoding_config(args)
+
+    assert asked_for("--prompt", "", "--beam_size", "2") == replace(train_OPT.DECODING, prompt="", beam_size=2)
+    assert asked_for("--top_p", "0.5") == replace(train_OPT.DECODING, method=SAMPLE, top_p=0.5)
+    bare = shutil.copy(checkpoint, tmp_path / "bare.pt")
+    of_the_command = predict_OPT.get_parser().parse_args(["x.jpg", "--checkpoint", str(bare)])
+    assert predict.decoding_config(of_the_command) == train_OPT.DECODING
+    plain = predict.get_parser().parse_args(["x.jpg", "--checkpoint", str(bare), "--temperature", "2"])
+    assert predict.decoding_config(plain) == DecodingConfig(method=SAMPLE, top_p=1.0, temperature=2)
+
+
+@pytest.mark.parametrize(
+    "decoding, named",
+    (
+        ({"nucleus": 3}, "'nucleus'"),
+        ({"beam_size": "5"}, "beam_size '5'"),
+        ({"entry_length": 0}, "entry_length 0"),
+        ({"method": "best"}, "'best'"),
+        ({"decoder": "hf"}, "'hf'"),
+        ([], "decoding"),
+    ),
+)
+def test_decoding_of_a_json_is_checked(opt_run, photos, tmp_path, decoding, named):
+    config = json.loads((opt_run / "coco_prefix.json").read_text()) | {"decoding": decoding}
+    shutil.copy(opt_run / "coco_prefix_latest.pt", tmp_path / "run_latest.pt")
+    (tmp_path / "run.json").write_text(json.dumps(config))
+    done = run_script("predict.py", photos, "--checkpoint", tmp_path / "run_latest.pt", check=2)
+    one_line_error(done, "run.json")
+    assert named in done.stderr

@@ -1,11 +1,16 @@
 """Decoding: cached = uncached, batch = one by one, against searches written out."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import run_script
 
 from models.clip_caption import CaptionConfig, build_captioner
-from models.decoding import BEAM, GREEDY, SAMPLE, CachedStep, DecodingConfig, UncachedStep, generate_captions, stop_ids
+from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, generate_captions
 from models.language import load_language_model, load_tokenizer
+from models.steps import CachedStep, UncachedStep
 
 METHODS = {
     GREEDY: DecodingConfig(entry_length=16),
@@ -80,7 +85,7 @@ def reference_beam_search(model, embedding, config, stop):
 def test_beam_search_against_lists(captioner):
     model, tokenizer, embeddings = captioner
     config = METHODS[BEAM]
-    stop = int(stop_ids(tokenizer, "."))
+    stop = tokenizer.convert_tokens_to_ids(".")
     ours = tokens_of(generate_captions(model, tokenizer, embeddings[:5], config))
     assert ours == [reference_beam_search(model, e, config, stop) for e in embeddings[:5]]
 
@@ -122,7 +127,7 @@ def test_sampling_draws_from_the_nucleus_in_proportion():
 
     step = FixedStep([0.5, 0.3, 0.15, 0.05], 1)
     config = DecodingConfig(method=SAMPLE, top_p=0.79, num_captions=500, entry_length=20)
-    captions = nucleus_sampling(step, config, torch.tensor([], dtype=torch.long))[0]
+    captions = nucleus_sampling(step, config, lambda tokens, caption: tokens < 0, [b"image"])[0]
     drawn = torch.tensor([caption.tokens for caption in captions]).flatten()
     shares = drawn.bincount(minlength=4) / len(drawn)
     assert shares[2:].sum() == 0
@@ -139,9 +144,36 @@ def test_sampling_seed(captioner):
     assert sample(1) == sample(1) != sample(2)
 
 
+def test_random_numbers_are_an_image_s_own(captioner, trained, photos, tmp_path):
+    """None shares another's, whatever its place, batch and search; files are told by name and content."""
+    model, tokenizer, embeddings = captioner
+    config = DecodingConfig(method=SAMPLE, temperature=50, num_captions=3, entry_length=16, stop_token="")
+    alike = embeddings[:1].expand(6, -1)
+    keys = [b"%d" % number for number in range(6)]
+    groups = tokens_of(generate_captions(model, tokenizer, alike, config, keys=keys))
+    drawn = [tuple(tokens[:6]) for group in groups for tokens in group]
+    assert len(set(drawn)) == len(drawn)
+    again = tokens_of(generate_captions(model, tokenizer, alike[:3], config, keys=keys[:2:-1]))
+    assert again == groups[:2:-1]
+    library = tokens_of(generate_captions(model, tokenizer, alike, replace(config, decoder="transformers"), keys=keys))
+    assert library == groups
+    backwards = tokens_of(generate_captions(model, tokenizer, embeddings.flip(0), config))
+    assert backwards[::-1] == tokens_of(generate_captions(model, tokenizer, embeddings, config))
+
+    flags = ("--checkpoint", trained / "run_latest.pt", "--temperature", 5, "--num_captions", 2, "--seed", 4)
+    (tmp_path / "a").mkdir()
+    first, second = sorted(photos.glob("*.jpg"))[:2]
+    shutil.copy(second, tmp_path / "a" / first.name)
+    shutil.copy(first, tmp_path / first.name)
+    said = run_script("predict.py", photos, *flags, "--batch_size", 5).stdout.splitlines()
+    elsewhere = run_script("predict.py", tmp_path / "a", tmp_path / first.name, *flags).stdout.splitlines()
+    assert [line.split("\t")[1] for line in elsewhere[2:]] == [line.split("\t")[1] for line in said[:2]]
+    assert len({line.split("\t")[1] for line in said + elsewhere[:2]}) == len(said) + 2
+
+
 def test_entry_length_and_stop_token(captioner):
     model, tokenizer, embeddings = captioner
-    stop = int(stop_ids(tokenizer, "."))
+    stop = tokenizer.convert_tokens_to_ids(".")
     for config in METHODS.values():
         for caption in sum(generate_captions(model, tokenizer, embeddings, config), []):
             assert len(caption.tokens) == config.entry_length or caption.tokens[-1] == stop
@@ -169,7 +201,7 @@ def test_first_token_may_stop():
     step = FixedStep([0.1, 0.9], 3)
     from models.decoding import beam_search, greedy_search
 
-    stop = torch.tensor([1])
+    stop = lambda tokens, caption: tokens == 1  # noqa: E731
     assert [group[0].tokens for group in greedy_search(step, DecodingConfig(), stop)] == [[1]] * 3
     beams = beam_search(FixedStep([0.1, 0.9], 3), DecodingConfig(method=BEAM, beam_size=1), stop)
     assert [group[0].tokens for group in beams] == [[1]] * 3

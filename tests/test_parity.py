@@ -11,8 +11,9 @@ from features.clip_encoder import ClipEncoder
 from features.dataset import CaptionDataset
 from features.store import read_store
 from models.checkpoint import load_captioner, load_weights
-from models.decoding import BEAM, CachedStep, DecodingConfig, UncachedStep, generate_captions
+from models.decoding import BEAM, DecodingConfig, generate_captions
 from models.language import load_tokenizer
+from models.steps import CachedStep, UncachedStep
 from training.trainer import Trainer
 
 VARIANTS = ("mlp_10_10", "transformer_40_40")

@@ -81,3 +81,18 @@ def test_dtype_of_the_commands(dtype, trained, photos, clip_file, tmp_path):
 def test_int8_elsewhere_is_refused():
     with pytest.raises(ValueError, match="--dtype int8 runs on the CPU only"):
         pick_dtype("int8", torch.device("cuda"))
+
+
+def test_int8_without_arithmetic_is_refused(monkeypatch):
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["none"])
+    with pytest.raises(ValueError, match="--dtype int8: .* use fp32"):
+        pick_dtype("int8", CPU)
+
+
+@torch.inference_mode()
+def test_repacked_weights_can_be_read():
+    from utils.precision import QuantizedLinear
+
+    weight = torch.randn(24, 16)
+    assert torch.equal(PackedLinear(weight, None).weight, weight)
+    assert torch.allclose(QuantizedLinear(weight, None).weight, weight, atol=0.03)

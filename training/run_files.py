@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from models.checkpoint import FORMAT, captioner_weights, check_format, save_weights, tokenizer_folder
+from models.decoding import DecodingConfig
 from training.optimizers import BEFORE_THE_OPTION
 from utils.cli import VERSION, note
 from utils.distributed import is_main
@@ -20,8 +21,13 @@ from utils.outputs import check_folder, same_file
 class RunFiles:
     """The files of a run: `<out_dir>/<prefix>...`."""
 
-    def __init__(self, out_dir, prefix):
-        self.out_dir, self.prefix = Path(out_dir), prefix
+    def __init__(self, out_dir, prefix, decoding=None):
+        """Name the files.
+
+        Args:
+            decoding: DecodingConfig that the run's captioner is meant to be decoded with.
+        """
+        self.out_dir, self.prefix, self.decoding = Path(out_dir), prefix, decoding or DecodingConfig()
         self.config = self.out_dir / f"{prefix}.json"
         self.latest = self.out_dir / f"{prefix}_latest.pt"
         self.best = self.out_dir / f"{prefix}_best.pt"
@@ -85,6 +91,7 @@ class RunFiles:
                 "model": config.to_dict(),
                 "language_model_config": gpt_config.to_dict(),
                 "training": asdict(training),
+                "decoding": asdict(self.decoding),
                 "data": {key: store.info[key] for key in store.info if key != "skipped"},
                 "contents": contents,
                 "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
@@ -102,6 +109,8 @@ class RunFiles:
         stored = read_json(self.config)
         check_format(stored, self.config)
         before, told = stored["model"] | BEFORE_THE_OPTION | stored["training"], stored.get("contents", {})
+        if "decoding" in stored:
+            self.decoding = DecodingConfig.from_dict(stored["decoding"], self.config)
         for name, value in (config.to_dict() | asdict(training)).items():
             if name not in before or before[name] == value or _same_place(name, before[name], value):
                 continue

@@ -1,10 +1,12 @@
 """What an epoch ends with: captions of a few images to see, and the validation images scored as evaluate.py does."""
 
+from dataclasses import replace
+
 import torch
 
 from features.clip_encoder import named_sha256
 from metrics.coco import caption_statistics, coco_scores, too_few_distinct
-from models.decoding import DecodingConfig, generate_captions
+from models.decoding import generate_captions
 from models.placement import is_sharded
 from utils.cli import note, progress_bar
 from utils.distributed import all_union, share
@@ -14,14 +16,13 @@ SAMPLE_LENGTH = 40  # tokens of such a caption
 METRICS = ("Bleu", "ROUGE_L", "CIDEr")  # those that need no Java
 
 
-def show_samples(model, tokenizer, dataset, epoch):
+def show_samples(model, tokenizer, dataset, epoch, decoding):
     """Caption a few images of the data, show the first beside its reference, and warn where all are alike."""
     rows = list(dict.fromkeys(dataset.embedding_index[:1000].tolist()))[:SAMPLES]
     embeddings = dataset.clip_embedding[rows].float().to(next(model.clip_project.parameters()).device)
     model.eval()
-    captions = [group[0].text.strip() for group in model.caption(
-        generate_captions, tokenizer, embeddings, DecodingConfig(entry_length=SAMPLE_LENGTH)
-    )]  # fmt: skip
+    samples = replace(decoding, entry_length=min(SAMPLE_LENGTH, decoding.entry_length))
+    captions = [group[0].text.strip() for group in model.caption(generate_captions, tokenizer, embeddings, samples)]
     reference = dataset.store.captions[dataset.records[0]]["caption"]
     note(f"epoch {epoch} sample: {captions[0]!r}; reference: {reference!r}")
     if len(rows) > 1 and len(set(captions)) == 1:
@@ -61,7 +62,7 @@ class Validation:
         Args:
             trainer: Trainer at the end of an epoch; its `best` is set.
         """
-        captions = self._caption(trainer.model.eval(), tokenizer, trainer.device, trainer.config.bs)
+        captions = self._caption(trainer.model.eval(), tokenizer, trainer.device, trainer.config.bs, files.decoding)
         scored = coco_scores(captions, self.references, METRICS, "python")
         statistics = caption_statistics(scored.tokens)
         log.add_scores(trainer.step, trainer.epoch, scored.metrics | statistics)
@@ -79,8 +80,8 @@ class Validation:
         if warning:
             note(warning)
 
-    def _caption(self, model, tokenizer, device, batch_size):
-        """Return {image id: greedy caption}, as predict.py makes them, each process captioning its share."""
+    def _caption(self, model, tokenizer, device, batch_size, decoding):
+        """Return {image id: caption}, as predict.py makes them, each process captioning its share."""
         captions, ids = {}, list(self.rows)
         if not is_sharded(model):  # else all must compute the same, for the weights' sake
             ids = share(ids)
@@ -88,7 +89,7 @@ class Validation:
             for start in range(0, len(ids), batch_size):
                 batch = ids[start : start + batch_size]
                 embeddings = self.clip_embedding[torch.tensor([self.rows[i] for i in batch])].float().to(device)
-                groups = model.caption(generate_captions, tokenizer, embeddings, DecodingConfig())
+                groups = model.caption(generate_captions, tokenizer, embeddings, decoding)
                 captions |= {i: group[0].text.strip() for i, group in zip(batch, groups, strict=True)}
                 bar.update(len(batch))
         return all_union(captions)

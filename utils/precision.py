@@ -5,12 +5,15 @@ speed when it meets one row. oneDNN, which torch brings along too, reaches nearl
 reordered into blocks, and is faster for many rows as well; benchmarks/results.md has the figures.
 """
 
+import functools
 import warnings
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+
+from utils.cli import note
 
 DTYPES = ("auto", "fp32", "bf16", "int8")
 ROWS_EXPECTED = 64  # rows that the blocks are laid out for; measured to serve 1 to 3,200 rows
@@ -35,7 +38,17 @@ def pick_dtype(name, device):
         return "bf16" if native else "fp32"
     if name == "int8" and device.type != "cpu":
         raise ValueError(f"--dtype int8 runs on the CPU only, not on {device}; use bf16 there")
+    if name == "int8" and not set(torch.backends.quantized.supported_engines) - {"none"}:
+        raise ValueError("--dtype int8: this build of torch has no 8-bit arithmetic for this processor; use fp32")
+    if name == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
+        _say_emulated()
     return name
+
+
+@functools.cache
+def _say_emulated():
+    """Say once that bf16 will be slow."""
+    note("warning: this processor has no bf16 arithmetic: --dtype bf16 is emulated, slower than fp32 or int8")
 
 
 def _cpu_has_bf16():
@@ -55,7 +68,7 @@ def prepare_for_inference(model, dtype, device):
     """
     if dtype in ("bf16", "fp32"):
         _convert(model, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if device.type == "cpu" and (dtype == "int8" or _packs(model)):
         layer = QuantizedLinear if dtype == "int8" else PackedLinear
         for parent in list(model.modules()):
             if type(parent).__name__ == "AttentionPool2d":  # of CLIP's ResNets: it reads its layers' weights itself
@@ -68,6 +81,14 @@ def prepare_for_inference(model, dtype, device):
                 elif type(child) is nn.Linear:
                     setattr(parent, name, layer(child.weight, child.bias))
     return model
+
+
+def _packs(model):
+    """Tell whether oneDNN can lay out this model's weights on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    return not half or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _convert(model, dtype):
@@ -97,6 +118,11 @@ class PackedLinear(nn.Module):
         self.bias = bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS_EXPECTED)
 
+    @property
+    def weight(self):
+        """The weight [out, in], for modules such as Mamba's that read it themselves."""
+        return self.packed.to_dense()
+
     def forward(self, x):
         """Map [..., in] to [..., out]."""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -118,6 +144,11 @@ class QuantizedLinear(nn.Module):
                 weight, scales, torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8
             )
             self.packed = torch.ops.quantized.linear_prepack(quantized, None if bias is None else bias.detach().float())
+
+    @property
+    def weight(self):
+        """The weight [out, in], as PackedLinear's."""
+        return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
 
     def forward(self, x):
         """Map [..., in] to [..., out]."""

@@ -1,0 +1,103 @@
+"""Where a caption begins and ends, told from a tokenizer's behaviour, not from its kind.
+
+Axes: R rows at work, V vocabulary.
+"""
+
+import functools
+
+import torch
+
+
+def begin_tokens(tokenizer):
+    """Return the ids that the tokenizer puts before every text, as OPT's and Llama's do; [] for GPT-2."""
+    plain = tokenizer.encode("a photo", add_special_tokens=False)
+    whole = tokenizer.encode("a photo")
+    starts = range(len(whole) - len(plain) + 1)
+    return whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)]
+
+
+def end_tokens(tokenizer, gpt):
+    """Return the ids by which tokenizer and language model say that a text is over."""
+    ids = {tokenizer.eos_token_id}
+    for config in (gpt.config, getattr(gpt, "generation_config", None)):
+        own = getattr(config, "eos_token_id", None)
+        ids |= set(own) if isinstance(own, list | tuple) else {own}
+    return sorted(ids & _special_ids(tokenizer))  # another tokenizer's model says nothing about this one's
+
+
+def _special_ids(tokenizer):
+    """Return the ids that a text is shown without."""
+    added = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def text_of(tokenizer, tokens):
+    """Return what token ids say, without special tokens."""
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+class Stop:
+    """Tells which captions have ended: by an end token, or by the stop text wherever the decoded text has it.
+
+    Only rows whose newest token could complete the stop text are decoded, so that the others stay on the device.
+    """
+
+    def __init__(self, tokenizer, text, vocabulary, ends=(), device=None):
+        """Find the tokens that could complete the stop text.
+
+        Args:
+            text: the stop text, or "" for none; one that is a special token ends as an end token does, unseen.
+            vocabulary: V.
+            ends: ids of end tokens.
+        Raises: ValueError where the tokenizer has nothing for `text`.
+        """
+        ids = tokenizer.encode(text, add_special_tokens=False) if text else []
+        if len(ids) == 1 and not text_of(tokenizer, ids):
+            text, ends = "", {*ends, *ids}
+        if text and not ids:
+            raise ValueError(f"--stop_token {text!r} is no token of this language model")
+        self.tokenizer, self.text, self.ends = tokenizer, text, set(ends)
+        flags = torch.zeros(vocabulary, dtype=torch.bool)
+        flags[[token for token in (*self.ends, *_completing(tokenizer, text)) if token < vocabulary]] = True
+        self.flags = flags.to(device)  # [V]
+
+    def __call__(self, tokens, caption):
+        """Return which rows have ended, [R] of bool.
+
+        Args:
+            tokens: [R] newest token of each row.
+            caption: function of a row's number to all its token ids, the newest included.
+        """
+        ended = self.flags[tokens]
+        rows = ended.nonzero()[:, 0].tolist() if self.text or self.ends else []
+        over = [row for row in rows if not self._is_over(caption(row))]
+        if over:
+            ended[over] = False
+        return ended
+
+    def _is_over(self, tokens):
+        return tokens[-1] in self.ends or (bool(self.text) and self.text in text_of(self.tokenizer, tokens))
+
+    def cut(self, tokens):
+        """Return the tokens up to the one that ends the caption; all where none does."""
+        flags = self.flags[torch.tensor(tokens, device=self.flags.device)].tolist()
+        ends = (end for end, flag in enumerate(flags, 1) if flag and self._is_over(tokens[:end]))
+        return tokens[: next(ends, len(tokens))]
+
+    def text_until(self, tokens):
+        """Return the text of a caption up to the stop text, which is kept."""
+        text = text_of(self.tokenizer, tokens)
+        return text[: text.index(self.text) + len(self.text)] if self.text and self.text in text else text
+
+
+@functools.lru_cache(maxsize=8)
+def _completing(tokenizer, text):
+    """Return the ids whose text holds the stop text's last character, or a piece of one that has several bytes."""
+    if not text:
+        return ()
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # a blank before the first word may go in decoding
+    before = text_of(tokenizer, anchor)
+    decoded = tokenizer.batch_decode([[*anchor, token] for token in range(len(tokenizer))], skip_special_tokens=True)
+    pieces = (string.removeprefix(before) for string in decoded)
+    last, broken = text[-1], "\N{REPLACEMENT CHARACTER}"
+    return tuple(token for token, piece in enumerate(pieces) if last in piece or (broken in piece and last > "\x7f"))
