@@ -55,12 +55,14 @@ class Explanation:
         picture: the square of the image that CLIP sees.
         words: of the caption.
         heat: [W, G, G] share of each word's probability that is lost where a cell of the picture is hidden.
+        unseen: [W] the share that is lost where the whole picture is hidden.
         prefix: per prefix position its nearest words and their cosines.
     """
 
     picture: Image.Image
     words: list
     heat: np.ndarray
+    unseen: np.ndarray
     prefix: list
 
 
@@ -154,12 +156,12 @@ class Service:
         if not (text or "").strip() or not tokens:
             raise ValueError("there is no caption to explain: pick one or write one")
         pixels = encoder.preprocess(image)
-        words, heat = word_heat(
+        words, heat, unseen = word_heat(
             captioner.model, captioner.tokenizer, encoder.encode_images, pixels, tokens, self.batch_size
         )
         prefix = nearest_words(captioner.model, captioner.tokenizer, encoder.encode_images(pixels[None]))
         side = min(PICTURE_SIDE, *image.size)
-        return Explanation(ImageOps.fit(image, (side, side)), words, heat, prefix)
+        return Explanation(ImageOps.fit(image, (side, side)), words, heat, unseen, prefix)
 
 
 def as_trained(decoding, own):

@@ -23,7 +23,8 @@ from metrics import ptb
 from metrics.bootstrap import compare, intervals
 from metrics.clipscore import add_clip_scores
 from metrics.coco import METRICS, caption_statistics, coco_scores, too_few_distinct
-from metrics.report import image_uri, render, text_tables
+from metrics.report import image_uri, ranking_metric, render, text_tables
+from metrics.scripts import uncut_warning
 from utils.cli import Parser, non_negative_int, note, positive_int, progress_bar, run
 from utils.devices import pick_device
 from utils.files import write_json, write_text
@@ -132,10 +133,24 @@ def score_files(args, finder):
         for system, captions in zip(scores, systems, strict=True):
             add_clip_scores(system, captions, references.captions, embeddings, encoder.encode_texts)
     result = describe(args, scores, training)
+    result["warnings"] = warnings_of(scores, systems, {i: references.captions[i] for i in ids})
     domains = score_domains(systems[0], references, args)
     if domains:
         result["domains"] = domains
     return result, scores, systems, references
+
+
+def warnings_of(scores, systems, references):
+    """Return what the reader of the scores must know, as lines; see `score_files`."""
+    warnings = [
+        *scores[0].warnings,
+        too_few_distinct(caption_statistics(scores[0].tokens), len(scores[0].ids)),
+        uncut_warning({
+            "captions": [caption for system in systems for caption in system.values()],
+            "references": [text for texts in references.values() for text in texts],
+        }),
+    ]  # fmt: skip
+    return [warning for warning in warnings if warning]
 
 
 def embed_images(encoder, images):
@@ -173,7 +188,7 @@ def describe(args, scores, training):
     if args.clip_model_type:
         result["clip_model_type"] = args.clip_model_type
     settings = {"samples": args.bootstrap, "seed": args.seed}
-    if args.bootstrap:
+    if args.bootstrap and len(scores[0].ids) > 1:
         result["bootstrap"] = {**settings, "method": INTERVALS.format(**settings)}
         result["intervals"] = intervals(scores[0], **settings)
     if args.compare:
@@ -203,8 +218,8 @@ def score_domains(captions, references, args):
 
 
 def pick_examples(scores, systems, references, number, finder=None):
-    """Return the best and the worst images by CIDEr as two lists of examples for the page."""
-    values = scores.per_image.get("CIDEr", next(iter(scores.per_image.values()), np.zeros(0)))
+    """Return the best and the worst images by `ranking_metric` as two lists of examples for the page."""
+    values = scores.per_image.get(ranking_metric(scores.metrics), np.zeros(0))
     order = np.argsort(-values, kind="stable")
     number = min(number, (len(order) + 1) // 2)
 
@@ -260,9 +275,8 @@ def main(argv=None):
     if args.out:
         write_json(args.out, {**result, "per_image": per_image(scores[0], systems[0])})
     print(text_tables(result))  # last: a reader that closes the pipe early ends the program
-    warning = too_few_distinct(result["statistics"], result["images"])
-    if warning:
-        note(warning)
+    for warning in result["warnings"]:
+        note(f"warning: {warning}")
 
 
 if __name__ == "__main__":

@@ -245,7 +245,8 @@ def finish_epoch(trainer, files, log, tokenizer, save_every, validation):
         log.flush()
         files.save_state(trainer)  # a stop while validating loses no step
         validation.run(trainer, tokenizer, files, log)
-    show_samples(trainer.model, tokenizer, trainer.dataset, epoch, files.decoding)  # in all processes: sharded ones need each other
+    # in all processes: sharded ones need each other
+    show_samples(trainer.model, tokenizer, trainer.dataset, epoch, files.decoding)
     torch.set_rng_state(random)
     log.flush()
     if is_main():

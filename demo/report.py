@@ -18,6 +18,7 @@ from utils.files import read_json, write_json
 
 SAMPLES = 12  # scenes in the first gallery
 EXTREMES = 6  # scenes in "all right" and in "most wrong"
+PARTS = ("all scenes", "seen combinations", "unseen combinations")  # of the split; shown in this order
 FLOOR = "floor: a caption of another scene"
 COLUMNS = ("all", *ATTRIBUTES)
 WORDS_OF = {
@@ -49,15 +50,12 @@ def judge_variant(captions, scenes):
     Args:
         captions: {image_id: caption}; a scene without one is judged as an empty caption.
         scenes: records of scenes_<split>.json.
-    Returns: ({image_id: verdict}, {"all", "seen", "unseen"} -> figures).
+    Returns: ({image_id: verdict}, {part of PARTS: figures}).
     """
     verdicts = {r["image_id"]: judge(captions.get(r["image_id"], ""), Scene.from_json(r)) for r in scenes}
-    figures = {
-        "all scenes": share_right(list(verdicts.values())),
-        "seen combinations": share_right([verdicts[r["image_id"]] for r in scenes if not r["unseen"]]),
-        "unseen combinations": share_right([verdicts[r["image_id"]] for r in scenes if r["unseen"]]),
-    }
-    return verdicts, figures
+    seen = [verdicts[r["image_id"]] for r in scenes if not r["unseen"]]
+    unseen = [verdicts[r["image_id"]] for r in scenes if r["unseen"]]
+    return verdicts, dict(zip(PARTS, map(share_right, (list(verdicts.values()), seen, unseen)), strict=True))
 
 
 def read_captions(path):
@@ -130,9 +128,9 @@ def figure_table(results):
     """Return the html table of {variant: {part: figures}}."""
     head = "".join(f"<th>{'all right' if c == 'all' else c}</th>" for c in COLUMNS)
     rows = []
-    for part in ("seen combinations", "unseen combinations", "all scenes"):
+    for part in PARTS:
         number = next(iter(results.values()))[part]["scenes"]
-        rows.append(f'<tr class="group"><td colspan="{len(COLUMNS) + 1}">{part} ({number} scenes)</td></tr>')
+        rows.append(f'<tr class="group"><td colspan="{len(COLUMNS) + 1}">{part} ({number:,} scenes)</td></tr>')
         rows += [_figure_row(n, f[part], "floor" if n == FLOOR else "") for n, f in results.items()]
     body = "".join(rows)
     return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -209,7 +207,7 @@ def write_report(scenes_json, variants, images_dir, out_html):
         variants: {name: captions json of predict.py}.
         images_dir: folder of the split's images.
         out_html: page to write.
-    Returns: {variant: {"all scenes" | "seen combinations" | "unseen combinations": figures}}.
+    Returns: {variant: {part of PARTS: figures}}.
     """
     scenes = read_json(scenes_json)
     references = read_references(scenes_json, scenes)
@@ -245,10 +243,12 @@ def write_report(scenes_json, variants, images_dir, out_html):
 
 def summary_lines(results):
     """Return the figures as lines for a terminal."""
-    width = max(map(len, results))
+    scenes = next(iter(results.values()))
+    titles = {part: f"{part} ({scenes[part]['scenes']:,})" for part in PARTS}
+    width = max(map(len, (*results, *titles.values())))
     lines = []
-    for part in ("seen combinations", "unseen combinations"):
-        lines.append(f"{part:<{width}}  " + "  ".join(f"{c:>10}" for c in COLUMNS))
+    for part, title in titles.items():
+        lines.append(f"{title:<{width}}  " + "  ".join(f"{c:>10}" for c in COLUMNS))
         for name, figures in results.items():
             shares = (figures[part][c]["share"] for c in COLUMNS)
             lines.append(f"{name:<{width}}  " + "  ".join("         –" if s is None else f"{s:10.1%}" for s in shares))

@@ -31,7 +31,7 @@ def compare(first, second, samples=1000, seed=0):
         first, second: metrics.coco.Scores with equal ids in equal order.
         samples: samples of each of the two procedures.
         seed: of both.
-    Returns: {metric: {"difference": first - second, "interval": (low, high) by paired bootstrap,
+    Returns: {metric: {"difference": first - second, "interval": (low, high) by paired bootstrap, None of one image,
         "p_value": of a two-sided paired randomisation test that swaps the systems' captions image by image}}.
     Raises: ValueError where the images differ.
     """
@@ -56,7 +56,7 @@ def compare(first, second, samples=1000, seed=0):
     return {
         name: {
             "difference": float(value[0]),
-            "interval": bounds[name],
+            "interval": bounds[name] if images > 1 else None,  # one image cannot vary
             # the observed assignment is one of the possible ones, hence + 1; the tolerance absorbs rounding
             "p_value": float((1 + np.sum(np.abs(random[name]) >= abs(value[0]) - 1e-12)) / (samples + 1)),
         }

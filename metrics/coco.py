@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +38,13 @@ class Scores:
 
     Args:
         ids: N image ids.
-        metrics: {name: value of the whole set}, pycocoevalcap's names and values.
+        metrics: {name: value of the whole set}, pycocoevalcap's names and values; CIDEr of one image is None.
         per_image: {name: [N] values}.
         statistics: {metric of METRICS: [N, k]}; their sums over images give the metric (`from_sums`).
         tokens: N captions as tokens joined by spaces.
         unavailable: {metric: reason}.
         tokenizer: "java" or "python".
+        warnings: what the reader of the scores must know.
     """
 
     ids: list
@@ -53,6 +54,7 @@ class Scores:
     tokens: list
     unavailable: dict
     tokenizer: str
+    warnings: list = field(default_factory=list)
 
     def keep(self, name, per_image, overall=None, statistics=None):
         """Store one metric's values; without `overall` and `statistics` the metric is the mean over images."""
@@ -74,17 +76,15 @@ def coco_scores(captions, references, metrics=METRICS, tokenizer="auto"):
     """
     _check(captions, references, metrics, tokenizer)
     ids = list(captions)
-    if tokenizer == "auto":
-        tokenizer = "java" if java_available() else "python"
-    cut = java_tokenize if tokenizer == "java" else ptb.tokenize
-    tokens = cut([captions[i] for i in ids])
-    flat = iter(cut([reference for i in ids for reference in references[i]]))
+    flat = [reference for i in ids for reference in references[i]]
+    (tokens, flat), tokenizer, warnings = _cut([[captions[i] for i in ids], flat], tokenizer)
+    flat = iter(flat)
     # Keys are row numbers: SPICE sorts its keys, and ids may be numbers and names together.
     candidates = {row: [caption] for row, caption in enumerate(tokens)}
     targets = {row: [next(flat) for _ in references[i]] for row, i in enumerate(ids)}
     if not any(text for texts in targets.values() for text in texts):
         raise ValueError("no reference holds a word")
-    scores = Scores(ids, {}, {}, {}, tokens, {}, tokenizer)
+    scores = Scores(ids, {}, {}, {}, tokens, {}, tokenizer, warnings)
     for name in METRICS:
         if name in metrics:
             try:
@@ -109,6 +109,22 @@ def _check(captions, references, metrics, tokenizer):
         raise ValueError(f"tokenizer {tokenizer!r} is none of auto, java, python")
     if tokenizer == "java" and not java_available():
         raise ValueError("tokenizer java needs a Java runtime (`java` on PATH); python gives the same tokens without")
+
+
+def _cut(lists, tokenizer):
+    """Cut lists of texts into tokens; returns the lists of tokens, the tokenizer that was used, and warnings.
+
+    Raises: ValueError where Java was asked for by name and fails.
+    """
+    warnings = []
+    if tokenizer == "java" or (tokenizer == "auto" and java_available()):
+        try:
+            return [java_tokenize(texts) for texts in lists], "java", warnings
+        except (OSError, ValueError) as error:
+            if tokenizer == "java":
+                raise ValueError(f"{error}; use the Python tokenizer, which gives the same tokens") from None
+            warnings.append(f"{error}; the Python tokenizer, which gives the same tokens, took its place")
+    return [ptb.tokenize(texts) for texts in lists], "python", warnings
 
 
 @functools.cache
@@ -157,7 +173,7 @@ def java_tokenize(captions):
         done = subprocess.run([*command, "-preserveLines", "-lowerCase", text], capture_output=True)
     lines = done.stdout.decode("utf-8").split("\n")
     if done.returncode or not len(captions) <= len(lines) <= len(captions) + 1:
-        raise ValueError(f"Stanford's tokenizer failed (exit status {done.returncode}); use the Python tokenizer")
+        raise ValueError(f"Stanford's tokenizer failed (exit status {done.returncode})")
     marks = set(ptbtokenizer.PUNCTUATIONS)
     return [" ".join(w for w in line.rstrip().split(" ") if w not in marks) for line in lines[: len(captions)]]
 
@@ -187,7 +203,7 @@ def too_few_distinct(statistics, images):
     share = statistics["share_of_distinct_captions"]
     if images <= MANY_IMAGES or share >= FEW_DISTINCT:
         return None
-    return f"warning: only {share:.1%} of the captions are distinct; the model may not see the image"
+    return f"only {share:.1%} of the captions are distinct; the model may not see the image"
 
 
 def _bleu(scores, targets, candidates):
@@ -217,10 +233,20 @@ def _rouge(scores, targets, candidates):
 
 
 def _cider(scores, targets, candidates):
-    """CIDEr: the mean over images."""
+    """CIDEr: the mean over images; a word's weight is how much rarer than all images are those that hold it."""
     from pycocoevalcap.cider.cider import Cider
 
+    if len(targets) == 1:  # log(1 / 1) = 0 for every word: pycocoevalcap gives 0 for the best caption too
+        scores.metrics["CIDEr"], scores.per_image["CIDEr"] = None, np.full(1, np.nan)
+        scores.warnings.append("CIDEr is not defined on one image: words weigh by how few of the images have them")
+        return
     scores.keep("CIDEr", Cider().compute_score(targets, candidates)[1])
+    words = ((candidates[row][0].split(), " ".join(targets[row]).split()) for row in targets)
+    if not scores.per_image["CIDEr"].any() and any(not set(own).isdisjoint(theirs) for own, theirs in words):
+        scores.warnings.append(
+            "CIDEr is 0 though captions share words with their references: those words are in the references of all "
+            "images, and have no weight; score more images"
+        )
 
 
 def _meteor(scores, targets, candidates):
@@ -238,19 +264,19 @@ def _meteor(scores, targets, candidates):
             return counts
 
         def __del__(self):
-            with contextlib.suppress(OSError):  # closing the pipe to a program that has died
-                super().__del__()
+            """Nothing is left to do, and the lock, which an error or Ctrl-C leaves locked, is not waited for."""
 
-    meteor = Recorder()
+        def close(self):
+            with contextlib.suppress(OSError):  # closing the pipe to a program that has died
+                self.meteor_p.stdin.close()
+            self.meteor_p.kill()
+            self.meteor_p.wait()
+
     try:
-        overall, per_image = meteor.compute_score(targets, candidates)
+        with contextlib.closing(Recorder()) as meteor:
+            overall, per_image = meteor.compute_score(targets, candidates)
     except (OSError, ValueError) as error:
-        raise Unavailable("METEOR's Java program failed; it needs 2 GB of memory") from error
-    finally:
-        if meteor.lock.locked():  # after an error or Ctrl-C; the object's deletion would wait for the lock for ever
-            meteor.lock.release()
-        meteor.meteor_p.kill()
-        meteor.meteor_p.wait()
+        raise Unavailable("its Java program failed or was killed; it needs 2 GB of memory") from error
     counts = np.array(meteor.counts)  # [N, 23]
     # one chunk that is everything counts as none, in an image's score and in the sum (Meteor's MeteorStats.addStats)
     counts[(counts[:, 20] == 1) & (counts[:, 21:23] == counts[:, 0:2]).all(axis=1), 20] = 0
@@ -265,7 +291,7 @@ def _spice(scores, targets, candidates):
         os.environ.setdefault("JDK_JAVA_OPTIONS", SPICE_OPTIONS)
         _, per_image = Spice().compute_score(targets, candidates)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        raise Unavailable(f"SPICE's Java program failed ({error}); it was written for Java 8") from error
+        raise Unavailable(f"its Java program failed ({error}); it was written for Java 8") from error
     scores.keep("SPICE", [scene["All"]["f"] for scene in per_image])
 
 

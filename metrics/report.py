@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 IMAGE_SIDE = 480
+UNDEFINED = "not defined on one image"  # the one reason why a metric has no value: see metrics.coco, CIDEr
 TOKENIZERS = {"java": "Stanford PTBTokenizer", "python": "Penn Treebank, without Java"}
 STYLE = """
 :root { color-scheme: light; }
@@ -45,7 +46,10 @@ def tables(result):
     Yields: (heading, head, rows, notes); all cells are text, the second of a row is its value.
     """
     spans, metrics = result.get("intervals", {}), result["metrics"]
-    rows = [[name, _number(value), *([span(spans[name])] if spans else [])] for name, value in metrics.items()]
+    rows = [
+        [name, UNDEFINED if value is None else _number(value), *([span(spans.get(name))] if spans else [])]
+        for name, value in metrics.items()
+    ]
     notes = [f"{name} is left out: {reason}" for name, reason in result["unavailable"].items()]
     notes += [result["bootstrap"]["method"]] if spans else []
     yield "Metrics", ["metric", "value", *(["95 % interval"] if spans else [])], rows, notes
@@ -56,7 +60,10 @@ def tables(result):
             [domain, _number(part["images"]), *(_number(part["metrics"][name]) for name in names)]
             for domain, part in parts.items()
         ]
-        yield "Domains", ["domain", "images", *names], rows, ["each domain is scored as a set of its own"]
+        undefined = {
+            f"–: {name} is {UNDEFINED}" for part in parts.values() for name in names if part["metrics"][name] is None
+        }
+        yield "Domains", ["domain", "images", *names], rows, ["each domain is scored as a set of its own", *undefined]
     other = result.get("comparison")
     if other:
         rows = [
@@ -65,6 +72,7 @@ def tables(result):
             for name, gap in other["differences"].items()
         ]
         head = ["metric", "difference", "95 % interval", "p", "its value"]
+        rows += [[name, UNDEFINED, *3 * [_number(None)]] for name, value in other["metrics"].items() if value is None]
         yield f"Difference to {Path(other['captions']).name}", head, rows, [other["method"]]
     rows = [[name.replace("_", " "), _number(value)] for name, value in result["statistics"].items()]
     yield "Captions", ["quantity", "value"], rows, []
@@ -80,12 +88,20 @@ def text_tables(result):
     return "\n".join(lines)
 
 
+def ranking_metric(metrics):
+    """Return the metric that orders images: CIDEr, or else the first that is defined; "" where none is."""
+    defined = [name for name, value in metrics.items() if value is not None]
+    return "CIDEr" if "CIDEr" in defined else next(iter(defined), "")
+
+
 def span(bounds):
-    """Return an interval as text."""
-    return f"{bounds[0]:.3f} to {bounds[1]:.3f}"
+    """Return an interval as text; None, of one image, is a dash."""
+    return "–" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
 
 
 def _number(value):
+    if value is None:
+        return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
@@ -113,7 +129,7 @@ def render(result, best, worst):
     Returns: HTML text that refers to nothing outside itself.
     """
     title = f"Scores of {Path(result['captions']).name}"
-    metric = "CIDEr" if "CIDEr" in result["metrics"] else next(iter(result["metrics"]), "")
+    metric = ranking_metric(result["metrics"])
     comparison = result.get("comparison")
     other = Path(comparison["captions"]).name if comparison else ""
     sections = "".join(_section(*table) for table in tables(result))
@@ -124,12 +140,14 @@ def render(result, best, worst):
         for name, examples in (("Best", best), ("Worst", worst))
         if examples
     )
+    warnings = "".join(f"<p>Warning: {_text(warning)}.</p>\n" for warning in result["warnings"])
     references, tokenizer = Path(result["references"]).name, TOKENIZERS[result["tokenizer"]]
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body><h1>{_text(title)}</h1>"
         f"<p class='quiet'>{result['images']:,} images · references: {_text(references)} · tokens: {tokenizer}</p>\n"
+        f"{warnings}"
         f"<div class='tables'>{sections}</div>\n{cards}</body></html>\n"
     )
 

@@ -72,21 +72,24 @@ def word_heat(model, tokenizer, encode, pixels, tokens, batch_size=32, grid=GRID
         pixels: [3, R, R], preprocessed for `encode`.
         tokens: the caption's token ids.
         batch_size: masked images at a time.
-    Returns: words, and [W, G, G] the share, 0..1, of the word's probability that is lost where a cell is hidden: the
-        mean over the windows that hold the cell.
+    Returns: words; [W, G, G] the share, 0..1, of the word's probability that is lost where a cell is hidden: the mean
+        over the windows that hold the cell; [W] the share that is lost where the whole picture is hidden.
     Source: occlusion sensitivity, Zeiler and Fergus (arXiv 1311.2901), on the caption's log-probability.
     """
     words = split_words(tokenizer, tokens)
     cells, images = masked_images(pixels, grid, window)
+    # without the picture: all pixels 0, its encoder's mean; its own mean colour would still tell snow from grass
+    images = torch.cat([images, torch.zeros_like(pixels)[None]])
     whole = token_logprobs(model, tokens, encode(pixels[None]))
     hidden = torch.cat([token_logprobs(model, tokens, encode(part)) for part in images.split(batch_size)])
-    drops = (whole - hidden).cpu().numpy()  # [windows, T]
+    drops = (whole - hidden).cpu().numpy()  # [windows + 1, T]
+    drops = np.stack([drops[:, positions].sum(1) for _, positions in words], 1)  # [windows + 1, W]
+    lost = 1 - np.exp(-drops.clip(min=0))
     heat, count = np.zeros((len(words), grid, grid)), np.zeros((grid, grid))
-    for place, drop in zip(cells, drops, strict=True):
+    for place, shares in zip(cells, lost[:-1], strict=True):
         count[place] += 1
-        for number, (_, positions) in enumerate(words):
-            heat[number][place] += 1 - np.exp(-max(drop[positions].sum(), 0))
-    return [word for word, _ in words], heat / count
+        heat[(slice(None), *place)] += shares[:, None, None]
+    return [word for word, _ in words], heat / count, lost[-1]
 
 
 @torch.inference_mode()

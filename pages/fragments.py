@@ -7,6 +7,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+DECIDING = 0.05  # of a word's probability: a region or picture whose hiding costs less does not decide the word
 DARK = 0.82  # of a region that a word does not rest on
 
 STYLE = """
@@ -66,7 +67,7 @@ def captions_html(captions):
     return f'<div class="cc"><ol class="cc-captions">{"".join(rows)}</ol></div>'
 
 
-def words_html(picture, words, heat):
+def words_html(picture, words, heat, unseen):
     """Return the words of a caption as buttons; choosing one lights up the regions of the picture it rests on.
 
     Everything is in the page, so that choosing asks the server nothing.
@@ -75,6 +76,7 @@ def words_html(picture, words, heat):
         picture: square PIL image.
         words: W words.
         heat: [W, G, G] share of a word's probability that is lost where a cell is hidden.
+        unseen: [W] the share that is lost where the whole picture is hidden.
     """
     strengths = heat.max((1, 2))
     chips, layers, told, rules = [], [], [], []
@@ -86,7 +88,7 @@ def words_html(picture, words, heat):
             f'<label for="cc-{i}" style="{tint}">{escape(word)}</label>'
         )
         layers.append(f'<img class="cc-light cc-{i}" alt="" src="{_light_uri(heat[i])}">')
-        told.append(f'<span class="cc-told cc-{i}">{_tell(word, strength)}</span>')
+        told.append(f'<span class="cc-told cc-{i}">{_tell(word, strength, unseen[i])}</span>')
         rules.append(f".cc-map:has(#cc-{i}:checked) .cc-{i} {{ opacity: 1 }}")
     return f"""<div class="cc"><style>{"".join(rules)}</style><h2>Where each word comes from</h2>
 <p class="soft">Choose a word. Regions it rests on stay bright: hidden, they make it less likely.</p>
@@ -112,11 +114,18 @@ image, each of the {len(prefix)} vectors as the words of its vocabulary that are
 <ol class="cc-prefix">{"".join(cards)}</ol></div>"""
 
 
-def _tell(word, strength):
-    """Say how much a word rests on the image."""
-    if strength < 0.05:
-        return f"“{escape(word)}” does not depend on any single region: the language model says it anyway."
-    return f"With the brightest region hidden, “{escape(word)}” loses {100 * strength:.0f}\u00a0% of its probability."
+def _tell(word, strength, unseen):
+    """Say how much a word rests on the image: what its probability loses without a region, without the picture."""
+    word = f"“{escape(word)}”"
+    if strength >= DECIDING:
+        return f"With the brightest region hidden, {word} loses {_percent(strength)} of its probability."
+    if unseen >= DECIDING:
+        return f"No single region decides {word}; with the whole picture hidden it loses {_percent(unseen)}."
+    return f"The language model says {word} even without the picture: it keeps {_percent(1 - unseen)} then."
+
+
+def _percent(share):
+    return f"{100 * share:.0f}\u00a0%"
 
 
 def _signed(value):

@@ -111,7 +111,7 @@ def _explaining(service):
             if not image:
                 raise ValueError("the image is gone: upload, paste or pick one")
             why = service.explain(image, model, text)
-        return words_html(why.picture, why.words, why.heat), prefix_html(why.prefix)
+        return words_html(why.picture, why.words, why.heat, why.unseen), prefix_html(why.prefix)
 
     return explain
 

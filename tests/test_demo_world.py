@@ -148,6 +148,13 @@ def test_written_split_is_coco_json_and_reports(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page and "http" not in page and "--checkpoint coco" in page
     assert json.loads((tmp_path / "report.json").read_text()) == figures
+    titles = ("all scenes (8 scenes)", "seen combinations (6 scenes)", "unseen combinations (2 scenes)")
+    places = [page.index(title) for title in titles]  # every share stands under the number of its scenes
+    assert places == sorted(places)
+    lines = [line.split("  ")[0] for line in report.summary_lines(figures)]
+    assert [line for line in lines if "(" in line] == [
+        "all scenes (8)", "seen combinations (6)", "unseen combinations (2)",
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- weights

@@ -242,6 +242,36 @@ def test_same_captions_warn(tmp_path, capsys):
     assert "only 3.3% of the captions are distinct" in capsys.readouterr().err
 
 
+def test_one_image(tmp_path, capsys):
+    """CIDEr is not defined on it and nothing can be resampled: said in table, json, page and comparison."""
+    captions = result_file(tmp_path / "captions.json", {1: "A dog runs."})
+    references = coco_file(tmp_path / "references.json", {1: ["A dog runs.", "A brown dog by the sea."]})
+    out, page = tmp_path / "scores.json", tmp_path / "page.html"
+    evaluate.main([captions, references, "--compare", captions, "--out", str(out), "--html", str(page), *FAST])
+    result, printed = json.loads(out.read_text()), capsys.readouterr()
+    assert result["metrics"]["CIDEr"] is None and result["per_image"][0]["CIDEr"] is None
+    assert result["metrics"]["Bleu_1"] == pytest.approx(1) and "intervals" not in result
+    assert result["comparison"]["metrics"]["CIDEr"] is None and "CIDEr" not in result["comparison"]["differences"]
+    assert re.findall(r"\nCIDEr +not defined on one image", printed.out) and "0.000 to" not in printed.out
+    assert "warning: CIDEr is not defined on one image" in printed.err
+    text = page.read_text()
+    assert "not defined on one image" in text and "Best images by Bleu_1" in text and "nan" not in text
+    evaluate.main([captions, references, "--metrics", "CIDEr", "--tokenizer", "python", "--html", str(page)])
+
+
+def test_captions_without_blanks_warn(tmp_path, capsys):
+    chinese = {1: ["一只棕色的狗在沙滩上跑"], 2: ["一只白猫在沙发上睡觉"], 3: ["两个人在路上骑自行车"]}
+    captions = result_file(tmp_path / "captions.json", {i: texts[0] for i, texts in chinese.items()})
+    references = coco_file(tmp_path / "references.json", chinese)
+    evaluate.main([captions, references, "--quiet", *FAST])
+    assert "3 of 3 captions and 3 of 3 references hold no blanks between words (Chinese?)" in capsys.readouterr().err
+    english = result_file(tmp_path / "english.json", dict.fromkeys(chinese, "a dog"))
+    evaluate.main([english, references, *FAST])
+    assert "warning: 3 of 3 references hold no blanks" in capsys.readouterr().err
+    evaluate.main([english, coco_file(tmp_path / "english_references.json", {i: ["dog"] for i in chinese}), *FAST])
+    assert "blanks" not in capsys.readouterr().err
+
+
 def test_examples_do_not_overlap(tmp_path):
     captions = {i: "a dog" if i % 2 else "a cat" for i in range(5)}
     scores = evaluate.coco_scores(captions, {i: ["a dog"] for i in range(5)}, ["ROUGE_L"], "python")
@@ -339,4 +369,6 @@ def test_nocaps(photos, tmp_path, capsys):
     assert result["metrics"]["CIDEr"] != result["domains"]["near-domain"]["metrics"]["CIDEr"]
     printed = capsys.readouterr().out
     assert re.search(r"\nnear-domain +2 +\d", printed) and re.search(r"\noverall +5 +\d", printed)
+    assert result["domains"]["in-domain"]["metrics"]["CIDEr"] is None  # its one image
+    assert re.search(r"\nin-domain +1 .* –\n", printed) and "–: CIDEr is not defined on one image" in printed
     assert "<h2>Domains</h2>" in page.read_text() and page.read_text().count("data:image/jpeg") == 5

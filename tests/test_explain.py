@@ -1,13 +1,16 @@
 """Explanations: words and their tokens, scores, heat where the word's object is, prefix read back."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 from features.images import read_image
 from models.captioner import Captioner
 from models.decoding import DecodingConfig
 from models.explain import masked_images, nearest_words, split_words, token_logprobs, word_heat
+from pages.fragments import words_html
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def test_every_cell_is_hidden_equally_often():
 
 def test_heat_lies_on_the_words_object(captioner, pixels):
     text = "On the grass there is a large purple heart to the right of a small red circle."
-    words, heat = word_heat(
+    words, heat, unseen = word_heat(
         captioner.model, captioner.tokenizer, captioner.encoder.encode_images, pixels, captioner.tokenizer.encode(text),
         batch_size=30,
     )  # fmt: skip
@@ -65,6 +68,42 @@ def test_heat_lies_on_the_words_object(captioner, pixels):
         assert 0.5 < heat[words.index(word)].max() <= 1
         assert ((row < 4), (column < 4)) == (above, left)
     assert heat.min() >= 0 and heat[words.index("the")].max() < 0.1
+    # "grass" rests on no region but on all of them; "of" follows from the words before it
+    assert heat[words.index("grass")].max() < 0.05 < 0.9 < unseen[words.index("grass")]
+    assert heat[words.index("of")].max() < 0.05 and unseen[words.index("of")] < 0.05
+
+
+def test_what_is_lost_without_the_picture(captioner, monkeypatch):
+    """A model that knows how bright the image is: one word needs any light, one all of it, one none."""
+    tokens = captioner.tokenizer.encode(" big red star")
+    needed = torch.tensor([0, 0.9, 0.01])  # of the brightness of the whole
+
+    def logprobs(model, tokens, brightness):
+        return torch.where(brightness[:, None] < needed, -2.0, -1.0)
+
+    monkeypatch.setattr("models.explain.token_logprobs", logprobs)
+    pixels = torch.zeros(3, 32, 32)
+    pixels[:, :8, :8] = 1  # hidden behind their own mean, its dark windows stay dark
+    encode = lambda images: images.amax((1, 2, 3))  # noqa: E731
+    words, heat, unseen = word_heat(captioner.model, captioner.tokenizer, encode, pixels, tokens, 7, grid=4, window=1)
+    assert words == ["big", "red", "star"]
+    lost = pytest.approx(1 - 2.718281828**-1)
+    assert unseen.tolist() == [0, lost, lost]
+    assert heat.max((1, 2)).tolist() == [0, lost, 0] and heat[1, 0, 0] == lost
+
+
+@pytest.mark.parametrize(
+    ("region", "picture", "told"),
+    [
+        (0.4, 0.9, "With the brightest region hidden, “red” loses 40\u00a0% of its probability."),
+        (0.01, 0.9, "No single region decides “red”; with the whole picture hidden it loses 90\u00a0%."),
+        (0.01, 0.02, "The language model says “red” even without the picture: it keeps 98\u00a0% then."),
+    ],
+)
+def test_what_is_told_of_a_word_was_tested(region, picture, told):
+    heat = np.full((1, 8, 8), region)
+    page = words_html(Image.new("RGB", (8, 8)), ["red"], heat, np.array([picture]))
+    assert f'<span class="cc-told cc-0">{told}</span>' in page
 
 
 def test_prefix_that_is_a_word_is_read_as_it(captioner, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metrics import bootstrap, clipscore, coco, ptb
+from metrics import bootstrap, clipscore, coco, ptb, scripts
 from metrics.coco import coco_scores, from_sums
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "coco"
@@ -310,3 +310,71 @@ def test_clipscore():
         clipscore.ref_clip_scores(images, captions, references[:2])
     with pytest.raises(ValueError, match="shape"):
         clipscore.clip_scores(images[0], captions)
+
+
+def test_cider_of_one_image_is_not_defined():
+    """One image has every word of its references, so all weights are log(1) = 0."""
+    scores = coco_scores({1: CAPTIONS[1]}, {1: [CAPTIONS[1]]}, JAVALESS, "python")
+    assert scores.metrics["CIDEr"] is None and scores.metrics["Bleu_4"] == pytest.approx(1)
+    assert np.isnan(scores.per_image["CIDEr"]).all() and "CIDEr" not in scores.statistics
+    assert any("CIDEr is not defined on one image" in warning for warning in scores.warnings)
+    gap = bootstrap.compare(scores, scores, 20)
+    assert "CIDEr" not in gap and gap["Bleu_1"]["interval"] is None and gap["Bleu_1"]["p_value"] == 1
+
+
+def test_cider_of_words_that_all_images_share_is_warned_of():
+    same = {i: ["a dog runs on the beach"] for i in (1, 2)}
+    scores = coco_scores({1: "a dog runs on the beach", 2: "a dog runs"}, same, JAVALESS, "python")
+    assert scores.metrics["CIDEr"] == 0 and "have no weight" in scores.warnings[0]
+    assert not coco_scores(CAPTIONS, REFERENCES, JAVALESS, "python").warnings
+    assert not coco_scores({1: "one", 2: "two"}, same, JAVALESS, "python").warnings  # truly 0
+
+
+@pytest.mark.parametrize("behaviour", ("true", "false", "sh -c 'exec <&-; sleep 30'", "sh -c 'read line; kill -9 $$'"))
+def test_a_java_that_dies_costs_only_what_needs_it(no_java, monkeypatch, behaviour):
+    """Whether it ends, hangs up or is killed on its first line: the other metrics come with their values."""
+    fake_java(no_java, behaviour)
+    monkeypatch.setenv("PATH", f"{no_java}:/usr/bin:/bin")
+    if "sleep" in behaviour:  # Stanford's tokenizer is waited for; METEOR's pipe breaks
+        scores = coco_scores(CAPTIONS, REFERENCES, ("METEOR", *JAVALESS), "python")
+    else:
+        scores = coco_scores(CAPTIONS, REFERENCES, ("METEOR", *JAVALESS))
+        assert scores.tokenizer == "python" and "Stanford's tokenizer failed" in scores.warnings[0]
+    assert scores.metrics == pytest.approx(EXPECTED, rel=1e-12)
+    assert list(scores.unavailable) == ["METEOR"] and "failed or was killed" in scores.unavailable["METEOR"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "language"),
+    [
+        ("一只狗在沙滩上跑", "Chinese"),
+        ("一只狗, 在沙滩上跑。", "Chinese"),
+        ("一只狗", "Chinese"),
+        ("T恤男孩骑自行车", "Chinese"),
+        ("犬がビーチを走っている。", "Japanese"),
+        ("สุนัขวิ่งบนชายหาด และแมวนอนอยู่บนโซฟา", "Thai"),
+        ("ໝາແລ່ນຢູ່ຫາດຊາຍ", "Lao"),
+        ("ឆ្កែរត់លើឆ្នេរ", "Khmer"),
+        ("ခွေးပြေးနေတယ်", "Burmese"),
+        ("一 只 狗 在 沙滩 上 跑", None),
+        ("スケートボード に 乗る 男", None),
+        ("สุนัข วิ่ง บน ชายหาด", None),
+        ("개가 해변을 달린다", None),
+        ("개", None),
+        ("dog", None),
+        ("", None),
+        ("Ein Hund läuft über den Strand", None),
+        ("собака бежит по пляжу", None),
+        ("a sign that says 出口请走这边", None),
+    ],
+)
+def test_languages_without_blanks(caption, language):
+    assert scripts.uncut_language(caption) == language
+
+
+def test_uncut_warning_counts():
+    assert scripts.uncut_warning({"captions": ["a dog"], "references": ["a cat"]}) is None
+    warning = scripts.uncut_warning({"captions": ["a dog", "两个人骑自行车"], "references": ["a cat"]})
+    assert warning.startswith("1 of 2 captions hold no blanks between words (Chinese?)") and "jieba" in warning
+    both = scripts.uncut_warning({"captions": ["犬が走る浜辺です"], "references": ["犬が走る浜辺です"] * 3})
+    assert both.startswith("1 of 1 captions and 3 of 3 references hold") and "fugashi" in both

@@ -112,6 +112,18 @@ def test_one_row_per_caption_and_collapse(store, language_model, tmp_path):
     assert "only 3.3% of the captions are distinct" in done.stderr
 
 
+def test_one_image_has_no_cider(store, language_model, tmp_path):
+    """Training goes on to its end, and says that no weights can be called the best; captions without blanks too."""
+    captions = [{"image_id": 1, "caption": "一只狗在沙滩上跑", "clip_embedding": 0}]
+    write_store(tmp_path / "one.pkl", torch.full((1, 32), 0.1), captions, {})
+    done = train(store, language_model, tmp_path / "out", "--val_data", tmp_path / "one.pkl", "--epochs", 2)
+    assert "one.pkl has one image, on which CIDEr is not defined; no best weights are chosen" in done.stderr
+    assert "1 of 1 references hold no blanks between words (Chinese?)" in done.stderr
+    assert [line["validation"]["CIDEr"] for line in scores_of(tmp_path / "out")] == [None, None]
+    assert not (tmp_path / "out" / "run_best.pt").exists() and (tmp_path / "out" / "run-loss.png").exists()
+    train(store, language_model, tmp_path / "out", "--val_data", tmp_path / "one.pkl", "--epochs", 2, "--resume")
+
+
 def test_validation_data_of_shards(store, photos, clip_file, language_model, run, tmp_path):
     """A folder of shards, whose rows are float16, is scored like the pickle."""
     run_script(

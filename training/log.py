@@ -106,9 +106,11 @@ class TrainingLog:
     def _plot_scores(self, axes):
         """Draw the validation scores, one point per epoch, the best epoch marked."""
         steps = [entry["step"] for entry in self.scores]
-        for name in PLOTTED:
+        defined = [name for name in PLOTTED if self.scores[0]["validation"][name] is not None]
+        for name in defined:
             axes.plot(steps, [entry["validation"][name] for entry in self.scores], "o-", markersize=3, label=name)
-        best = max(self.scores, key=lambda entry: entry["validation"]["CIDEr"])
-        axes.axvline(best["step"], color="0.5", linestyle=":", label=f"best CIDEr, epoch {best['epoch']}")
+        if "CIDEr" in defined:  # not of one image
+            best = max(self.scores, key=lambda entry: entry["validation"]["CIDEr"])
+            axes.axvline(best["step"], color="0.5", linestyle=":", label=f"best CIDEr, epoch {best['epoch']}")
         axes.set(ylabel="validation score", ylim=(0, None))
         axes.legend(frameon=False)

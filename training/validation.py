@@ -6,6 +6,7 @@ import torch
 
 from features.clip_encoder import named_sha256
 from metrics.coco import caption_statistics, coco_scores, too_few_distinct
+from metrics.scripts import uncut_warning
 from models.decoding import generate_captions
 from models.placement import is_sharded
 from utils.cli import note, progress_bar
@@ -55,6 +56,14 @@ class Validation:
                 image_id = record.get("image_id", record["clip_embedding"])  # predecessors' rows are one per caption
                 self.rows.setdefault(image_id, record["clip_embedding"])
                 self.references.setdefault(image_id, []).append(record["caption"])
+        if len(self.references) == 1:
+            note(
+                f"warning: --val_data {store.path} has one image, on which CIDEr is not defined; no best weights are "
+                "chosen"
+            )
+        uncut = uncut_warning({"references": [text for texts in self.references.values() for text in texts]})
+        if uncut:
+            note(f"warning: --val_data {store.path}: {uncut}")
 
     def run(self, trainer, tokenizer, files, log):
         """Caption and score the images, log the scores, and keep the weights where CIDEr is the best so far.
@@ -66,19 +75,24 @@ class Validation:
         scored = coco_scores(captions, self.references, METRICS, "python")
         statistics = caption_statistics(scored.tokens)
         log.add_scores(trainer.step, trainer.epoch, scored.metrics | statistics)
-        cider = scored.metrics["CIDEr"]
-        is_best = trainer.best is None or cider > trainer.best
+        cider = scored.metrics["CIDEr"]  # None of one image
+        is_best = cider is not None and (trainer.best is None or cider > trainer.best)
         if is_best:
             files.save_best(trainer.model)
             trainer.best = cider
-        shown = ", ".join(f"{name} {scored.metrics[name]:.3f}" for name in ("CIDEr", "Bleu_4", "ROUGE_L"))
+        shown = ", ".join(
+            f"{name} {scored.metrics[name]:.3f}"
+            for name in ("CIDEr", "Bleu_4", "ROUGE_L")
+            if scored.metrics[name] is not None
+        )
+        best = "; the best so far" if is_best else "" if cider is None else f"; the best was CIDEr {trainer.best:.3f}"
         note(
             f"epoch {trainer.epoch} validation: {shown}; {statistics['share_of_distinct_captions']:.0%} of captions "
-            f"distinct{'; the best so far' if is_best else f'; the best was CIDEr {trainer.best:.3f}'}"
+            f"distinct{best}"
         )
         warning = too_few_distinct(statistics, len(captions))
         if warning:
-            note(warning)
+            note(f"warning: {warning}")
 
     def _caption(self, model, tokenizer, device, batch_size, decoding):
         """Return {image id: caption}, as predict.py makes them, each process captioning its share."""
