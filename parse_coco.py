@@ -22,6 +22,7 @@ import transformers
 from features.annotations import FORMATS, ImageFinder, read_annotations
 from features.check import find_faults
 from features.clip_encoder import ClipEncoder
+from features.images import add_max_pixels_flag, set_max_pixels
 from features.shards import finished_shard, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
 from features.store import PartialStore, collect_rows, info_path, partial_names, write_store
 from utils.cli import VERSION, Parser, non_negative_int, note, positive_int, progress_bar, run
@@ -59,6 +60,7 @@ def get_parser():
         "--num_workers", type=non_negative_int, default=min(8, os.cpu_count() or 1),
         help="processes that decode images (default: %(default)s)",
     )  # fmt: skip
+    add_max_pixels_flag(encoder)
     encoder.add_argument("--device", help="torch device (default: a GPU if there is one)")
     add_dtype_flag(encoder)
     return parser
@@ -273,6 +275,7 @@ def check(annotations, split, images, num_workers):
 def main(argv=None):
     """Extract the features of one split."""
     args = get_parser().parse_args(argv)
+    set_max_pixels(args.max_pixels)
     if args.check:
         return check(args.annotations, args.split, args.images, args.num_workers)
     out = args.out or default_out(args.clip_model_type, args.split)
