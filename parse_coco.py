@@ -23,6 +23,7 @@ from features.annotations import FORMATS, ImageFinder, read_annotations
 from features.check import find_faults
 from features.clip_encoder import ClipEncoder
 from features.images import add_max_pixels_flag, set_max_pixels
+from features.loader import prepare_readers
 from features.shards import finished_shard, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
 from features.store import PartialStore, collect_rows, info_path, partial_names, write_store
 from utils.cli import VERSION, Parser, non_negative_int, note, positive_int, progress_bar, run
@@ -281,6 +282,7 @@ def main(argv=None):
     out = args.out or default_out(args.clip_model_type, args.split)
     records = read_annotations(args.annotations, args.split)
     found, skipped = find_images(records, ImageFinder(args.images, args.annotations), args.strict)
+    prepare_readers(len(found), args.num_workers)
     device = own_device([pick_device(args.device)])
     with connected(device):
         with main_first():
