@@ -25,8 +25,9 @@ UPRIGHT = dict(zip(range(2, 9), (
     Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90,
 ), strict=True))  # fmt: skip  # the tag's values -> what puts the image right
 MAX_RATIO = 100  # of the sides: CLIP scales the shorter one to its input, so a line of pixels would fill the memory
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow itself refuses: 178,956,970
 
-_max_pixels = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow itself refuses: 178,956,970
+_max_pixels = MAX_PIXELS
 
 # what libraries think of metadata and of large pictures is nobody's concern here; the limit below is our own
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -42,7 +43,7 @@ class ImageError(ValueError):
 def add_max_pixels_flag(parser):
     """Add the flag --max_pixels."""
     parser.add_argument(
-        "--max_pixels", type=positive_int, default=_max_pixels, help="pixels of an image; larger ones are skipped"
+        "--max_pixels", type=positive_int, default=MAX_PIXELS, help="pixels of an image; larger ones are skipped"
     )
 
 

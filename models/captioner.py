@@ -12,7 +12,7 @@ from models.decoding import generate_captions
 from models.pretrained import ALIASES, DEMO, DEMO_CHECKPOINT, NAMES, PRETRAINED, fetch
 from utils.cli import nearest
 from utils.devices import Placement, pick_devices
-from utils.files import sha256
+from utils.files import read_json, sha256
 from utils.precision import pick_dtype, prepare_for_inference
 
 
@@ -109,3 +109,26 @@ def encoder_source(config, checkpoint, given, described):
     raise FileNotFoundError(
         f"the encoder {own} of {checkpoint} is not there, or is another file by now; pass --clip_model_type FILE"
     )
+
+
+def captioner_files(checkpoint, clip_model_type=None, language_model=None):
+    """Return the files that a captioner is loaded from, as far as the arguments and its json name them.
+
+    Args:
+        checkpoint, clip_model_type, language_model: as of `Captioner`.
+    """
+    named = [clip_model_type, language_model]
+    if ALIASES.get(checkpoint, checkpoint) in PRETRAINED:
+        files, described = [], Path("none")
+    else:
+        checkpoint = DEMO_CHECKPOINT if checkpoint == DEMO else checkpoint
+        described = config_path(checkpoint)
+        files = [checkpoint, described]
+    if described.is_file():
+        config = read_json(described)
+        model = config.get("model") if isinstance(config, dict) else None
+        named += [model.get(key) for key in ("clip_model_type", "language_model")] if isinstance(model, dict) else []
+    for name in filter(None, named):
+        for place in (Path(name), described.parent / name):
+            files += place.iterdir() if place.is_dir() else [place]
+    return [file for file in files if os.path.exists(file)]
