@@ -100,7 +100,8 @@ def _starting():
     hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
     given = os.environ.get(threads)
     handled = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGCHLD)} if handled else {}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGCHLD") if handled and hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
     if handled:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that it holds while they import
     multiprocessing.set_forkserver_preload(NEEDED)
