@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from features.images import read_image
+from features.images import read_image, set_max_pixels
 from metrics.clipscore import PROMPT, clip_scores
 from models.captioner import image_key
 from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, context_room
@@ -193,7 +193,7 @@ def make_page(args):
         from pages.page import build_page
     except ModuleNotFoundError as error:
         raise ValueError(f'the page needs {error.name}; run: pip install -e ".[app]"') from None
-    Image.MAX_IMAGE_PIXELS = args.max_pixels  # what read_image goes by
+    set_max_pixels(args.max_pixels)
     models = {Path(args.checkpoint).stem: args.checkpoint} if args.checkpoint else {}  # visitors see no folders
     models |= {name: name for name in (DEMO, *NAMES) if name not in models}
     service = Service(models, args.device, args.batch_size)

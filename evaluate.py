@@ -18,6 +18,7 @@ import numpy as np
 
 from features.annotations import FORMATS, ImageFinder
 from features.clip_encoder import ClipEncoder
+from features.images import add_max_pixels_flag, set_max_pixels
 from features.references import named, read_captions, read_records, read_references
 from metrics import ptb
 from metrics.bootstrap import compare, intervals
@@ -66,6 +67,10 @@ def get_parser():
         "--clip_model_type", metavar="P",
         help="add CLIPScore and RefCLIPScore by this encoder; published ones are of ViT-B/32",
     )  # fmt: skip
+    clip.add_argument(
+        "--num_workers", type=non_negative_int, default=min(4, os.cpu_count() or 1), help="processes that read images"
+    )
+    add_max_pixels_flag(clip)
     clip.add_argument("--device", help="torch device of the encoder (default: a GPU if there is one)")
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="write the scores, those of every image too, as JSON")
@@ -127,7 +132,7 @@ def score_files(args, finder):
         training = set(ptb.tokenize([record["caption"] for record in read_records(args.train_captions, "train")]))
     if args.clip_model_type:  # first, for an image may be missing
         encoder = ClipEncoder(args.clip_model_type, pick_device(args.device))
-        embeddings = embed_images(encoder, {i: references.find_image(finder, i) for i in ids})
+        embeddings = embed_images(encoder, {i: references.find_image(finder, i) for i in ids}, args.num_workers)
     scores = [coco_scores(system, references.captions, args.metrics, args.tokenizer) for system in systems]
     if args.clip_model_type:
         for system, captions in zip(scores, systems, strict=True):
@@ -153,8 +158,8 @@ def warnings_of(scores, systems, references):
     return [warning for warning in warnings if warning]
 
 
-def embed_images(encoder, images):
-    """Return the CLIP embeddings, [N, D], of {image id: file or None}.
+def embed_images(encoder, images, num_workers):
+    """Return the CLIP embeddings, [N, D], of {image id: file or None}, read by `num_workers` processes.
 
     Raises: ValueError where an image is missing or unreadable.
     """
@@ -165,7 +170,7 @@ def embed_images(encoder, images):
         )
     parts, paths = [], list(images.values())
     with progress_bar(len(paths), "images", "img") as bar:
-        for _, embeddings, errors in encoder.encode_files(paths, BATCH, min(4, os.cpu_count() or 1)):
+        for _, embeddings, errors in encoder.encode_files(paths, BATCH, num_workers):
             if errors:
                 index, reason = next(iter(errors.items()))
                 raise ValueError(f"{paths[index]}: {reason}; CLIPScore needs every image")
@@ -267,6 +272,7 @@ def main(argv=None):
     """Run the command."""
     args = get_parser().parse_args(argv)
     check_flags(args)
+    set_max_pixels(args.max_pixels)
     finder = ImageFinder(args.images) if args.images else None
     result, scores, systems, references = score_files(args, finder)
     if args.html:

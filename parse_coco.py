@@ -23,6 +23,8 @@ import transformers
 from features.annotations import FORMATS, ImageFinder, read_annotations
 from features.check import find_faults
 from features.clip_encoder import ClipEncoder, named_sha256
+from features.images import add_max_pixels_flag, set_max_pixels
+from features.loader import prepare_readers
 from features.partial import PartialStore, collect_rows, partial_names
 from features.shards import finished_shard, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
 from features.store import check_store_output, info_path, is_folder, write_store
@@ -62,6 +64,7 @@ def get_parser():
         "--num_workers", type=non_negative_int, default=min(8, os.cpu_count() or 1),
         help="processes that decode images (default: %(default)s)",
     )  # fmt: skip
+    add_max_pixels_flag(encoder)
     encoder.add_argument("--device", help="torch device (default: a GPU if there is one)")
     add_dtype_flag(encoder)
     return parser
@@ -281,12 +284,14 @@ def check(annotations, split, images, num_workers):
 def main(argv=None):
     """Extract the features of one split."""
     args = get_parser().parse_args(argv)
+    set_max_pixels(args.max_pixels)
     if args.check:
         return check(args.annotations, args.split, args.images, args.num_workers)
     out = args.out or default_out(args.clip_model_type, args.split)
     check_store_output(out, {"the annotations": args.annotations, "the encoder": args.clip_model_type})
     records = read_annotations(args.annotations, args.split)
     found, skipped = find_images(records, ImageFinder(args.images, args.annotations), args.strict)
+    prepare_readers(len(found), args.num_workers)
     device = own_device([pick_device(args.device)])
     with connected(device), lock(out) if is_main() else contextlib.nullcontext():
         with main_first():

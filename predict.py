@@ -10,15 +10,18 @@ recognised from its keys and shapes. `class Predictor` is the same for other cod
 if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
-import glob
+import contextlib
 import os
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
-from features.annotations import image_id_of, list_images
-from models.captioner import Captioner, stored_decoding
+from features.images import add_max_pixels_flag, set_max_pixels
+from features.listing import as_line, find_images
+from features.loader import prepare_readers
+from features.results import name_shared, record, shared_ids, write_results
+from models.captioner import Captioner, captioner_files, stored_decoding
 from models.decoding import BEAM, DECODERS, GREEDY, SAMPLE, DecodingConfig
 from models.pretrained import ALIASES, NAMES
 from utils.cli import (
@@ -31,7 +34,7 @@ from utils.cli import (
     run,
 )  # fmt: skip
 from utils.devices import add_device_flags
-from utils.files import write_json
+from utils.outputs import check_output, lock
 from utils.precision import add_dtype_flag
 
 
@@ -39,7 +42,9 @@ def get_parser(decoding=None):
     """Return the command line's parser; `decoding` is the DecodingConfig of a variant of this command."""
     parser = Parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, folder, or quoted glob")
-    parser.add_argument("--out", metavar="FILE", help="also write [{image_id, caption}], COCO's result format")
+    parser.add_argument(
+        "--out", metavar="FILE", help="also write [{image_id, caption}], COCO's result format, or the same as .csv"
+    )
     add_captioner_flags(parser, decoding or DecodingConfig())
     return parser
 
@@ -63,6 +68,7 @@ def add_captioner_flags(parser, decoding):
     batches.add_argument(
         "--num_workers", type=non_negative_int, default=min(4, os.cpu_count() or 1), help="processes that read images"
     )
+    add_max_pixels_flag(batches)
     add_device_flags(parser)
     add_dtype_flag(batches)
 
@@ -116,25 +122,11 @@ def decoding_config(args):
     return replace(base, **given)
 
 
-def find_images(arguments):
-    """Expand files, folders and globs into image files, in order, each once.
-
-    Raises: FileNotFoundError naming the argument that is nothing of the kind; ValueError for an empty folder.
-    """
-    paths = []
-    for argument in arguments:
-        if Path(argument).is_dir():
-            matches = list_images(argument)
-            if not matches:
-                raise ValueError(f"folder {argument} holds no images")
-        elif Path(argument).exists():
-            matches = [Path(argument)]
-        else:
-            matches = sorted(Path(match) for match in glob.glob(argument, recursive=True))
-            if not matches:
-                raise FileNotFoundError(f"{argument} is no image file, folder or glob that matches")
-        paths.extend(matches)
-    return list(dict.fromkeys(paths))
+def check_out(args, paths):
+    """Refuse an --out that cannot be written or is one of the inputs; raises ValueError."""
+    captioner = captioner_files(args.checkpoint, args.clip_model_type, args.language_model)
+    inputs = {"one of the images": paths if os.path.exists(args.out) else (), "the captioner": captioner}
+    check_output("--out", args.out, inputs, (".json", ".csv") if Path(args.out).suffix else ())
 
 
 def captioner_of(args):
@@ -188,33 +180,46 @@ class Predictor:
         return captions[image][0].text
 
 
-def record(path, captions):
-    """Return the result of one image in COCO's result format; several captions are kept beside the best."""
-    result = {"image_id": image_id_of(path), "caption": captions[0].text.strip()}
-    if len(captions) > 1:
-        result["captions"] = [caption.text.strip() for caption in captions]
-    return result
-
-
 def caption_all(captioner, paths, decoding, batch_size, num_workers, results):
     """Caption files, printing each as it is done.
 
     Args:
-        results: list that each image's result is added to, in COCO's format.
+        results: {path: result in COCO's format} that each image is added to.
     Returns: {path: why it could not be read}.
     """
     unreadable = {}
     with progress_bar(len(paths), "images", "img") as bar:
         for captions, errors in captioner.caption_files(paths, decoding, batch_size, num_workers):
+            results |= {path: record(path, group) for path, group in captions.items()}  # kept if printing fails
             for path, group in captions.items():
-                results.append(record(path, group))
                 for caption in group:
-                    bar.write(f"{path}\t{' '.join(caption.text.split())}")
+                    bar.write(f"{as_line(path)}\t{' '.join(caption.text.split())}")
             for path, reason in errors.items():
-                note(f"skipped {path}: {reason}")
+                note(f"skipped {as_line(path)}: {reason}")
             unreadable |= errors
             bar.update(len(captions) + len(errors))
     return unreadable
+
+
+@contextlib.contextmanager
+def results_kept(args, paths, results):
+    """Hold --out for the time of the body, and write what results there are then, however it ends."""
+    if not args.out:
+        yield
+        return
+    shared = shared_ids(paths)
+    if shared:
+        number = sum(map(len, shared.values()))
+        note(
+            f"warning: {number:,} images share an image_id with another ({name_shared(shared)}), of which evaluate.py "
+            "takes one caption each; rename the files"
+        )
+    with lock(args.out):
+        try:
+            yield
+        finally:
+            if results:
+                write_results(args.out, results, shared)
 
 
 def main(argv=None, parser=None):
@@ -223,19 +228,26 @@ def main(argv=None, parser=None):
     `parser` is that of a variant of this command.
     """
     args = (parser or get_parser()).parse_args(argv)
+    set_max_pixels(args.max_pixels)
     decoding, paths = decoding_config(args), find_images(args.images)
-    captioner = captioner_of(args)
-    workers = 0 if len(paths) <= args.batch_size else args.num_workers
-    results = []
+    if args.out:
+        check_out(args, paths)
+    results = {}
     try:
-        unreadable = caption_all(captioner, paths, decoding, args.batch_size, workers, results)
+        with results_kept(args, paths, results):
+            workers = 0 if len(paths) <= args.batch_size else args.num_workers
+            prepare_readers(len(paths), workers)
+            captioner = captioner_of(args)
+            unreadable = caption_all(captioner, paths, decoding, args.batch_size, workers, results)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{len(results)} of {len(paths)} images are captioned") from None
-    finally:
-        if args.out and results:
-            write_json(args.out, results)
+    except Exception:
+        if results:
+            note(f"warning: {len(results)} of {len(paths)} images are captioned{f', in {args.out}' * bool(args.out)}")
+        raise
     if unreadable:
-        note(f"error: {len(unreadable)} of {len(paths)} images could not be read; the others are captioned")
+        others = "; the others are captioned" if results else ""
+        note(f"error: {len(unreadable)} of {len(paths)} images could not be read{others}")
         return 2
     return 0
 

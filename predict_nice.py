@@ -9,17 +9,23 @@ again, it goes on; an image that cannot be read is listed, gets a row with an em
 if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
-import csv
-import io
+import os
 from pathlib import Path
 
 import predict
 import predict_OPT
-from features.annotations import image_id_of, list_images
+from features.annotations import normal_id
+from features.images import set_max_pixels
+from features.listing import as_line, images_in, list_folder
+from features.loader import prepare_readers
+from features.results import name_shared, result_id, shared_ids
+from models.captioner import captioner_files
 from utils.cli import Parser, note, progress_bar, run
-from utils.files import read_json, write_json, write_text
+from utils.files import read_json, write_json, write_table
+from utils.outputs import check_output, lock
 
 FOLDER = Path("output_caption")
+COLUMNS = ("public_id", "caption")
 
 
 def get_parser():
@@ -33,28 +39,46 @@ def get_parser():
     return parser
 
 
+def output_file(args):
+    """Return the json to write, after checking it and the csv beside it.
+
+    Raises: ValueError where they cannot be written, or are the captioner's.
+    """
+    if Path(args.ofile).name != args.ofile or args.ofile in ("", ".."):
+        raise ValueError(f"--ofile {args.ofile!r} is no plain name; the files go into {FOLDER}/, pass a name alone")
+    out = FOLDER / f"{args.ofile}.json"
+    files = captioner_files(args.checkpoint, args.clip_model_type, args.language_model)
+    for file in (out, out.with_suffix(".csv")):
+        check_output("--ofile", file, {"the captioner": files})
+    return out
+
+
 def read_done(path):
     """Return the captions that an earlier run has made, {public_id: caption}.
 
-    Raises: ValueError where the file is something else.
+    Raises: ValueError where one of the files is something else.
     """
+    table, remedy = path.with_suffix(".csv"), "move it away or pass another --ofile"
+    if table.is_file():
+        with open(table, encoding="utf-8", errors="replace") as file:
+            first = file.readline().strip()
+        if not path.is_file() or first != ",".join(COLUMNS):
+            raise ValueError(f"{table} is not of an earlier run and would be overwritten; {remedy}")
     if not path.is_file():
         return {}
     done = read_json(path)
     if not isinstance(done, dict) or not all(isinstance(caption, str) for caption in done.values()):
-        raise ValueError(f"{path} is not {{public_id: caption}}; move it away or pass another --ofile")
-    return {image_id_of(key): caption for key, caption in done.items()}
+        raise ValueError(f"{path} is not {{public_id: caption}}; {remedy}")
+    # keys are ids, not file names: "v1.3" has no ending to cut
+    numbers = {key: normal_id(key) for key in done}
+    return {number if isinstance(number, int) else key: done[key] for key, number in numbers.items()}
 
 
 def write_results(path, captions):
     """Write both files, in the order of the ids."""
     rows = sorted(captions.items(), key=lambda item: (isinstance(item[0], str), item[0]))
     write_json(path, {str(public_id): caption for public_id, caption in rows})
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("public_id", "caption"))
-    writer.writerows(rows)
-    write_text(path.with_suffix(".csv"), table.getvalue())
+    write_table(path.with_suffix(".csv"), COLUMNS, rows)
 
 
 def caption_folder(captioner, paths, decoding, batch_size, num_workers, out, captions):
@@ -67,36 +91,61 @@ def caption_folder(captioner, paths, decoding, batch_size, num_workers, out, cap
     unreadable = 0
     with progress_bar(len(paths), "images", "img") as bar:
         for done, errors in captioner.caption_files(paths, decoding, batch_size, num_workers):
-            captions |= {image_id_of(path): group[0].text.strip() for path, group in done.items()}
-            captions |= {image_id_of(path): "" for path in errors}
-            for path, reason in errors.items():
-                note(f"unreadable {path}: {reason}")
-            unreadable += len(errors)
+            captions |= {result_id(path): group[0].text.strip() for path, group in done.items()}
+            captions |= {result_id(path): "" for path in errors}
             write_results(out, captions)
+            for path, reason in errors.items():
+                note(f"unreadable {as_line(path)}: {reason}")
+            unreadable += len(errors)
             bar.update(len(done) + len(errors))
     return unreadable
+
+
+def find_images(folder):
+    """Return the images of the challenge's folder.
+
+    Raises: FileNotFoundError; ValueError where there are none, or where some share an id.
+    """
+    paths = images_in(list_folder(folder), f"--images {folder}", os.path.join(folder, "**", "*.jpg"))
+    shared = shared_ids(paths)
+    if shared:
+        raise ValueError(
+            f"--images {folder} has images that share a public_id ({name_shared(shared)}), of which each gets "
+            "one caption; rename or move them"
+        )
+    return paths
 
 
 def main(argv=None):
     """Caption the challenge's folder; returns 2 where an image could not be read."""
     args = get_parser().parse_args(argv)
-    out = FOLDER / f"{args.ofile}.json"
-    decoding, paths, captions = predict.decoding_config(args), list_images(args.images), read_done(out)
-    if not paths:
-        raise ValueError(f"--images {args.images} holds no images")
-    todo = [path for path in paths if not captions.get(image_id_of(path))]
+    set_max_pixels(args.max_pixels)
+    out = output_file(args)
+    decoding, paths = predict.decoding_config(args), find_images(args.images)
+    with lock(out, "--ofile"):
+        return caption_rest(args, decoding, paths, out, read_done(out))
+
+
+def caption_rest(args, decoding, paths, out, captions):
+    """Caption the images that have no caption yet; arguments as of `caption_folder`, returns as `main`."""
+    todo = [path for path in paths if not captions.get(result_id(path))]
     if len(todo) < len(paths):
         note(f"going on: {len(paths) - len(todo):,} of {len(paths):,} images are captioned")
     if not todo:
+        write_results(out, captions)  # the csv may be older, after a kill
         return 0
+    workers = 0 if len(todo) <= args.batch_size else args.num_workers
+    prepare_readers(len(todo), workers)
     captioner = predict.captioner_of(args)
     if args.prefix_length not in (None, captioner.model.config.prefix_length):
         own = captioner.model.config.prefix_length
         raise ValueError(
             f"--prefix_length {args.prefix_length} contradicts {args.checkpoint}, whose prefix is {own} long"
         )
-    workers = 0 if len(todo) <= args.batch_size else args.num_workers
-    unreadable = caption_folder(captioner, todo, decoding, args.batch_size, workers, out, captions)
+    try:
+        unreadable = caption_folder(captioner, todo, decoding, args.batch_size, workers, out, captions)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on from here") from None
     note(f"{out} and {out.with_suffix('.csv').name}: {len(captions):,} captions")
     if unreadable:
         note(f"error: {unreadable} of {len(paths)} images could not be read; their captions are empty")

@@ -10,11 +10,9 @@ import os
 import re
 from pathlib import Path
 
+from features.listing import list_images
 from utils.files import read_json
 
-IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"]
-)
 # COCO_val2014_000000060623.jpg, 000000060623.jpg (COCO 2017), 215268662.jpg (NICE)
 NUMBERED = re.compile(r"(?:COCO_[A-Za-z]+\d{4}_)?0*(\d+)")
 FORMATS = (
@@ -185,18 +183,6 @@ def _read_karpathy(value, path, split):
             yield f"image {number}", {"image_id": image_id, "caption": caption, "file_name": name}
     if not wanted & found:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted(found))}: pass one as --split")
-
-
-def list_images(folder):
-    """Return the image files of a folder, sorted by name.
-
-    Raises: FileNotFoundError where it does not exist.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"image folder {folder} does not exist")
-    with os.scandir(folder) as entries:
-        return sorted(Path(e.path) for e in entries if Path(e.name).suffix.lower() in IMAGE_SUFFIXES and e.is_file())
 
 
 class ImageFinder:

@@ -1,7 +1,7 @@
 """Looking over annotations and their images before anything is encoded."""
 
 from features.annotations import ImageFinder, normal_id, read_places
-from features.clip_encoder import image_loader, slices
+from features.loader import image_loader, slices
 from utils.cli import progress_bar
 
 BATCH = 64  # images handed to a process at once

@@ -1,18 +1,16 @@
-"""Images -> CLIP embeddings, in batches, with workers that decode images while the encoder runs.
+"""Images -> CLIP embeddings, in batches.
 
 Axes: B batch, D CLIP width, R input resolution.
 """
 
 import pickle
-import signal
 import urllib.error
 import warnings
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from features.images import ImageError, read_image
+from features.loader import image_loader, slices
 from utils.cli import nearest, note
 from utils.files import reason, sha256
 from utils.precision import pick_dtype, prepare_for_inference
@@ -42,6 +40,8 @@ class ClipEncoder:
 
         self.name, self.device = str(clip_model_type), torch.device(device)
         self.model, self.preprocess = _load(clip, self.name, self.device)
+        # images are RGB already, and processes that read them need not import clip for that
+        self.preprocess.transforms.remove(clip.clip._convert_image_to_rgb)
         self.model.eval().requires_grad_(False)
         self.dtype = pick_dtype(dtype, self.device)
         prepare_for_inference(self.model, self.dtype, self.device)
@@ -129,50 +129,3 @@ def _load(clip, name, device):
         ) from None
     except (RuntimeError, KeyError, AttributeError, EOFError) as error:
         raise ValueError(f"{name} is no CLIP in OpenAI's format ({reason(error)})") from None
-
-
-def slices(number, size):
-    """Return `number` indices in batches of `size`."""
-    return [range(number)[start : start + size] for start in range(0, number, size)]
-
-
-def image_loader(paths, preprocess, batches, num_workers, pin_memory=False, collate=None):
-    """Return a loader of `ImageFiles`; `collate` joins a batch of them, `collate_images` unless given."""
-    return DataLoader(
-        ImageFiles(paths, preprocess),
-        batch_sampler=batches,
-        num_workers=min(num_workers, len(batches)),
-        collate_fn=collate or collate_images,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_ctrl_c_to_parent,
-    )
-
-
-def _leave_ctrl_c_to_parent(_worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-class ImageFiles(Dataset):
-    """Image files, preprocessed for the encoder."""
-
-    def __init__(self, paths, preprocess):
-        self.paths, self.preprocess = [str(path) for path in paths], preprocess
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        """Return (index, [3, R, R] pixels, None), or (index, None, why the file could not be read)."""
-        try:
-            return index, self.preprocess(read_image(self.paths[index])), None
-        except ImageError as error:
-            return index, None, str(error)
-
-
-def collate_images(samples):
-    """Stack the readable samples: (indices, [B, 3, R, R], {index: reason} of the others)."""
-    good = [(index, pixels) for index, pixels, _ in samples if pixels is not None]
-    errors = {index: reason for index, _, reason in samples if reason is not None}
-    indices = [index for index, _ in good]
-    return indices, torch.stack([pixels for _, pixels in good]) if good else torch.empty(0), errors

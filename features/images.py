@@ -2,69 +2,143 @@
 
 CLIP's own preprocessing resizes palette and 1-bit images before they become RGB, saturates 16-bit grey to white,
 drops alpha on black and ignores EXIF rotation; so images become RGB here first. Plain RGB files stay exactly as they
-are.
+are. Metadata, whatever its state, never costs a picture.
 """
 
+import io
+import logging
+import os
+import stat
 import warnings
 
 import numpy as np
-import skimage.io
-import tifffile
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+from PIL.Image import Transpose
+
+from features.kinds import HEAD, TIFF, is_heic, open_heic, what_else, without_metadata
+from utils.cli import positive_int
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = dict(zip(range(2, 9), (
+    Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
+    Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90,
+), strict=True))  # fmt: skip  # the tag's values -> what puts the image right
 MAX_RATIO = 100  # of the sides: CLIP scales the shorter one to its input, so a line of pixels would fill the memory
-TOO_LARGE = "more than {:,} pixels"
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow itself refuses: 178,956,970
+
+_max_pixels = MAX_PIXELS
+
+# what libraries think of metadata and of large pictures is nobody's concern here; the limit below is our own
+warnings.filterwarnings("ignore", module=r"PIL\.")
+for _library in ("PIL", "tifffile"):
+    logging.getLogger(_library).addHandler(logging.NullHandler())
+    logging.getLogger(_library).propagate = False
 
 
 class ImageError(ValueError):
     """An image file that cannot be read; the message says why."""
 
 
+def add_max_pixels_flag(parser):
+    """Add the flag --max_pixels."""
+    parser.add_argument(
+        "--max_pixels", type=positive_int, default=MAX_PIXELS, help="pixels of an image; larger ones are skipped"
+    )
+
+
+def max_pixels():
+    """Return how many pixels an image may have."""
+    return _max_pixels
+
+
+def set_max_pixels(number):
+    """Let images have `number` pixels and no more; Pillow's own limit follows."""
+    global _max_pixels
+    _max_pixels = number
+    Image.MAX_IMAGE_PIXELS = (number + 1) // 2  # it refuses twice as many
+
+
 def read_image(path):
     """Read an image file as RGB.
 
     Args:
-        path: file of any format that Pillow or scikit-image reads; of an animation, the first frame.
+        path: file of any format that Pillow or tifffile reads; of an animation or of several pages, the first.
     Returns: PIL image of mode RGB, upright.
     Raises: ImageError where it is missing, truncated, no image, or too large to be one.
     """
+    head = b""
     try:
-        return _decode(path)
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise ImageError("a pipe or a device, not a file")  # opening it would wait for a writer
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+            return _decode(path, file, head)
     except ImageError:
         raise
-    except tifffile.TiffFileError:
-        raise ImageError("not a readable image (of no format that is known, or damaged)") from None
-    except Image.DecompressionBombError:
-        raise ImageError(TOO_LARGE.format(Image.MAX_IMAGE_PIXELS)) from None
     except FileNotFoundError:
-        raise ImageError("no such file") from None
+        raise ImageError("a link to nothing" if os.path.islink(path) else "no such file") from None
     except IsADirectoryError:
         raise ImageError("a folder, not an image") from None
+    except Image.DecompressionBombError:
+        raise too_large() from None
     except Exception as error:  # decoders raise whatever they like on damaged files; every cause becomes a named skip
-        reason = str(error).split(str(path))[0].strip(" :'\"") or type(error).__name__
-        raise ImageError(f"not a readable image ({' '.join(reason.split())[:100]})") from None
+        raise ImageError(_reason(error, path, head)) from None
 
 
-def _decode(path):
-    """Read an image file after checking the size that its header states: a small file may unpack to gigabytes."""
+def _reason(error, path, head):
+    """Say why a file that begins with `head` could not be read."""
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot be opened: {os.strerror(error.errno).lower()}"
+    told = what_else(head)
+    if not told and isinstance(error, Image.UnidentifiedImageError):
+        told = "of no format that is known, or damaged"
+    told = told or str(error).split(str(path))[0].strip(" :'\"") or type(error).__name__
+    return f"not a readable image ({' '.join(told.split())[:100]})"
+
+
+def _decode(path, file, head):
+    """Read an open image file that begins with `head`; raises whatever decoders raise."""
+    if head.startswith(TIFF):
+        from features.tiff import read_tiff  # tifffile takes its time to import
+
+        return read_tiff(path)
+    if is_heic(head):
+        open_heic()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below refuses the same
-            image = Image.open(path)
-    except UnidentifiedImageError:
-        with tifffile.TiffFile(path) as file:  # what scikit-image reads and Pillow does not
-            _check_pixels(file.series[0].size // min(file.pages[0].samplesperpixel, 4))  # of all pages
-        return from_array(skimage.io.imread(path))
-    with image:
-        _check_pixels(image.width * image.height)
+        return decode_with_pillow(file)
+    except (ImageError, Image.DecompressionBombError):
+        raise
+    except Exception:
+        file.seek(0)
+        bare = without_metadata(file.read())
+        if bare is None:
+            raise
+        return decode_with_pillow(io.BytesIO(bare))
+
+
+def decode_with_pillow(file):
+    """Read an image after checking the size that its header states: a small file may unpack to gigabytes.
+
+    Args:
+        file: path or open file.
+    """
+    with Image.open(file) as image:
+        if image.format == "EPS":
+            raise ValueError("PostScript")  # Pillow would run another program on it
+        check_pixels(image.width, image.height)
         return to_rgb(image)
 
 
-def _check_pixels(count):
-    if Image.MAX_IMAGE_PIXELS and count > Image.MAX_IMAGE_PIXELS:
-        raise ImageError(TOO_LARGE.format(Image.MAX_IMAGE_PIXELS))
+def check_pixels(width, height, depth=1):
+    """Raise ImageError for an image that is larger than the limit; `depth`: more than one number a pixel."""
+    if width * height * depth > _max_pixels:
+        raise too_large(f"{width:,} x {height:,} is ")
+
+
+def too_large(size=""):
+    """Return the ImageError of an image that is larger than the limit."""
+    return ImageError(f"{size}more than {_max_pixels:,} pixels, the limit that --max_pixels sets")
 
 
 def to_rgb(image):
@@ -74,9 +148,32 @@ def to_rgb(image):
     """
     if max(image.size) > MAX_RATIO * min(image.size):
         raise ImageError(f"{image.width} x {image.height} pixels: more than {MAX_RATIO} times as long as wide")
+    # a TIFF's load() reads all of its metadata; a PNG's may come behind the pixels
+    orientation = _take_orientation(image) if image.format == "TIFF" else None
     image.load()
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    return _plain(turned(image, orientation or _take_orientation(image)))
+
+
+def _take_orientation(image):
+    """Return the EXIF orientation, 1 where there is none to be read; the image forgets its EXIF."""
+    orientation = 1
+    try:
+        exif = image.getexif()
+        orientation = exif.get(ORIENTATION, 1)
+        exif.clear()
+    except Exception:  # broken metadata raises whatever it likes
+        return orientation
+    return orientation
+
+
+def turned(image, orientation):
+    """Return an image upright, given its EXIF orientation."""
+    turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _plain(image):
+    """Return a loaded image of any mode as RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     if image.mode.startswith("I") or image.mode == "F":
@@ -88,27 +185,26 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def from_array(array):
+def from_array(array, mode=None):
     """Return pixels of any numeric type as an RGB image.
 
     Args:
         array: [H, W] or [H, W, 1..4]; integers use their full range (16 bit: 0..65535; 32-bit integers that stay
             below 65536 count as 16 bit, below 256 as 8 bit), floats 0..1 or else their own minimum..maximum.
+        mode: PIL's name of what the bands are; None: L, LA, RGB, RGBA.
     Returns: PIL image of mode RGB.
     Raises: ImageError for other shapes.
     """
     array = np.asarray(array)
-    while array.ndim > 3 or (array.ndim == 3 and array.shape[-1] > 4):
-        array = array[0]  # pages or frames: the first
-    if array.ndim not in (2, 3) or not array.size:
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or not array.size or array.shape[-1] > 4:
         raise ImageError(f"shape {array.shape} is no image")
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     elif array.dtype != np.uint8:
         array = _to_bytes(array.astype(np.float64), np.issubdtype(array.dtype, np.floating), array.dtype.itemsize)
-    if array.ndim == 3 and array.shape[-1] in (1, 2):
-        array = array[..., 0]
-    return to_rgb(Image.fromarray(array))
+    bands = [Image.fromarray(np.ascontiguousarray(array[..., band])) for band in range(array.shape[-1])]
+    return to_rgb(Image.merge(mode or ("L", "LA", "RGB", "RGBA")[len(bands) - 1], bands))
 
 
 def _to_bytes(values, floating, itemsize):

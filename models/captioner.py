@@ -142,3 +142,26 @@ def encoder_source(config, checkpoint, given, described):
 def _sha256(encoder):
     """Return the SHA-256 of an encoder's file, given by its path or a name of OpenAI's; None: neither."""
     return named_sha256(encoder) or (sha256(encoder) if encoder and Path(encoder).is_file() else None)
+
+
+def captioner_files(checkpoint, clip_model_type=None, language_model=None):
+    """Return the files that a captioner is loaded from, as far as the arguments and its json name them.
+
+    Args:
+        checkpoint, clip_model_type, language_model: as of `Captioner`.
+    """
+    named = [clip_model_type, language_model]
+    if ALIASES.get(checkpoint, checkpoint) in PRETRAINED:
+        files, described = [], Path("none")
+    else:
+        checkpoint = DEMO_CHECKPOINT if checkpoint == DEMO else checkpoint
+        described = config_path(checkpoint)
+        files = [checkpoint, described]
+    if described.is_file():
+        config = read_json(described)
+        model = config.get("model") if isinstance(config, dict) else None
+        named += [model.get(key) for key in ("clip_model_type", "language_model")] if isinstance(model, dict) else []
+    for name in filter(None, named):
+        for path in (Path(name), described.parent / name):
+            files += path.iterdir() if path.is_dir() else [path]
+    return [file for file in files if os.path.exists(file)]

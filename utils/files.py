@@ -1,7 +1,9 @@
 """Files that are written whole or not at all, and read with one clear line when they are bad."""
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -45,6 +47,15 @@ def write_text(path, text):
 def write_json(path, value):
     """Write `value` as indented JSON to `path` atomically."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_table(path, columns, rows):
+    """Write rows below the names of their columns to `path`, as CSV, atomically."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_text(path, table.getvalue())
 
 
 @contextlib.contextmanager

@@ -1,0 +1,166 @@
+"""Image files -> batches of preprocessed pixels, read by processes of their own while the encoder runs.
+
+Axes: B batch, R input resolution.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from multiprocessing import forkserver, resource_tracker
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from features.images import ImageError, max_pixels, read_image, set_max_pixels
+
+FEW = 128  # images, for which processes that are not forked take longer to start (seconds) than they save
+NEEDED = ["features.loader", "torchvision.transforms"]  # what reading takes, imported once for all processes
+KILLED = (
+    "a process that reads images was killed, most likely for want of memory (or of /dev/shm); pass a smaller "
+    "--num_workers, 0 for none, or a smaller --batch_size"
+)
+
+
+def slices(number, size):
+    """Return `number` indices in batches of `size`."""
+    return [range(number)[start : start + size] for start in range(0, number, size)]
+
+
+def image_loader(paths, preprocess, batches, num_workers, pin_memory=False, collate=None):
+    """Read batches of `ImageFiles`.
+
+    Args:
+        paths, preprocess: see `ImageFiles`.
+        batches: list of lists of indices into `paths`.
+        num_workers: processes that read; this one does where there are FEW images and a fork is not safe.
+        pin_memory: as torch's DataLoader.
+        collate: joins a batch, `collate_images` unless given.
+    Yields: what `collate` returns, batch by batch.
+    Raises: ChildProcessError where a reading process has been killed.
+    """
+    method = start_method()
+    workers = min(num_workers, len(batches)) if method == "fork" or sum(map(len, batches)) > FEW else 0
+    loader = DataLoader(
+        ImageFiles(paths, preprocess),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate or collate_images,
+        pin_memory=pin_memory,
+        worker_init_fn=functools.partial(_prepare_reader, max_pixels()),
+        multiprocessing_context=method if workers else None,
+    )
+    with _starting() if workers else contextlib.nullcontext():
+        iterator = iter(loader)
+    try:
+        for batch in iterator:
+            yield batch
+            if workers and _helper_was_killed():
+                raise ChildProcessError(KILLED)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError(KILLED) from None
+
+
+def start_method():
+    """Return how processes are started: "fork" where this one runs no other thread, for it is the quickest.
+
+    The child of a fork has the other threads' locks as they stood, with nobody to let them go. So else it is forked
+    from a server without threads, or, on systems whose libraries do not outlive any fork, begun from nothing.
+    """
+    tasks = "/proc/self/task"
+    if os.path.isdir(tasks) and len(os.listdir(tasks)) == 1:
+        return "fork"
+    return "forkserver" if sys.platform == "linux" else "spawn"
+
+
+def prepare_readers(images, num_workers):
+    """Begin the server that reading processes are forked from, where there will be one.
+
+    It imports what they need, for seconds, while the command loads its models.
+    """
+    threads = torch.get_num_threads() > 1 or start_method() != "fork"  # torch begins its own with the first large sum
+    if num_workers and images > FEW and threads and sys.platform == "linux":
+        with _starting():
+            forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _starting():
+    """Let the body start processes that Ctrl-C does not reach, and that import no more than they need.
+
+    multiprocessing would import the command's script, hence every library it uses, in each of them; numpy's
+    algebra would begin threads in the server that they are forked from.
+    """
+    main, threads = sys.modules["__main__"], "OPENBLAS_NUM_THREADS"
+    hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    given = os.environ.get(threads)
+    handled = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGCHLD") if handled and hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    if handled:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that it holds while they import
+    multiprocessing.set_forkserver_preload(NEEDED)
+    os.environ[threads] = "1"
+    main.__spec__ = None
+    vars(main).pop("__file__", None)
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
+        os.environ.pop(threads) if given is None else os.environ.update({threads: given})
+        for number, handler in before.items():
+            # torch's own handler of SIGCHLD would raise wherever the command happens to be
+            signal.signal(number, handler)
+
+
+def _prepare_reader(limit, _worker):
+    """Set up a process that reads: the parent hears Ctrl-C for it, SIGTERM ends it, its limit is the parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    set_max_pixels(limit)
+
+
+def _helper_was_killed():
+    """Tell whether a child process has been killed: multiprocessing's own helpers too, which torch does not watch."""
+    if not hasattr(os, "waitid"):
+        return False
+    try:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # there is none
+        return False
+    if ended is None or ended.si_code != os.CLD_KILLED or ended.si_status != signal.SIGKILL:
+        return False
+    if ended.si_pid == getattr(resource_tracker._resource_tracker, "_pid", None):
+        # another one would be started, to be told of the end of what it has never heard of, and complain
+        resource_tracker.unregister = lambda name, kind: None
+    return True
+
+
+class ImageFiles(Dataset):
+    """Image files, preprocessed for the encoder."""
+
+    def __init__(self, paths, preprocess):
+        self.paths, self.preprocess = [str(path) for path in paths], preprocess
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        """Return (index, [3, R, R] pixels, None), or (index, None, why the file could not be read)."""
+        try:
+            return index, self.preprocess(read_image(self.paths[index])), None
+        except ImageError as error:
+            return index, None, str(error)
+
+
+def collate_images(samples):
+    """Stack the readable samples: (indices, [B, 3, R, R], {index: reason} of the others)."""
+    good = [(index, pixels) for index, pixels, _ in samples if pixels is not None]
+    errors = {index: reason for index, _, reason in samples if reason is not None}
+    indices = [index for index, _ in good]
+    return indices, torch.stack([pixels for _, pixels in good]) if good else torch.empty(0), errors

@@ -1,0 +1,47 @@
+"""Results of captioning: whose caption it is, and the file they are written to."""
+
+from features.annotations import image_id_of
+from features.listing import as_line, as_text
+from utils.files import write_json, write_table
+
+
+def record(path, captions):
+    """Return the result of one image in COCO's result format; several captions are kept beside the best."""
+    result = {"image_id": result_id(path), "caption": captions[0].text.strip()}
+    if len(captions) > 1:
+        result["captions"] = [caption.text.strip() for caption in captions]
+    return result
+
+
+def result_id(path):
+    """Return the id of an image's result: a number, or text that can be written."""
+    image_id = image_id_of(path)
+    return as_text(image_id) if isinstance(image_id, str) else image_id
+
+
+def shared_ids(paths):
+    """Return {image id: image files} of the ids that several images have."""
+    groups = {}
+    for path in paths:
+        groups.setdefault(result_id(path), []).append(path)
+    return {image_id: group for image_id, group in groups.items() if len(group) > 1}
+
+
+def name_shared(groups):
+    """Say in a few words which images share an id; argument as `shared_ids` returns it."""
+    shown = [f"{image_id}: {', '.join(map(as_line, group[:4]))}" for image_id, group in list(groups.items())[:3]]
+    return "; ".join(shown) + "; ..." * (len(groups) > 3)
+
+
+def write_results(out, results, shared):
+    """Write results to a file, as its ending says; those of images that share an id also say which file it was.
+
+    Args:
+        results: {path: result in COCO's format}.
+        shared: as `shared_ids` returns it.
+    """
+    if out.lower().endswith(".csv"):
+        write_table(out, ("image_id", "caption"), [(r["image_id"], r["caption"]) for r in results.values()])
+        return
+    named = ((path, result, result["image_id"] in shared) for path, result in results.items())
+    write_json(out, [result | ({"file_name": as_text(path)} if also else {}) for path, result, also in named])

@@ -1,0 +1,230 @@
+"""predict.py and predict_nice.py: which caption is whose, and what stands in the files however a run ends."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_script
+from PIL import Image
+from test_scripts import one_line_error
+
+import predict_nice
+from models.captioner import Captioner
+from utils.outputs import lock
+
+
+@pytest.fixture
+def checkpoint(trained):
+    return trained / "run_latest.pt"
+
+
+def pictures(folder, *names):
+    """Write a small picture under each name; returns the folder."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        Image.new("RGB", (40, 40), "red").save(folder / "picture.png")
+        os.rename(folder / "picture.png", os.path.join(os.fsencode(folder), os.fsencode(name)))
+    return folder
+
+
+def predict(*words, check=0):
+    return run_script("predict.py", *words, check=check)
+
+
+# ---- which caption is whose
+
+
+def test_pictures_that_share_an_id_are_named_first(checkpoint, tmp_path):
+    """Each result also says which file it is of; the evaluation goes on refusing such a file."""
+    folder, out = pictures(tmp_path / "p", "1.jpg", "1.png", "01.jpg", "2.jpg"), tmp_path / "c.json"
+    done = predict(folder, "--checkpoint", checkpoint, "--out", out)
+    warning = done.stderr.splitlines()[0]
+    assert warning.startswith("warning: 3 images share an image_id with another (1: ") and "01.jpg" in warning
+    results = json.loads(out.read_text())
+    assert sorted(r["file_name"] for r in results if r["image_id"] == 1) == [
+        str(folder / name) for name in ("01.jpg", "1.jpg", "1.png")
+    ]
+    assert [r for r in results if "file_name" not in r] == [results[3]] and results[3]["image_id"] == 2
+    refs = tmp_path / "refs.json"
+    refs.write_text(json.dumps([{"image_id": i, "caption": "a red square."} for i in (1, 2)]))
+    one_line_error(run_script("evaluate.py", out, refs, check=2), "several captions")
+    assert "share" not in predict(folder, "--checkpoint", checkpoint).stderr
+
+
+def test_names_that_are_not_utf8(checkpoint, tmp_path):
+    folder = pictures(tmp_path / "p", b"caf\xe9.jpg", "plain.jpg", "two\nlines\t.jpg")
+    done = predict(folder, "--checkpoint", checkpoint, "--out", tmp_path / "c.json")
+    assert [line.split("\t")[0].rsplit("/", 1)[1] for line in done.stdout.splitlines()] == [
+        "caf\\xe9.jpg", "plain.jpg", "two\\nlines\\t.jpg",
+    ]  # fmt: skip
+    ids = [r["image_id"] for r in json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))]
+    assert ids == ["caf\\xe9", "plain", "two\nlines\t"]
+
+
+def test_others_are_captioned_only_where_there_are_others(checkpoint, tmp_path):
+    folder = pictures(tmp_path / "p", "good.jpg")
+    os.symlink("loop.jpg", folder / "loop.jpg")
+    done = predict(folder, "--checkpoint", checkpoint, check=2)
+    assert done.stdout.count("\t") == 1 and "too many levels" in done.stderr
+    one_line_error(done, "1 of 2 images could not be read; the others are captioned")
+    done = predict(folder / "loop.jpg", "--checkpoint", checkpoint, check=2)
+    one_line_error(done, "1 of 1 images could not be read")
+    assert done.stderr.splitlines()[-1].endswith("could not be read")
+
+
+def test_max_pixels(checkpoint, tmp_path):
+    folder = pictures(tmp_path / "p", "a.jpg")
+    one_line_error(predict(folder, "--checkpoint", checkpoint, "--max_pixels", 1000, check=2), "1 of 1")
+    assert predict(folder, "--checkpoint", checkpoint, "--max_pixels", 1600).stdout
+
+
+# ---- outputs
+
+
+def test_outputs_are_checked_before_anything_is_loaded(checkpoint, clip_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(Captioner, "__init__", lambda *_, **__: pytest.fail("a model was loaded"))
+    folder = pictures(tmp_path / "p", "a.jpg", "noending")
+    for out, said in (
+        (tmp_path, "is a folder; name a file in it"),
+        (f"{tmp_path}/new/", "is a folder; name a file in it"),
+        (folder / "a.jpg" / "c.json", "is no folder"),
+        (folder / "a.jpg", "must end in .json or .csv"),
+        (tmp_path / "c.jsonl", "must end in .json or .csv"),
+        (folder / "noending", "would overwrite one of the images"),
+        (checkpoint.with_name("run.json"), "would overwrite the captioner"),
+    ):
+        before = {path: path.read_bytes() for path in (folder / "a.jpg", checkpoint.with_name("run.json"))}
+        done = predict(folder, "--checkpoint", checkpoint, "--out", out, check=2)
+        one_line_error(done, said)
+        assert before == {path: path.read_bytes() for path in before}
+    with lock(tmp_path / "c.json"):
+        one_line_error(
+            predict(folder, "--checkpoint", checkpoint, "--out", tmp_path / "c.json", check=2), "another run"
+        )
+
+
+def test_csv_is_written_and_read_back(checkpoint, tmp_path):
+    folder, out = pictures(tmp_path / "p", "1.jpg", 'a "b", c.jpg'), tmp_path / "c.CSV"
+    texts = [
+        line.split("\t")[1] for line in predict(folder, "--checkpoint", checkpoint, "--out", out).stdout.splitlines()
+    ]
+    assert out.read_text().startswith("image_id,caption\n1,")
+    os.rename(out, tmp_path / "c.csv")
+    refs = tmp_path / "refs.json"
+    refs.write_text(json.dumps([{"image_id": i, "caption": t} for i, t in zip((1, 'a "b", c'), texts, strict=True)]))
+    scores = run_script("evaluate.py", tmp_path / "c.csv", refs, "--metrics", "Bleu", "--out", tmp_path / "s.json")
+    assert json.loads((tmp_path / "s.json").read_text())["images"] == 2, scores.stderr
+
+
+@pytest.mark.parametrize("error", (KeyboardInterrupt, RuntimeError("from the driver"), ChildProcessError("killed")))
+@pytest.mark.parametrize("ending", (".json", ".csv"))
+def test_what_is_done_is_kept(checkpoint, photos, tmp_path, monkeypatch, error, ending):
+    plain = Captioner.caption_files
+
+    def cut_short(self, *words):
+        yield from [batch for batch, _ in zip(plain(self, *words), range(2), strict=False)]
+        raise error
+
+    monkeypatch.setattr(Captioner, "caption_files", cut_short)
+    out = tmp_path / f"c{ending}"
+    words = (photos, "--checkpoint", checkpoint, "--out", out, "--batch_size", 2)
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError):
+            predict(*words)
+    else:
+        done = predict(*words, check=130 if error is KeyboardInterrupt else 2)
+        assert "4 of 12 images are captioned" in done.stderr
+    assert len(out.read_text().splitlines()) == 5 if ending == ".csv" else len(json.loads(out.read_text())) == 4
+
+
+def test_an_output_that_cannot_show_a_name(checkpoint, tmp_path):
+    """A terminal without UTF-8 gets escapes, and the file is whole."""
+    folder = pictures(tmp_path / "p", "café.jpg", b"caf\xe9.jpg")
+    done = subprocess.run(
+        [sys.executable, "predict.py", folder, "--checkpoint", checkpoint, "--out", tmp_path / "c.json"],
+        cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii:backslashreplace"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.isascii() and done.stdout.count("\t") == 2, done.stderr
+    assert len(json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))) == 2
+
+
+# ---- predict_nice.py
+
+
+@pytest.fixture
+def nice(checkpoint, tmp_path, monkeypatch):
+    """A function that runs predict_nice.py on a folder; its files are under out/."""
+    monkeypatch.setattr(predict_nice, "FOLDER", tmp_path / "out")
+    flags = ("--checkpoint", checkpoint, "--prompt", "", "--decoder", "clipcap", "--beam_size", 1)
+
+    def run(folder, *words, check=0):
+        return run_script("predict_nice.py", "--images", folder, *flags, "--ofile", "d", *words, check=check)
+
+    return run
+
+
+def rows(tmp_path):
+    """Return the ids of both files, after checking that they are the same."""
+    ids = list(json.loads((tmp_path / "out" / "d.json").read_text()))
+    table = (tmp_path / "out" / "d.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table] == ["public_id", *ids]
+    return ids
+
+
+def test_ids_are_not_file_names(nice, tmp_path):
+    """Read back they are as they were written, and numbers are numbers."""
+    folder = pictures(tmp_path / "p", "v1.2.jpg", "v1.3.jpg", "at 10.15.30.jpg", "0012.jpg", b"caf\xe9.jpg", " x.jpg")
+    nice(folder)
+    assert rows(tmp_path) == ["12", " x", "at 10.15.30", "caf\\xe9", "v1.2", "v1.3"]
+    pictures(folder, "new.jpg")
+    assert "6 of 7 images are captioned" in nice(folder).stderr
+    assert rows(tmp_path) == ["12", " x", "at 10.15.30", "caf\\xe9", "new", "v1.2", "v1.3"]
+
+
+def test_nice_refuses_images_of_one_id(nice, tmp_path):
+    folder = pictures(tmp_path / "p", "1.jpg", "1.png", "01.jpg", "2.jpg")
+    one_line_error(nice(folder, check=2), "share a public_id", "1.jpg", "1.png", "01.jpg")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nice_takes_pictures_only(nice, tmp_path):
+    folder = pictures(tmp_path / "p", "beach.jpg")
+    (folder / "._beach.jpg").write_bytes(b"\0\5\16\7\0\2\0\0Mac OS X" + bytes(90))
+    (folder / "notes.txt").write_text("notes")
+    assert "1 file of other kinds (notes.txt)" in nice(folder).stderr
+    assert rows(tmp_path) == ["beach"]
+
+
+def test_nice_table_follows_the_json(nice, tmp_path):
+    """Killed between the two files, the next run makes them equal again."""
+    folder = pictures(tmp_path / "p", "a.jpg", "b.jpg")
+    nice(folder)
+    (tmp_path / "out" / "d.csv").write_text("public_id,caption\na,x\n")
+    nice(folder)
+    assert rows(tmp_path) == ["a", "b"]
+
+
+def test_nice_overwrites_nothing_of_others(nice, tmp_path, checkpoint, monkeypatch):
+    folder, out = pictures(tmp_path / "p", "a.jpg"), tmp_path / "out"
+    out.mkdir()
+    (out / "d.csv").write_text("public_id,caption\na,mine\n")
+    one_line_error(nice(folder, check=2), "d.csv is not of an earlier run")
+    (out / "d.json").write_text('{"a": "mine"}')
+    (out / "d.csv").write_text("name,price\n")
+    one_line_error(nice(folder, check=2), "d.csv is not of an earlier run")
+    (out / "d.json").write_text("[]")
+    (out / "d.csv").unlink()
+    one_line_error(nice(folder, check=2), "d.json is not {public_id: caption}")
+    for name in ("../x", "a/b", "..", "", "."):
+        one_line_error(nice(folder, "--ofile", name, check=2), "--ofile")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "p"] and os.listdir(out) == ["d.json"]
+    (out / "d.json").unlink()
+    with lock(out / "d.json"):
+        one_line_error(nice(folder, check=2), "another run is writing", "--ofile")
+    shutil.copytree(checkpoint.parent, tmp_path / "run")
+    monkeypatch.setattr(predict_nice, "FOLDER", tmp_path / "run")
+    done = nice(folder, "--ofile", "run", "--checkpoint", tmp_path / "run" / "run_latest.pt", check=2)
+    one_line_error(done, "would overwrite the captioner")
