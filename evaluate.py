@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from features.annotations import FORMATS, ImageFinder
+from features.annotations import FORMATS
 from features.clip_encoder import ClipEncoder
+from features.finder import ImageFinder
 from features.references import named, read_captions, read_records, read_references
 from metrics import ptb
 from metrics.bootstrap import compare, intervals
