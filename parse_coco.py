@@ -47,7 +47,7 @@ def get_parser():
     data.add_argument(
         "--out", help="pickle to write, or DIR/ for shards (default: data/coco/oscar_split_{model}_{split}.pkl)"
     )
-    data.add_argument("--strict", action="store_true", help="stop at the first missing or unreadable image")
+    data.add_argument("--strict", action="store_true", help="stop at the first bad row, missing or unreadable image")
     data.add_argument(
         "--check", action="store_true", help="print every bad record as place, file, reason; encode nothing"
     )
