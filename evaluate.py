@@ -16,8 +16,9 @@ import os
 
 import numpy as np
 
-from features.annotations import FORMATS, ImageFinder
+from features.annotations import FORMATS
 from features.clip_encoder import ClipEncoder
+from features.finder import ImageFinder
 from features.images import add_max_pixels_flag, set_max_pixels
 from features.references import named, read_captions, read_records, read_references
 from metrics import ptb

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from features.annotations import FORMATS, ImageFinder, read_annotations
+from features.annotations import FORMATS, read_places
 from features.check import find_faults
 from features.clip_encoder import ClipEncoder, named_sha256
+from features.finder import ImageFinder, match_images
 from features.images import add_max_pixels_flag, set_max_pixels
 from features.loader import prepare_readers
 from features.partial import PartialStore, collect_rows, partial_names
@@ -51,7 +52,7 @@ def get_parser():
     data.add_argument(
         "--out", help="pickle to write, or DIR/ for shards (default: data/coco/oscar_split_{model}_{split}.pkl)"
     )
-    data.add_argument("--strict", action="store_true", help="stop at the first missing or unreadable image")
+    data.add_argument("--strict", action="store_true", help="stop at the first bad row, missing or unreadable image")
     data.add_argument(
         "--check", action="store_true", help="print every bad record as place, file, reason; encode nothing"
     )
@@ -76,24 +77,27 @@ def default_out(clip_model_type, split):
     return f"data/coco/oscar_split_{model}_{split}.pkl"
 
 
-def find_images(records, finder, strict):
-    """Locate every record's image.
+def find_images(places, finder, strict):
+    """Locate the image of every record that `--check` finds no fault in.
 
-    Returns: ({image file: its records}, {image file or id: why it is skipped}).
-    Raises: ValueError where `strict` and one is missing, or where all are.
+    Args:
+        places: as of `read_places`.
+    Returns: ({image file: its records}, {image file, id or place: why it is skipped}).
+    Raises: ValueError where `strict` and one is skipped, or where all are.
     """
-    found, skipped = {}, {}
-    for record in records:
-        path = finder.find(record)
-        if path is None:
-            skipped[str(record.get("file_name") or record["image_id"])] = "no such image"
+    found, skipped = {}, {place: error for place, _, error in places if error}
+    records = [record for _, record, error in places if not error]
+    for record, (path, reason) in zip(records, match_images(records, finder), strict=True):
+        if reason:
+            skipped[str(record.get("file_name") or path or record["image_id"])] = reason
         else:
             found.setdefault(path, []).append(record)
     if skipped and (strict or not found):
-        name = next(iter(skipped))
+        name, reason = next(iter(skipped.items()))
         raise ValueError(
-            f"{len(skipped)} of {len(skipped) + len(found)} images are missing, {name} the first, in "
-            f"{', '.join(map(str, finder.folders))}; pass the right --images{', or leave out --strict' * bool(found)}"
+            f"{len(skipped)} of {len(skipped) + len(found)} images cannot be used, {name} the first ({reason}), in "
+            f"{', '.join(map(str, finder.folders))}; see --check, pass the right --images"
+            f"{', or leave out --strict' * bool(found)}"
         )
     return found, skipped
 
@@ -289,8 +293,8 @@ def main(argv=None):
         return check(args.annotations, args.split, args.images, args.num_workers)
     out = args.out or default_out(args.clip_model_type, args.split)
     check_store_output(out, {"the annotations": args.annotations, "the encoder": args.clip_model_type})
-    records = read_annotations(args.annotations, args.split)
-    found, skipped = find_images(records, ImageFinder(args.images, args.annotations), args.strict)
+    places = read_places(args.annotations, args.split)
+    found, skipped = find_images(places, ImageFinder(args.images, args.annotations), args.strict)
     prepare_readers(len(found), args.num_workers)
     device = own_device([pick_device(args.device)])
     with connected(device), lock(out) if is_main() else contextlib.nullcontext():

@@ -1,15 +1,10 @@
 """What is scored: captions and references from files of every format, .gz too."""
 
 import collections
-import contextlib
-import gzip
-import shutil
-import tempfile
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from features.annotations import image_id_of, normal_id, read_annotations
+from features.annotations import distinct_ids, image_id_of, normal_id, read_annotations
 
 # Images of dataset_coco.json; train includes restval.
 KARPATHY_COCO = {"train": 113287, "val": 5000, "test": 5000}
@@ -24,53 +19,34 @@ class References:
         captions: {image id: [caption, ...]}.
         names: {image id: file name}, where the file tells it.
         domains: {image id: "in-domain", "near-domain" or "out-domain"} of nocaps, else {}.
+        images: {image id: image file or None}, what `find_image` has found.
     """
 
     captions: dict
     names: dict
     domains: dict
+    images: dict = field(default_factory=dict)
 
     def find_image(self, finder, image_id):
-        """Return an image's file by an ImageFinder, or None."""
-        return finder.find({"image_id": image_id, "file_name": self.names.get(image_id)})
-
-
-@contextlib.contextmanager
-def unzipped(path):
-    """Yield the path of a plain file: `path`, or what the .gz file `path` holds.
-
-    Raises: FileNotFoundError; ValueError for a damaged .gz file; other ValueErrors name the .gz file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.suffix.lower() != ".gz":
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder, path.stem)
-        try:
-            with gzip.open(path) as source, open(plain, "wb") as target:
-                shutil.copyfileobj(source, target)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is no complete gzip file ({error}); fetch it again") from None
-        try:
-            yield plain
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(plain), str(path))) from None
+        """Return an image's file by an ImageFinder, always the same one; None where there is none, or no single one."""
+        if not self.images:
+            records = [{"image_id": i, "file_name": self.names.get(i)} for i in self.captions]
+            self.images.update(zip(self.captions, (path for path, _ in finder.find_all(records)), strict=True))
+        return self.images.get(image_id)
 
 
 def read_records(path, split):
-    """Read records with a normal `image_id` from a file of any format that `read_annotations` knows.
+    """Read records from a file of any format that `read_annotations` knows, each `image_id` as `distinct_ids` has it.
 
     Args:
         path: file, .gz too.
         split: of a Karpathy file.
     Raises: FileNotFoundError; ValueError naming file and record, or a split of dataset_coco.json that is not whole.
     """
-    with unzipped(path) as plain:
-        records = [{**record, "image_id": normal_id(record["image_id"])} for record in read_annotations(plain, split)]
-    if plain.name == "dataset_coco.json" and split in KARPATHY_COCO:
+    records = read_annotations(path, split)
+    ids = distinct_ids(record["image_id"] for record in records)
+    records = [{**record, "image_id": ids[str(record["image_id"]).strip()]} for record in records]
+    if Path(path).name.removesuffix(".gz") == "dataset_coco.json" and split in KARPATHY_COCO:
         images = len({record["image_id"] for record in records})
         if images != KARPATHY_COCO[split]:
             raise ValueError(
@@ -87,9 +63,16 @@ def read_captions(path, references, split):
         references: References; an id that is not theirs but the name of one of their images becomes that image's.
     Raises: ValueError naming images with two captions.
     """
-    ids = {image_id_of(name): image_id for image_id, name in references.names.items()}
-    pairs = [(record["image_id"], record["caption"]) for record in read_records(path, split)]
-    pairs = [(i if i in references.captions else ids.get(i, i), caption) for i, caption in pairs]
+    named_so = collections.defaultdict(list)
+    for image_id, name in references.names.items():
+        named_so[image_id_of(name.replace("\\", "/"))].append(image_id)
+    ids = {image_id: same[0] for image_id, same in named_so.items() if len(same) == 1}
+    pairs = []
+    for record in read_annotations(path, split):
+        text, image_id = str(record["image_id"]).strip(), normal_id(record["image_id"])
+        # "007" is 7, unless the references have it beside "7"
+        known = next((i for i in (text, image_id) if i in references.captions), ids.get(image_id, image_id))
+        pairs.append((known, record["caption"]))
     twice = [image_id for image_id, count in collections.Counter(i for i, _ in pairs).items() if count > 1]
     if twice:
         raise ValueError(

@@ -60,11 +60,10 @@ broken.jpg,an old tree,x
         ["line 5", "dog.png", "the caption is empty"],
         ["line 7", "-", "has image_id '', which is neither a number nor a name"],
         ["line 8", "-", "has not 3 fields like the header: quote the caption"],
-        ["line 11", "more/2.jpg", f"image_id 2 is that of {folder / '2.jpg'} too".replace(f"{folder}/", "")],
     ]
     assert [fault[0] for fault in faults] == sorted((f[0] for f in faults), key=lambda place: int(place.split()[1]))
-    assert summary.strip().endswith("captions.csv: 10 records of 5 images; 8 faults")
-    assert len(summary.strip().splitlines()) == 1
+    assert summary.strip().endswith("captions.csv: 10 records of 5 images; 7 faults")
+    assert "warning: 2 images share their name with another, such as 2.jpg" in summary
 
 
 def test_other_formats(check, folder):
@@ -94,4 +93,4 @@ def test_other_formats(check, folder):
 def test_good_data_and_files_that_cannot_be_read(check, folder):
     assert check("a.csv", "image,caption\n1.jpg,a dog\n1.jpg,a cat\n2.jpg,a dog\n", 0, "--num_workers", 2)[0] == []
     assert "needs image and caption" in check("a.csv", "file,text\n1.jpg,a\n", 2)[1]
-    assert "error" in check("a.csv", 'image,caption\n1.jpg,"a\n', 2)[1]
+    assert check("a.csv", 'image,caption\n1.jpg,"a\n', 2)[0][0][:2] == ["line 2", "-"]

@@ -15,8 +15,8 @@ from PIL import Image
 
 import evaluate
 import features.references
-from features.annotations import ImageFinder
 from features.clip_encoder import ClipEncoder
+from features.finder import ImageFinder
 from features.references import References
 
 ROOT = Path(evaluate.__file__).resolve().parent
@@ -120,7 +120,7 @@ def test_caption_formats(tmp_path):
         ("a.json", '{"5": "a", "5": "b"}', "several captions"),
         ("a.json", '{"5": "a", "6": null}', "record 2 has the caption None"),
         ("a.json", '{"5": "a",', "a.json is not valid JSON"),
-        ("a.json", {"5": ["a"]}, "none of the formats"),
+        ("a.json", {"5": ["a", "b"]}, "several captions for 1 images .image_id 5."),
         ("a.json", [{"image_id": 5, "caption": None}], "record 1 has the caption None"),
         ("a.json", [{"caption": "a"}], "record 1 has no 'image_id'"),
         ("a.json", [], "holds no captions"),

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from features import images
-from features.annotations import ImageFinder, image_id_of, read_annotations
+from features.annotations import image_id_of, read_annotations
 from features.dataset import CaptionDataset, batches_per_epoch, epoch_batches
+from features.finder import ImageFinder
 from features.images import ImageError, read_image
 from features.partial import PartialStore
 from features.store import read_store, write_store
@@ -68,7 +69,7 @@ BAD = {
     "caption.json": ('[{"image_id": 1, "caption": null}]', "record 1 has the caption None"),
     "string.json": ('["a"]', "record 1"),
     "empty.json": ("[]", "no captions"),
-    "void.json": ("", "not valid JSON"),
+    "void.json": ("", "is empty"),
     "columns.csv": ("file,text\n1.jpg,a\n", "columns file, text; it needs image and caption"),
     "fields.csv": ("image,caption\n1.jpg,a,b\n", "line 2 has not 2 fields"),
     "noimage.csv": ("image,caption\n,a\n", "line 2 has image_id"),

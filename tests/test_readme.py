@@ -13,10 +13,9 @@ import pytest
 from conftest import ROOT, run_script
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import predict
 from features import clip_encoder, references
 from metrics import coco
-from models import language, pretrained
+from models import captioner, language, pretrained
 from utils.files import read_json, write_json
 
 
@@ -113,7 +112,7 @@ def workplace(tmp_path, photos, clip_file, language_model, twelve_layers, monkey
 
     monkeypatch.setattr(clip_encoder, "_load", clip_of_that_name)
     monkeypatch.setattr(language, "_from_pretrained", model_of_that_name)
-    monkeypatch.setattr(predict, "fetch", fetched)
+    monkeypatch.setattr(captioner, "fetch", fetched)
     return tmp_path
 
 
