@@ -29,15 +29,7 @@ class ClipEncoder:
         Raises: ValueError for a name that is neither, or a file that is no CLIP; FileNotFoundError where a named
             model is not in the cache and cannot be fetched.
         """
-        with warnings.catch_warnings():
-            # clip's own import of pkg_resources and use of torch.jit.load; neither is the user's to mend
-            warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
-            warnings.filterwarnings("ignore", message=".*torch.jit.load. is deprecated")
-            self._load_clip(clip_model_type, device, dtype)
-
-    def _load_clip(self, clip_model_type, device, dtype):
-        import clip  # takes a second, and not every command needs it
-
+        clip = _import_clip()
         self.name, self.device = str(clip_model_type), torch.device(device)
         self.model, self.preprocess = _load(clip, self.name, self.device)
         # images are RGB already, and processes that read them need not import clip for that
@@ -100,11 +92,17 @@ class ClipEncoder:
             yield indices, embeddings, errors
 
 
+def _import_clip():
+    """Return OpenAI's module; importing it takes a second, and not every command needs it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # which is not the user's to mend
+        import clip
+    return clip
+
+
 def named_sha256(name):
     """Return the SHA-256, checked by `clip.load`, of the file that a name of OpenAI's stands for; None: no name."""
-    import clip
-
-    url = clip.clip._MODELS.get(str(name))
+    url = _import_clip().clip._MODELS.get(str(name))
     return url.split("/")[-2] if url else None
 
 
@@ -115,7 +113,9 @@ def _load(clip, name, device):
         hint = nearest(name, names)
         raise ValueError(f"--clip_model_type {name} is neither a file nor one of {', '.join(names)}{hint}")
     try:
-        return clip.load(name, device=device, jit=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.jit.load. is deprecated")
+            return clip.load(name, device=device, jit=False)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         file = Path(clip.clip._MODELS[name]).name
         raise FileNotFoundError(

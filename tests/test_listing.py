@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from features import listing
-from features.annotations import ImageFinder
+from features.finder import ImageFinder
 from features.listing import as_line, as_text, find_images, list_folder
 
 

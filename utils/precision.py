@@ -57,6 +57,13 @@ def _cpu_has_bf16():
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+@functools.cache
+def _int8_sums_overflow():
+    """Tell whether the processor adds two 8-bit products in 16 bits, where 7-bit inputs are needed to fit."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.backends.quantized.engine != "qnnpack" and not capabilities.get("avx512_vnni")
+
+
 def prepare_for_inference(model, dtype, device):
     """Change a model in place so that it computes in `dtype`, as fast as the device does; it can be trained no more.
 
@@ -152,7 +159,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x):
         """Map [..., in] to [..., out]."""
-        return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=False)
+        return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=_int8_sums_overflow())
 
 
 class PackedAttention(nn.Module):
