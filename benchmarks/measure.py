@@ -1,5 +1,6 @@
 """Timing side by side, memory in a process of its own, and the machine's limits."""
 
+import functools
 import gc
 import multiprocessing
 import statistics
@@ -41,9 +42,14 @@ def best_of(work, repeats, device):
     return min(interleave({"": work}, 1, device)[0][""] for _ in range(repeats))
 
 
-def limits(device):
-    """Return what the machine can do: {`fp32 product`: GFLOP/s, `bf16 product`: ..., `copy`: GB/s read and written}."""
-    side, found = 2048 if device.type == "cpu" else 8192, {}
+@functools.cache
+def limits(device, side):
+    """Return what the machine can do: {`fp32 product`: GFLOP/s, `bf16 product`: ..., `copy`: GB/s read and written}.
+
+    Args:
+        side: of the square matrices that are multiplied.
+    """
+    found = {}
     for name, dtype in (("fp32 product", torch.float32), ("bf16 product", torch.bfloat16)):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         found[name] = 2 * side**3 / best_of(lambda a=a, b=b: a @ b, 8, device) / 1e9

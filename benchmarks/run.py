@@ -128,6 +128,7 @@ def main(argv=None):
     if args.quick:
         workload.shrink()
     device, stored = torch.device(args.device), args.out / "results.json"
+    side = 256 if args.quick else 2048 if device.type == "cpu" else 8192  # of 2048, emulated bf16 takes minutes
     results = read_json(stored) if stored.is_file() else {}
     for name in args.only:
         print(f"{name} ...", flush=True)
@@ -135,7 +136,7 @@ def main(argv=None):
         tables = section.run(device, args.repeats, args.quick)
         if hasattr(section, "memory") and device.type == "cpu" and not args.quick:
             tables["peak memory"] = section.memory()
-        results[name] = {"machine": describe_machine(device), "limits": measure.limits(device), "tables": tables}
+        results[name] = {"machine": describe_machine(device), "limits": measure.limits(device, side), "tables": tables}
         results = {name: results[name] for name in SECTIONS if name in results}
         write_json(stored, results)
         write_results(results, args.out)
