@@ -10,6 +10,7 @@ import train as train_script
 from features.clip_encoder import ClipEncoder
 from features.dataset import CaptionDataset
 from features.store import read_store
+from models import clip_caption
 from models.checkpoint import load_captioner, load_weights
 from models.decoding import BEAM, DecodingConfig, generate_captions
 from models.language import load_tokenizer
@@ -57,12 +58,8 @@ def make_trainer(parity, expected, variant, full_batch=False):
     flags = ("mapping_type", "prefix_length", "prefix_length_clip", "num_layers", "lr", "warmup_steps", "epochs", "bs")
     argv = [part for flag in flags for part in (f"--{flag}", str(settings[flag]))]
     argv += ["--only_prefix"] * settings["only_prefix"] + ["--data", str(parity / STORE)]
-    argv += [
-        "--language_model",
-        str(parity / "gpt2-tiny"),
-        "--init_from",
-        str(parity / "checkpoints" / f"{variant}-init.pt"),
-    ]
+    argv += ["--language_model", str(parity / "gpt2-tiny")]
+    argv += ["--init_from", str(parity / "checkpoints" / f"{variant}-init.pt")]
     args = train_script.get_parser().parse_args(argv)
     store = read_store(args.data)
     model = train_script.build_model(train_script.caption_config(args, store), args.init_from)
@@ -70,17 +67,57 @@ def make_trainer(parity, expected, variant, full_batch=False):
     return Trainer(model, dataset, train_script.training_config(args), torch.device("cpu")), settings
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_training_losses(parity, expected, variant):
-    trainer, settings = make_trainer(parity, expected, variant)
-    losses = [trainer.train_step([trainer.dataset.batch(rows)])[0] for rows in settings["batches"]]
-    # the reference's first loss of `transformer_40_40`, before any update, is 4e-6 off what float64 gives, which 400
-    # steps make larger
-    np.testing.assert_allclose(losses[:150], settings["losses"][:150], rtol=1e-4)
-    np.testing.assert_allclose(losses, settings["losses"], rtol=1e-4 if variant == "mlp_10_10" else 4e-4)
-    final = load_weights(parity / f"checkpoints/{variant}-079.pt")
+class LogSumExpOf16Lanes(torch.autograd.Function):
+    """The logarithm of summed exponentials of [N, V], summed one after another in 16 float32 lanes.
+
+    torch does so in `log_softmax` on processors with AVX-512, such as the reference's. With 50,257 terms that is off by
+    up to 4e-6, which 400 steps make larger; other processors have 8 lanes, and are off in another way.
+    """
+
+    @staticmethod
+    def forward(ctx, logits):
+        """Return [N]."""
+        top = logits.amax(1, keepdim=True)
+        terms = torch.nn.functional.pad((logits - top).exp(), (0, -logits.shape[1] % 16)).view(len(logits), -1, 16)
+        lanes = torch.zeros(len(logits), 16)
+        for part in terms.transpose(0, 1).contiguous():
+            lanes += part
+        result = lanes.sum(1).log() + top[:, 0]
+        ctx.save_for_backward(logits, result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Return [N, V]: the softmax, by the same sum."""
+        logits, result = ctx.saved_tensors
+        return (logits - result[:, None]).exp() * gradient[:, None]
+
+
+def cross_entropy(logits, tokens):
+    """Return the mean cross-entropy of [N, V] logits, as the reference's processor rounds it."""
+    return (LogSumExpOf16Lanes.apply(logits) - logits.gather(1, tokens[:, None])[:, 0]).mean()
+
+
+def losses_of(trainer, batches):
+    return [trainer.train_step([trainer.dataset.batch(rows)])[0] for rows in batches]
+
+
+def test_training_losses(parity, expected):
+    trainer, settings = make_trainer(parity, expected, "mlp_10_10")
+    np.testing.assert_allclose(losses_of(trainer, settings["batches"]), settings["losses"], rtol=1e-4)
+    final = load_weights(parity / "checkpoints/mlp_10_10-079.pt")
     for name, value in trainer.model.state_dict().items():
-        assert torch.allclose(value, final[name], atol=1e-2), name
+        assert torch.allclose(value, final[name], atol=1e-4), name
+
+
+@pytest.mark.slow
+def test_training_losses_of_a_frozen_language_model(parity, expected, monkeypatch):
+    monkeypatch.setattr(clip_caption.F, "cross_entropy", cross_entropy)
+    trainer, settings = make_trainer(parity, expected, "transformer_40_40")
+    np.testing.assert_allclose(losses_of(trainer, settings["batches"]), settings["losses"], rtol=1e-4)
+    final = load_weights(parity / "checkpoints/transformer_40_40-079.pt")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.allclose(value, final[name], atol=5e-3), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
