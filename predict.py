@@ -15,8 +15,6 @@ import os
 from dataclasses import fields, replace
 from pathlib import Path
 
-import torch
-
 from features.images import add_max_pixels_flag, set_max_pixels
 from features.listing import as_line, find_images
 from features.loader import prepare_readers
@@ -253,5 +251,4 @@ def main(argv=None, parser=None):
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("high")
     run(main)

@@ -4,6 +4,7 @@ Axes: B batch, D CLIP width, R input resolution.
 """
 
 import pickle
+import sys
 import urllib.error
 import warnings
 from pathlib import Path
@@ -41,23 +42,31 @@ class ClipEncoder:
         self.input_resolution = self.model.visual.input_resolution  # R
         self.embed_dim = self.model.text_projection.shape[1]  # D
         self.sha256 = named_sha256(self.name) or sha256(self.name)
+        self.most = sys.maxsize  # images at a time, as far as is known
 
     @torch.inference_mode()
     def encode_images(self, pixels):
-        """Embed preprocessed images; a batch that does not fit the device's memory is halved.
+        """Embed preprocessed images; from one that does not fit the device's memory on, in halves of it.
 
         Args:
             pixels: [B, 3, R, R], normalised as CLIP does.
         Returns: [B, D] float32 on the CPU, not normalised.
         """
-        try:
-            return self.model.encode_image(pixels.to(self.device, non_blocking=True)).float().cpu()
-        except torch.OutOfMemoryError:
-            if len(pixels) == 1:
-                raise
-            note(f"warning: {len(pixels)} images do not fit the device's memory; going on with half of them at a time")
+        embeddings, done = [], 0
+        while done < len(pixels):
+            batch = pixels[done : done + self.most]
+            try:
+                embeddings.append(self.model.encode_image(batch.to(self.device, non_blocking=True)).float().cpu())
+                done += len(batch)
+                continue
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+            # here, not above: the error, while it is handled, keeps the tensors that filled the memory
+            self.most = len(batch) // 2
+            note(f"warning: {len(batch)} images do not fit the device's memory; going on with {self.most} at a time")
             torch.cuda.empty_cache()
-            return torch.cat([self.encode_images(half) for half in pixels.chunk(2)])
+        return torch.cat(embeddings)
 
     @torch.inference_mode()
     def encode_texts(self, texts, batch_size=256):

@@ -80,12 +80,22 @@ class CaptionDataset:
             self.starts[index], self.lengths[index] = self.used, len(ids)
             self.used += len(ids)
 
-    def batches(self, order):
-        """Yield the batches of `order`, a list of [B] arrays, each gathered while the one before it is at work."""
+    def batches(self, order, pin_memory=False):
+        """Yield the batches of `order`, each gathered while the one before it is at work.
+
+        Args:
+            order: list of [B] arrays of caption numbers.
+            pin_memory: put them where a GPU copies from without waiting.
+        """
+
+        def gather(indices):
+            batch = self.batch(indices)
+            return tuple(values.pin_memory() for values in batch) if pin_memory else batch
+
         with ThreadPoolExecutor(1) as pool:
             waiting = None
             for indices in order:
-                following = pool.submit(self.batch, indices)
+                following = pool.submit(gather, indices)
                 if waiting:
                     yield waiting.result()
                 waiting = following

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoConfig, GPT2Config, OPTConfig
 
 from models.clip_caption import CaptionConfig, build_captioner
@@ -270,7 +271,8 @@ def load_captioner(checkpoint, language_model=None, normalize_prefix=None, devic
         own = model.state_dict()
         state_dict = {name: value for name, value in own.items() if not _is_trained(name)} | state_dict
     else:
-        model = build_captioner(config, build_language_model(gpt_config))
+        with init_empty_weights():  # else all would be drawn at random, only to be overwritten
+            model = build_captioner(config, build_language_model(gpt_config))
     _fill(model, state_dict, checkpoint)
     return model.eval(), tokenizer, described is not None
 
@@ -355,7 +357,11 @@ def _fill(model, state_dict, path):
     if missing or extra:
         what = f"it lacks {missing[0]}" if missing else f"it holds {extra[0]}, which the captioner has not"
         raise ValueError(f"{path} does not fit: {what} ({len(missing)} missing, {len(extra)} unknown names)")
-    model.load_state_dict(state_dict)
+    if not any(value.is_meta for value in own.values()):
+        model.load_state_dict(state_dict)
+        return
+    model.load_state_dict({key: state_dict[key].to(own[key].dtype) for key in own}, assign=True)
+    model.gpt.tie_weights()
 
 
 def _tied_key(own):

@@ -136,25 +136,26 @@ class ClipCaptionModel(nn.Module):
         Source: ClipCap paper, equation 2.
         """
         embeddings = self.embed(tokens, clip_embedding)
-        lengths = lengths.to(tokens.device)
-        positions = torch.arange(embeddings.shape[1], device=tokens.device)  # [P + T]
-        mask = positions < (self.config.prefix_length + lengths)[:, None]  # [B, P + T]
-        real = mask[:, self.config.prefix_length :]  # [B, T]
-        telling = F.pad(real, (0, 1))  # [B, T + 1] of the last positions: those that a real token follows
+        columns = tokens.shape[1]
+        real = torch.arange(columns, device=lengths.device) < lengths[:, None]  # [B, T]
+        # as numbers, told where the lengths are: a mask would make the GPU wait for its count
+        rows, places = real.nonzero(as_tuple=True)  # [sum(lengths)] each
+        telling = (rows * (columns + 1) + places).to(tokens.device, non_blocking=True)  # of [B, T + 1]: before a token
+        wanted = (rows * columns + places).to(tokens.device, non_blocking=True)  # of [B, T]
 
         def keep_telling(_, inputs):
-            hidden = inputs[0][:, -telling.shape[1] :]  # [B, T + 1, E]
-            return (hidden[telling.to(hidden.device)],)  # [sum(lengths), E]
+            hidden = inputs[0][:, -columns - 1 :].flatten(0, 1)  # [B (T + 1), E]
+            return (hidden.index_select(0, telling.to(hidden.device)),)  # [sum(lengths), E]
 
         # the output layer, a third of GPT-2's work, is spared what no loss is taken of
         hook = self.gpt.get_output_embeddings().register_forward_pre_hook(keep_telling)
         try:
-            out = self.gpt(
-                inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False, logits_to_keep=telling.shape[1]
-            )
+            # padding stands on the right, where no real token sees it
+            out = self.gpt(inputs_embeds=embeddings, use_cache=False, logits_to_keep=columns + 1)
         finally:
             hook.remove()
-        return F.cross_entropy(out.logits.float(), tokens[real].to(out.logits.device))  # of [sum(lengths), V]
+        # of [sum(lengths), V]
+        return F.cross_entropy(out.logits.float(), tokens.flatten().index_select(0, wanted).to(out.logits.device))
 
     def caption(self, search, *arguments):
         """Return `search(self, *arguments)`: a method of its own, for which sharded weights are gathered.

@@ -340,3 +340,23 @@ def test_captions_are_tokenised_once(language_model, tmp_path):
     passes = [[tokens.tolist() for tokens, _, _ in dataset.batches(order)] for _ in range(2)]
     assert sorted(seen) == sorted(dataset.store.captions[i]["caption"] for i in range(4))
     assert passes[0] == passes[1] == [dataset.batch(indices)[0].tolist() for indices in order]
+
+
+def test_encoder_remembers_what_fits_the_memory(clip_file, monkeypatch, capsys):
+    """A device that takes three images: four are halved once, and what follows comes in twos."""
+    from features.clip_encoder import ClipEncoder
+
+    encoder, sizes = ClipEncoder(clip_file), []
+    pixels, encode = torch.randn(5, 3, 32, 32), encoder.model.encode_image
+    expected = encoder.encode_images(pixels)
+
+    def small_device(batch):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError
+        return encode(batch)
+
+    monkeypatch.setattr(encoder.model, "encode_image", small_device)
+    assert torch.allclose(torch.cat([encoder.encode_images(pixels[:4]), encoder.encode_images(pixels[4:])]), expected)
+    assert torch.allclose(encoder.encode_images(pixels), expected, atol=1e-5) and sizes == [4, 2, 2, 1, 2, 2, 1]
+    assert capsys.readouterr().err.count("do not fit") == 1

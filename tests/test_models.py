@@ -50,6 +50,19 @@ def test_transformer_mapper_matches_plain_attention(language_model):
     assert torch.allclose(layer(x), layer.project(mixed), atol=1e-6)
 
 
+def test_loading_draws_no_random_weights(language_model, tmp_path):
+    """Weights are made empty and filled, in float32 whatever the file's type; the output layer stays tied."""
+    model = build(language_model)
+    torch.save({name: value.half() for name, value in model.state_dict().items()}, tmp_path / "bare.pt")
+    before = torch.get_rng_state()
+    loaded, _, _ = load_captioner(tmp_path / "bare.pt", str(language_model))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
+    assert loaded.gpt.lm_head.weight is loaded.gpt.transformer.wte.weight
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value.half().float()), name
+
+
 def test_loss_counts_every_token_and_no_padding(language_model):
     """Token id 0 is learnt like any other; what stands in the padding changes nothing."""
     model = build(language_model)

@@ -97,17 +97,19 @@ class Trainer:
         """
         self.model.train()
         total = all_sum(sum(int(lengths.sum()) for _, _, lengths in batches))
-        loss = 0.0
+        loss = torch.zeros((), device=self.device)
         for number, (tokens, embeddings, lengths) in enumerate(batches, 1):
             wait = number < len(batches) and isinstance(self.loss, DistributedDataParallel)
             with self.loss.no_sync() if wait else contextlib.nullcontext():
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                    part = self.loss(tokens.to(self.device), embeddings.to(self.device), lengths)
+                    # from pinned memory: the copy does not wait for what the GPU is at
+                    batch = (values.to(self.device, non_blocking=True) for values in (tokens, embeddings))
+                    part = self.loss(*batch, lengths)
                 part = part * (int(lengths.sum()) / total)
                 # gradients are averaged over the processes, and their sum is wanted
                 self.scaler.scale(part * world_size()).backward()
-            loss += part.item()
-        loss = all_sum(loss)
+            loss += part.detach().to(self.device)
+        loss = all_sum(loss.item())  # the only time that a step waits for the GPU
         if not math.isfinite(loss):
             self.optimizer.zero_grad()
             raise FloatingPointError(f"the loss is {loss}")
@@ -123,12 +125,19 @@ class Trainer:
         lengths = self.dataset.text_lengths if self.config.group_by_length else None
         order = epoch_batches(len(self.dataset), self.config.bs, self.config.seed, self.epoch, lengths)
         own = [share(batch) for batch in order[self.batch :]]
+        batches = self.dataset.batches(own, pin_memory=self.device.type == "cuda")
         group = []
-        for done, batch in enumerate(self.dataset.batches(own), self.batch + 1):
+        for done, batch in enumerate(batches, self.batch + 1):
             group.append(batch)
             if len(group) == self.config.gradient_accumulation_steps or done == self.batches:
                 yield group
                 group = []
+
+    def cuda_devices(self):
+        """Return the GPUs that random numbers are drawn on: all that one process may split a model over."""
+        if self.device.type != "cuda":
+            return []
+        return list(range(torch.cuda.device_count())) if world_size() == 1 else [self.device]
 
     def state(self):
         """Return all that a continuation needs, in however many processes, as tensors and plain data.
@@ -136,13 +145,13 @@ class Trainer:
         Every process must call it; process 0 gets all of it.
         """
         optimizer = self.optimizer.state_dict()
-        cuda_state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        cuda_states = [torch.cuda.get_rng_state(device) for device in self.cuda_devices()]
         return {
             "trained": whole({name: p.detach() for name, p in self.trained.items()}),
             "optimizer": optimizer | {"state": {i: whole(values) for i, values in optimizer["state"].items()}},
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": all_gather((torch.get_rng_state(), cuda_state)),
+            "random": all_gather((torch.get_rng_state(), cuda_states)),
             "epoch": self.epoch,
             "step": self.step,
             "batch": self.batch,
@@ -173,8 +182,9 @@ class Trainer:
         if len(state["random"]) == world_size():
             on_cpu, on_cuda = state["random"][rank()]
             torch.set_rng_state(on_cpu)
-            if on_cuda is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(on_cuda, self.device)
+            before = [on_cuda] if isinstance(on_cuda, torch.Tensor) else on_cuda or []  # one: of earlier versions
+            for device, values in zip(self.cuda_devices(), before, strict=False):
+                torch.cuda.set_rng_state(values, device)
         self.epoch, self.step, self.batch = state["epoch"], state["step"], state["batch"]
         self.best = state.get("best")
 

@@ -63,7 +63,12 @@ def pick_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        if device.type == "cuda":  # by count: a tensor would put a context on GPU 0 for each of torchrun's processes
+            if (device.index or 0) >= torch.cuda.device_count():
+                raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
+            torch.set_float32_matmul_precision("high")  # TF32, for every command: float32 products, times faster
+        else:
+            torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} is not here ({reason(error)}); leave the flag out or use cpu") from None
     return device

@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
+from utils.files import reason
+
 # one may wait for another that saves or extracts; a process that dies is noticed at once
 TIMEOUT = timedelta(days=1)
 LOST = re.compile("gloo|NCCL", re.IGNORECASE)  # the libraries whose RuntimeErrors tell of that
@@ -52,7 +54,9 @@ def connected(device):
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise
-        raise ConnectionError("another process of this command has ended; its own message says why") from None
+        raise ConnectionError(
+            f"another process of this command has ended; its own message says why (here: {reason(error)})"
+        ) from None
     distributed.destroy_process_group()
 
 
