@@ -21,7 +21,7 @@ demo: $(BASE)
 	$(VENV)/bin/python -m demo.run $(DEMO_FLAGS)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(TEST_FLAGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TEST_FLAGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
