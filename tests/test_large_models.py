@@ -41,7 +41,10 @@ def test_lora_merges(family):
     merged = merge_lora(model, model.state_dict())
     assert merged.keys() == plain.state_dict().keys() and not equal(merged, plain.state_dict())
     plain.load_state_dict(merged)
-    assert torch.allclose(model.loss(*BATCH), plain.loss(*BATCH), atol=1e-5)
+    loss = model.loss(*BATCH)
+    assert torch.allclose(loss, plain.loss(*BATCH), atol=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_lora_whole_way(store, language_model, trained, photos, tmp_path):
