@@ -136,9 +136,16 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_resume_is_exact_in_every_mode(store, language_model, tmp_path, monkeypatch, mode):
-    """Stopped in the middle of an epoch and resumed: the weights and log of a run that never was, bit for bit."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(store, language_model, whole, *MODES[mode])
+    resume_exactly(store, language_model, tmp_path, monkeypatch, *MODES[mode])
+
+
+def resume_exactly(store, language_model, folder, monkeypatch, *flags):
+    """Stopped in the middle of an epoch and resumed: the weights and log of a run that never was, bit for bit.
+
+    Returns: the run's folder.
+    """
+    whole, parts = folder / "whole", folder / "parts"
+    train(store, language_model, whole, *flags)
     take_step = Trainer.train_step
 
     def step_and_stop(trainer, group):
@@ -148,11 +155,12 @@ def test_resume_is_exact_in_every_mode(store, language_model, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", step_and_stop)
         for resume in ([], ["--resume"]):
-            train(store, language_model, parts, *MODES[mode], *resume, check=130)
+            train(store, language_model, parts, *flags, *resume, check=130)
     assert [entry["step"] for entry in read_log(parts)] == [1, 2]
-    train(store, language_model, parts, *MODES[mode], "--resume")
+    train(store, language_model, parts, *flags, "--resume")
     assert equal(weights(parts), weights(whole))
     assert [entry["loss"] for entry in read_log(parts)] == [entry["loss"] for entry in read_log(whole)]
+    return parts
 
 
 @pytest.mark.parametrize("times", (4, pytest.param(20, marks=pytest.mark.slow)))
