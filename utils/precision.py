@@ -24,8 +24,9 @@ def add_dtype_flag(parser):
     """Add --dtype."""
     parser.add_argument(
         "--dtype", choices=DTYPES,
-        help="numbers to compute in: auto is bf16 where the device has it, int8 is for CPUs (default: fp32, but CLIP's "
-        "own fp16 on a GPU)",
+        help="numbers to compute in: auto is bf16 where the device has it, int8 is for CPUs and rounds over the "
+        "batch, so that an image's result depends a little on what shares its batch (default: fp32, but CLIP's own "
+        "fp16 on a GPU)",
     )  # fmt: skip
 
 
