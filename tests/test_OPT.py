@@ -63,7 +63,7 @@ def small(family, **changes):
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this version of transformers has no {name}")
     torch.manual_seed(0)
-    return build_language_model(AutoConfig.for_model(name, **{**FAMILIES[family], **changes}))
+    return build_language_model(AutoConfig.for_model(name, **{**FAMILIES.get(family, {}), **changes}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,6 +82,26 @@ def test_any_causal_language_model(family, language_model):
         cached = generate_captions(model, tokenizer, embedding, config)
         plain = generate_captions(model, tokenizer, embedding, config, UncachedStep)
         assert [[c.tokens for c in group] for group in cached] == [[c.tokens for c in group] for group in plain]
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    (
+        ("openai-gpt", {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+        ("rwkv", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}),
+    ),
+)
+def test_models_that_take_no_cache(family, options, language_model):
+    """They are run again for every token, for they pass over a cache in silence; the library's search is refused."""
+    model = build_captioner(CaptionConfig(prefix_dim=12, prefix_length=3), small(family, **options)).eval()
+    with torch.no_grad():
+        model.gpt.get_input_embeddings().weight.mul_(20)
+    tokenizer, embedding = load_tokenizer(str(language_model)), 5 * torch.randn(4, 12)
+    config = DecodingConfig(method=BEAM, entry_length=8, num_captions=5)
+    found = generate_captions(model, tokenizer, embedding, config)
+    assert found == generate_captions(model, tokenizer, embedding, config, UncachedStep)
+    with pytest.raises(ValueError, match="--decoder transformers needs a cache.*use clipcap"):
+        generate_captions(model, tokenizer, embedding, replace(config, decoder="transformers"))
 
 
 @pytest.fixture(scope="module")
