@@ -14,7 +14,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from models.language import context_length
-from models.steps import CachedStep
+from models.steps import cache_argument, step_for
 from models.stopping import Stop, begin_tokens, end_tokens
 
 GREEDY, BEAM, SAMPLE = "greedy", "beam", "sample"
@@ -287,8 +287,11 @@ def library_search(gpt, embeddings, tokenizer, config, stop):
     Args:
         embeddings: [B, P, E] prefix and prompt.
     Returns: per image, `num_captions` Captions, best first.
+    Raises: ValueError where the language model takes no cache, without which `generate` forgets the prefix.
     Source: Jhryu30/cvpr2023_challenge_clipcap predict.py `generate`.
     """
+    if not cache_argument(gpt):
+        raise ValueError(f"--decoder transformers needs a cache, which {type(gpt).__name__} has not; use clipcap")
     count = config.num_captions
     options = {"length_penalty": config.length_penalty} if config.method == BEAM else {}
     mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
@@ -338,7 +341,7 @@ def context_room(config, positions):
 
 
 @torch.inference_mode()
-def generate_captions(model, tokenizer, clip_embedding, config, step_type=CachedStep, keys=None):
+def generate_captions(model, tokenizer, clip_embedding, config, step_type=step_for, keys=None):
     """Caption a batch of images.
 
     Args:
@@ -346,7 +349,7 @@ def generate_captions(model, tokenizer, clip_embedding, config, step_type=Cached
         tokenizer: of its language model.
         clip_embedding: [B, D].
         config: DecodingConfig.
-        step_type: CachedStep, or UncachedStep to check it.
+        step_type: step_for, or UncachedStep to check it.
         keys: per image, what its random numbers come from; None: see `image_keys`.
     Returns: per image, a list of Captions, best (or first drawn) first.
     Raises: ValueError where prefix and prompt leave no room in the language model's context; where they leave less

@@ -19,9 +19,13 @@ def add_lora(gpt, rank):
     except ImportError:
         raise ValueError('--lora_rank needs the package peft: pip install -e ".[lora]"') from None
     transposed = any(isinstance(module, Conv1D) for module in gpt.modules())  # GPT-2's kind of linear layer
+    # Mamba's mixers read the weights of these layers themselves, past the LoRA
+    mixers = [name for name, module in gpt.named_modules() if hasattr(module, "A_log")]
+    passed_by = [f"{mixer}.{layer}" for mixer in mixers for layer in ("dt_proj", "out_proj")]
     config = LoraConfig(
-        r=rank, lora_alpha=SCALE * rank, target_modules="all-linear", fan_in_fan_out=transposed, task_type="CAUSAL_LM"
-    )
+        r=rank, lora_alpha=SCALE * rank, target_modules="all-linear", exclude_modules=passed_by or None,
+        fan_in_fan_out=transposed, task_type="CAUSAL_LM",
+    )  # fmt: skip
     inject_adapter_in_model(config, gpt, adapter_name=ADAPTER)
     for parameter in gpt.parameters():
         if parameter.requires_grad:  # peft makes it of the weights' type, which may be too coarse to learn in

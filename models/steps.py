@@ -9,6 +9,20 @@ import torch
 from transformers import DynamicCache
 
 
+def cache_argument(gpt):
+    """Return the name under which a language model takes transformers' cache, or None where it takes none.
+
+    Such models, as GPT-1 and RWKV, pass over a cache in silence and would see the newest token only.
+    """
+    parameters = inspect.signature(gpt.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)  # transformers 5 renamed
+
+
+def step_for(gpt, embeddings):
+    """Return a CachedStep, or an UncachedStep where the language model takes no cache; arguments as of CachedStep."""
+    return (CachedStep if cache_argument(gpt) else UncachedStep)(gpt, embeddings)
+
+
 class CachedStep:
     """The language model as a function from one token per row to the next logits, with a key-value cache."""
 
@@ -20,8 +34,7 @@ class CachedStep:
             embeddings: [B, P, E], the same length for every row, so that nothing is padded.
         """
         self.gpt, self.cache = gpt, DynamicCache(config=gpt.config)
-        # transformers 5 renamed the argument
-        self.argument = "cache" if "cache" in inspect.signature(gpt.forward).parameters else "past_key_values"
+        self.argument = cache_argument(gpt)
         self.first = self._run(inputs_embeds=embeddings)  # [B, V]
 
     def __call__(self, tokens):
@@ -38,7 +51,7 @@ class CachedStep:
 
 
 class UncachedStep:
-    """The same by running the whole sequence again for every token: the reference for the cached step."""
+    """The same by running the whole sequence again for every token: what a cached step is checked against."""
 
     def __init__(self, gpt, embeddings):
         self.gpt, self.embeddings = gpt, embeddings  # [R, T, E]

@@ -10,7 +10,7 @@ import torch
 from conftest import captions_of, read_log, run_script
 from test_scripts import one_line_error
 from tokenizers import processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import predict
 import predict_nice
@@ -27,22 +27,43 @@ from utils.devices import layer_cuts, pick_devices, split_devices
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = {**SMALL, "num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64, "head_dim": 8}
+SLIDING = {**LLAMA, "sliding_window": 4, "query_pre_attn_scalar": 8}
 FAMILIES = {
     "gpt2": {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "opt": {**SMALL, "ffn_dim": 32, "max_position_embeddings": 64, "word_embed_proj_dim": 16},
     "opt projected": {**SMALL, "ffn_dim": 32, "max_position_embeddings": 64, "word_embed_proj_dim": 8},
     "llama": LLAMA,
+    "mistral": SLIDING,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "gemma2": SLIDING,
+    "gemma3_text": {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {**LLAMA, "pad_token_id": 0},
+    "gpt_neo": {
+        "vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": 4,
+        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64,
+    },
+    "gptj": {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "rotary_dim": 4},
     "gpt_neox": {**SMALL, "intermediate_size": 32, "max_position_embeddings": 64},
     "bloom": {"vocab_size": 64, "hidden_size": 16, "n_layer": 2, "n_head": 2},
-}
+    "falcon": {**SMALL, "ffn_hidden_size": 32},
+    "falcon alibi": {**SMALL, "ffn_hidden_size": 32, "alibi": True, "multi_query": False},
+    "mamba": {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    "lfm2": {**LLAMA, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "xglm": {
+        "vocab_size": 64, "d_model": 16, "num_layers": 2, "attention_heads": 2, "ffn_dim": 32,
+        "max_position_embeddings": 64,
+    },
+}  # fmt: skip
 
 
-def small(family):
-    """Return a random language model of a family."""
+def small(family, **changes):
+    """Return a random language model of a family, or skip where the installed transformers has none."""
+    name = family.split()[0]
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {name}")
     torch.manual_seed(0)
-    return build_language_model(AutoConfig.for_model(family.split()[0], **FAMILIES[family]))
+    return build_language_model(AutoConfig.for_model(name, **{**FAMILIES.get(family, {}), **changes}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,6 +82,26 @@ def test_any_causal_language_model(family, language_model):
         cached = generate_captions(model, tokenizer, embedding, config)
         plain = generate_captions(model, tokenizer, embedding, config, UncachedStep)
         assert [[c.tokens for c in group] for group in cached] == [[c.tokens for c in group] for group in plain]
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    (
+        ("openai-gpt", {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+        ("rwkv", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}),
+    ),
+)
+def test_models_that_take_no_cache(family, options, language_model):
+    """They are run again for every token, for they pass over a cache in silence; the library's search is refused."""
+    model = build_captioner(CaptionConfig(prefix_dim=12, prefix_length=3), small(family, **options)).eval()
+    with torch.no_grad():
+        model.gpt.get_input_embeddings().weight.mul_(20)
+    tokenizer, embedding = load_tokenizer(str(language_model)), 5 * torch.randn(4, 12)
+    config = DecodingConfig(method=BEAM, entry_length=8, num_captions=5)
+    found = generate_captions(model, tokenizer, embedding, config)
+    assert found == generate_captions(model, tokenizer, embedding, config, UncachedStep)
+    with pytest.raises(ValueError, match="--decoder transformers needs a cache.*use clipcap"):
+        generate_captions(model, tokenizer, embedding, replace(config, decoder="transformers"))
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,10 @@ def test_lora_merges(family):
     merged = merge_lora(model, model.state_dict())
     assert merged.keys() == plain.state_dict().keys() and not equal(merged, plain.state_dict())
     plain.load_state_dict(merged)
-    assert torch.allclose(model.loss(*BATCH), plain.loss(*BATCH), atol=1e-5)
+    loss = model.loss(*BATCH)
+    assert torch.allclose(loss, plain.loss(*BATCH), atol=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_lora_whole_way(store, language_model, trained, photos, tmp_path):
@@ -133,9 +136,16 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_resume_is_exact_in_every_mode(store, language_model, tmp_path, monkeypatch, mode):
-    """Stopped in the middle of an epoch and resumed: the weights and log of a run that never was, bit for bit."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(store, language_model, whole, *MODES[mode])
+    resume_exactly(store, language_model, tmp_path, monkeypatch, *MODES[mode])
+
+
+def resume_exactly(store, language_model, folder, monkeypatch, *flags):
+    """Stopped in the middle of an epoch and resumed: the weights and log of a run that never was, bit for bit.
+
+    Returns: the run's folder.
+    """
+    whole, parts = folder / "whole", folder / "parts"
+    train(store, language_model, whole, *flags)
     take_step = Trainer.train_step
 
     def step_and_stop(trainer, group):
@@ -145,11 +155,12 @@ def test_resume_is_exact_in_every_mode(store, language_model, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", step_and_stop)
         for resume in ([], ["--resume"]):
-            train(store, language_model, parts, *MODES[mode], *resume, check=130)
+            train(store, language_model, parts, *flags, *resume, check=130)
     assert [entry["step"] for entry in read_log(parts)] == [1, 2]
-    train(store, language_model, parts, *MODES[mode], "--resume")
+    train(store, language_model, parts, *flags, "--resume")
     assert equal(weights(parts), weights(whole))
     assert [entry["loss"] for entry in read_log(parts)] == [entry["loss"] for entry in read_log(whole)]
+    return parts
 
 
 @pytest.mark.parametrize("times", (4, pytest.param(20, marks=pytest.mark.slow)))

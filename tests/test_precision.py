@@ -1,5 +1,6 @@
 """Repacked layers compute what the layers they replace do; --dtype reaches every model."""
 
+import contextlib
 import copy
 import json
 
@@ -23,12 +24,15 @@ def test_packed_language_models_are_equal(family):
     expected = gpt(inputs_embeds=embeddings).logits
     packed = prepare_for_inference(copy.deepcopy(gpt), "fp32", CPU)
     assert any(isinstance(module, PackedLinear) for module in packed.modules())
+    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
     assert torch.allclose(packed(inputs_embeds=embeddings).logits, expected, atol=1e-5)
     for dtype, tolerance in (("bf16", 0.05), ("int8", 0.1)):
         changed = prepare_for_inference(copy.deepcopy(gpt), dtype, CPU)
         inputs = embeddings.to(changed.get_input_embeddings().weight.dtype)
         difference = changed(inputs_embeds=inputs).logits.float() - expected
         assert 0 < difference.abs().max() < tolerance * expected.abs().max()
+        assert changed.config.dtype == gpt.config.dtype
+        assert {b.dtype for name, b in changed.named_buffers() if name.endswith("inv_freq")} <= {torch.float32}
 
 
 def test_packed_clip_is_equal(clip_file):
@@ -94,5 +98,17 @@ def test_repacked_weights_can_be_read():
     from utils.precision import QuantizedLinear
 
     weight = torch.randn(24, 16)
-    assert torch.equal(PackedLinear(weight, None).weight, weight)
-    assert torch.allclose(QuantizedLinear(weight, None).weight, weight, atol=0.03)
+    packed, quantized = PackedLinear(weight, None), QuantizedLinear(weight, None)
+    assert torch.equal(packed.weight, weight)
+    assert torch.allclose(quantized.weight, weight, atol=0.03)
+    for layer in (packed, quantized):
+        assert layer.weight is layer.weight, "laid out again at every step, it costs more than the step"
+
+
+def test_auto_wants_a_gpu_s_own_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    for native in (False, True):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, own=native: including_emulation or own
+        )
+        assert pick_dtype("auto", torch.device("cuda")) == ("bf16" if native else "fp32")

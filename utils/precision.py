@@ -5,6 +5,7 @@ speed when it meets one row. oneDNN, which torch brings along too, reaches nearl
 reordered into blocks, and is faster for many rows as well; benchmarks/results.md has the figures.
 """
 
+import copy
 import functools
 import warnings
 
@@ -23,8 +24,9 @@ def add_dtype_flag(parser):
     """Add --dtype."""
     parser.add_argument(
         "--dtype", choices=DTYPES,
-        help="numbers to compute in: auto is bf16 where the device has it, int8 is for CPUs (default: fp32, but CLIP's "
-        "own fp16 on a GPU)",
+        help="numbers to compute in: auto is bf16 where the device has it, int8 is for CPUs and rounds over the "
+        "batch, so that an image's result depends a little on what shares its batch (default: fp32, but CLIP's own "
+        "fp16 on a GPU)",
     )  # fmt: skip
 
 
@@ -34,8 +36,7 @@ def pick_dtype(name, device):
     Raises: ValueError where the device cannot do it.
     """
     if name == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
-        return "bf16" if native else "fp32"
+        return "bf16" if _has_bf16(device) else "fp32"
     if name == "int8" and device.type != "cpu":
         raise ValueError(f"--dtype int8 runs on the CPU only, not on {device}; use bf16 there")
     if name == "int8" and not set(torch.backends.quantized.supported_engines) - {"none"}:
@@ -43,6 +44,14 @@ def pick_dtype(name, device):
     if name == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
         _say_emulated()
     return name
+
+
+def _has_bf16(device):
+    """Tell whether a device multiplies bf16 itself."""
+    if device.type != "cuda":
+        return _cpu_has_bf16()
+    with torch.cuda.device(device):  # torch asks the current one, and counts emulation unless told not to
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @functools.cache
@@ -85,7 +94,7 @@ def prepare_for_inference(model, dtype, device):
                     setattr(parent, name, PackedAttention(child, layer))
                 elif isinstance(child, Conv1D):
                     setattr(parent, name, layer(child.weight.T, child.bias))
-                elif type(child) is nn.Linear:
+                elif type(child) is nn.Linear or type(child).__name__ == "FalconLinear":  # which computes the same
                     setattr(parent, name, layer(child.weight, child.bias))
     return model
 
@@ -108,6 +117,23 @@ def _convert(model, dtype):
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
+    gpt = next((module for module in model.modules() if hasattr(type(module), "_from_config")), None)
+    if gpt is not None:
+        _convert_buffers(gpt, dtype)
+
+
+def _convert_buffers(gpt, dtype):
+    """Convert the buffers that transformers itself makes in a model's type, as XGLM's positions; not the rotary ones.
+
+    Args:
+        gpt: language model of transformers.
+    """
+    config = copy.deepcopy(gpt.config)  # which is changed
+    with torch.device("meta"):
+        types = {name: buffer.dtype for name, buffer in gpt._from_config(config, dtype=dtype).named_buffers()}
+    for name, buffer in gpt.named_buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(types.get(name, buffer.dtype))
 
 
 class PackedLinear(nn.Module):
@@ -125,9 +151,9 @@ class PackedLinear(nn.Module):
         self.bias = bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS_EXPECTED)
 
-    @property
+    @functools.cached_property
     def weight(self):
-        """The weight [out, in], for modules such as Mamba's that read it themselves."""
+        """The weight [out, in], for modules such as Mamba's that read it themselves; kept, as they do at every step."""
         return self.packed.to_dense()
 
     def forward(self, x):
@@ -152,7 +178,7 @@ class QuantizedLinear(nn.Module):
             )
             self.packed = torch.ops.quantized.linear_prepack(quantized, None if bias is None else bias.detach().float())
 
-    @property
+    @functools.cached_property
     def weight(self):
         """The weight [out, in], as PackedLinear's."""
         return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
