@@ -148,8 +148,10 @@ def score_files(args, finder):
 
 def warnings_of(scores, systems, references):
     """Return what the reader of the scores must know, as lines; see `score_files`."""
+    empty = [image_id for system in systems for image_id, caption in system.items() if not caption.strip()]
     warnings = [
         *scores[0].warnings,
+        empty and f"{len(empty):,} of {sum(map(len, systems)):,} captions are empty ({named(empty)})",
         too_few_distinct(caption_statistics(scores[0].tokens), len(scores[0].ids)),
         uncut_warning({
             "captions": [caption for system in systems for caption in system.values()],

@@ -83,7 +83,7 @@ def find_images(places, finder, strict):
     Args:
         places: as of `read_places`.
     Returns: ({image file: its records}, {image file, id or place: why it is skipped}).
-    Raises: ValueError where `strict` and one is skipped, or where all are.
+    Raises: ValueError where `strict` and one is skipped, or where all are, or have no caption.
     """
     found, skipped = {}, {place: error for place, _, error in places if error}
     records = [record for _, record, error in places if not error]
@@ -92,6 +92,8 @@ def find_images(places, finder, strict):
             skipped[str(record.get("file_name") or path or record["image_id"])] = reason
         else:
             found.setdefault(path, []).append(record)
+    if found and not any(record["caption"].strip() for same in found.values() for record in same):
+        raise ValueError(f"all {sum(map(len, found.values())):,} captions are empty; see --check")
     if skipped and (strict or not found):
         name, reason = next(iter(skipped.items()))
         raise ValueError(
@@ -323,7 +325,11 @@ def make_store(encoder, found, out, args, skipped):
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on from here") from None
     report_skipped(done["skipped"])
-    note(f"{out}: {done['images']:,} images, {done['captions']:,} captions, {done['images_skipped']:,} images skipped")
+    empty = f"{done['empty_captions']:,} empty captions left out, " if done["empty_captions"] else ""
+    note(
+        f"{out}: {done['images']:,} images, {done['captions']:,} captions, {empty}{done['images_skipped']:,} images "
+        "skipped"
+    )
     return 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from features.images import add_max_pixels_flag, set_max_pixels
 from features.listing import as_line, find_images
 from features.loader import prepare_readers
-from features.results import name_shared, record, shared_ids, write_results
+from features.results import is_table, name_shared, record, shared_ids, write_results
 from models.captioner import Captioner, captioner_files, stored_decoding
 from models.decoding import BEAM, DECODERS, GREEDY, SAMPLE, DecodingConfig
 from models.pretrained import ALIASES, NAMES
@@ -120,8 +120,12 @@ def decoding_config(args):
     return replace(base, **given)
 
 
-def check_out(args, paths):
-    """Refuse an --out that cannot be written or is one of the inputs; raises ValueError."""
+def check_out(args, paths, num_captions):
+    """Refuse an --out that cannot be written, cannot hold the captions or is one of the inputs; raises ValueError."""
+    if is_table(args.out) and num_captions > 1:
+        raise ValueError(
+            f"--out {args.out} has room for one caption per image, not --num_captions {num_captions}: name a .json"
+        )
     captioner = captioner_files(args.checkpoint, args.clip_model_type, args.language_model)
     inputs = {"one of the images": paths if os.path.exists(args.out) else (), "the captioner": captioner}
     check_output("--out", args.out, inputs, (".json", ".csv") if Path(args.out).suffix else ())
@@ -229,7 +233,7 @@ def main(argv=None, parser=None):
     set_max_pixels(args.max_pixels)
     decoding, paths = decoding_config(args), find_images(args.images)
     if args.out:
-        check_out(args, paths)
+        check_out(args, paths, decoding.num_captions)
     results = {}
     try:
         with results_kept(args, paths, results):

@@ -20,6 +20,7 @@ NUMBERED = re.compile(r"(?:COCO_[A-Za-z]+[0-9]{4}_)?([0-9]+)")
 LARGEST_ID = 2**63 - 1  # what a column of numbers holds; a longer one stays text
 # 1.0 or 1.23457E+11 in a table: a number that pandas or a spreadsheet has turned into a decimal one
 DECIMAL = re.compile(r"[0-9]+\.0+|[0-9](?:\.[0-9]+)?[eE]\+[0-9]+")
+WRITTEN_LIST = re.compile(r"""\[(["']).*\1\]""", re.DOTALL)  # how pandas puts a list into a table
 FORMATS = (
     "[{image_id or image, caption or [captions]}], {image_id: caption or [captions]}, COCO captions_*.json, Karpathy "
     "dataset_*.json, CSV, TSV or JSONL with image,caption, the NICE challenge's public_id,caption_gt or an image "
@@ -129,7 +130,7 @@ def _read_value(value, text):
         return map(_from_row, value)
     if isinstance(value, dict) and "annotations" in value:
         return _read_coco(value)
-    if isinstance(value, dict) and _is_header(value):
+    if isinstance(value, dict) and any(_fields(tuple(value))[:2]):
         return [_from_row(value)]  # of one line
     pairs = isinstance(value, dict) and not {"caption", "text"} & value.keys()
     if pairs and any(isinstance(captions, str | list) for captions in value.values()):
@@ -188,8 +189,9 @@ def _from_row(row, table=False):
     name = row[file_field] if file_field else None
     own = {file_field, id_field, caption_field} - {None}
     record = {} if not id_field else {"image_id": row[id_field]}
-    if table and id_field and DECIMAL.fullmatch(row[id_field].strip()):
-        return ValueError(f"has image_id {row[id_field]}, a decimal number: save whole numbers, or that column as text")
+    for field in filter(None, (id_field, file_field)) if table else ():
+        if DECIMAL.fullmatch(row[field].strip()):
+            return ValueError(f"has {field} {row[field]}, a decimal number: save whole numbers, or that column as text")
     if isinstance(name, int) and not isinstance(name, bool):
         record = {"image_id": name} | record
     elif file_field and not isinstance(name or "", str):
@@ -219,7 +221,17 @@ def _split(record):
         return [ValueError("has an empty list of captions")]
     # an object has become a list of pairs where the file was read as pairs
     told = [dict(c) if isinstance(c, list) and all(isinstance(p, tuple) for p in c) else c for c in captions]
+    image_id = record.get("image_id")
+    if any(isinstance(c, dict) and _is_of_another(c, image_id) for c in told):
+        return [ValueError(f"has records of other images under {str(image_id)[:60]!r}: write their list alone")]
     return [{**record, "caption": c["caption"] if isinstance(c, dict) and "caption" in c else c} for c in told]
+
+
+def _is_of_another(caption, image_id):
+    """Tell whether an object in an image's list of captions is of another image than the list."""
+    file_field, id_field, _ = _fields(tuple(caption))
+    name = caption[file_field] if file_field else image_id
+    return name != image_id or id_field is not None and normal_id(caption[id_field]) != normal_id(image_id)
 
 
 def _error(record):
@@ -236,6 +248,8 @@ def _error(record):
         return f"has image_id {image_id!r}, which is neither a number nor a name"
     if not isinstance(record["caption"], str):
         return f"has the caption {record['caption']!r}, which is not text"
+    if WRITTEN_LIST.fullmatch(record["caption"].strip()):
+        return f"has a list of captions written as text, {record['caption'][:60]}: give each one row"
     if not isinstance(record.get("file_name") or "", str):
         return f"has file_name {str(record['file_name'])[:60]}, which is no name"
     for value in record.values():
@@ -304,7 +318,8 @@ def _read_karpathy(value, split):
             image_id = image["cocoid"] if "cocoid" in image else image_id_of(name)
             captions = [sentence["raw"] for sentence in image["sentences"]]
         except (KeyError, TypeError) as error:
-            yield f"image {number}", ValueError(f"lacks {error}: {json.dumps(image)[:120]}")
+            wrong = f"lacks {error}" if isinstance(error, KeyError) else "is not as Karpathy's"
+            yield f"image {number}", ValueError(f"{wrong}: {json.dumps(image)[:120]}")
             continue
         for caption in captions:
             yield f"image {number}", {"image_id": image_id, "caption": caption, "file_name": name}

@@ -215,6 +215,8 @@ class ImageFinder:
             named: the last folders of the name, one more of them than the match agrees with.
         """
         trail = self._trails[match.folder]
+        if _common_end(trail, match.prefix) == len(trail):  # the folder's whole path
+            return False
         above = Path(os.path.realpath(match.folder)).parents[_common_end(trail, match.prefix)]
         if any(trail[-len(named) :] == named for trail in self._trails.values()):
             return True

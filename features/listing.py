@@ -46,8 +46,10 @@ class Listing:
 def list_folder(folder):
     """Return the Listing of a folder.
 
-    Raises: FileNotFoundError where it does not exist.
+    Raises: FileNotFoundError where it does not exist; ValueError for a file.
     """
+    if os.path.isfile(folder):
+        raise ValueError(f"image folder {folder} is a file; pass its folder")
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"image folder {folder} does not exist")
     with os.scandir(folder) as entries:
@@ -112,7 +114,7 @@ def find_images(arguments):
         else:
             matches = [Path(match) for match in glob.glob(argument, recursive=True)]
             if not matches:
-                raise FileNotFoundError(f"{argument} is no image file, folder or glob that matches")
+                raise FileNotFoundError(f"{argument or repr(argument)} is no image file, folder or glob that matches")
             paths += images_in(sort_out(matches), argument)
     return list(dict.fromkeys(paths))
 

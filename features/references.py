@@ -70,8 +70,9 @@ def read_captions(path, references, split):
     pairs = []
     for record in read_annotations(path, split):
         text, image_id = str(record["image_id"]).strip(), normal_id(record["image_id"])
-        # "007" is 7, unless the references have it beside "7"
-        known = next((i for i in (text, image_id) if i in references.captions), ids.get(image_id, image_id))
+        # "007" is 7, unless the references have it beside "7"; a path that tells two of a name apart is still of it
+        own = (text, image_id, *([image_id_of(text)] if text == record.get("file_name") else []))
+        known = next((i for i in own if i in references.captions), ids.get(image_id, image_id))
         pairs.append((known, record["caption"]))
     twice = [image_id for image_id, count in collections.Counter(i for i, _ in pairs).items() if count > 1]
     if twice:

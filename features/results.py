@@ -40,8 +40,15 @@ def write_results(out, results, shared):
         results: {path: result in COCO's format}.
         shared: as `shared_ids` returns it.
     """
-    if out.lower().endswith(".csv"):
-        write_table(out, ("image_id", "caption"), [(r["image_id"], r["caption"]) for r in results.values()])
-        return
     named = ((path, result, result["image_id"] in shared) for path, result in results.items())
-    write_json(out, [result | ({"file_name": as_text(path)} if also else {}) for path, result, also in named])
+    rows = [result | ({"file_name": as_text(path)} if also else {}) for path, result, also in named]
+    if is_table(out):
+        columns = ("image_id", "caption", "file_name")[: 3 if shared else 2]
+        write_table(out, columns, [[row.get(column, "") for column in columns] for row in rows])
+    else:
+        write_json(out, rows)
+
+
+def is_table(out):
+    """Tell whether results are written as CSV, one caption per image."""
+    return out.lower().endswith(".csv")

@@ -17,6 +17,12 @@ MAGIC = {
     b"\x89HDF": "HDF5: write its captions to a CSV",
     b"ARROW1": "Arrow: write its image and caption columns to a CSV",
     b"SQLite": "an SQLite database: write its captions to a CSV",
+    b"version https://git-lfs": "a Git LFS pointer: run git lfs pull",
+    b"\x1f\x8b": "compressed by gzip, twice: unpack it",
+    b"BZh": "compressed by bzip2: unpack it, or compress it by gzip",
+    b"\xfd7zXZ\0": "compressed by xz: unpack it, or compress it by gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it, or compress it by gzip",
+    b"\x93NUMPY": "a numpy array: write its captions to a CSV",
     b"\x80": "a pickle: write its captions to a CSV or JSON file",
 }
 MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -50,6 +56,10 @@ def read_text(path):
     for magic, what in MAGIC.items():
         if data.startswith(magic):
             raise ValueError(f"{path} is no text, but {what}")
+    if data[257:262] == b"ustar":
+        raise ValueError(f"{path} is no text, but a tar archive: unpack it")
+    if re.match(rb"\s*<(!doctype html|html|head)", data, re.IGNORECASE):
+        raise ValueError(f"{path} is no annotations, but an HTML page: downloaded without a session?")
     encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8-sig")
     try:
         text = data.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict")
@@ -101,12 +111,15 @@ def read_table(text, suffix, is_header, starts_row):
     """
     # an old Mac's lines end in \r alone
     lines = (text if "\n" in text else text.replace("\r", "\n")).split("\n")
-    top = next(number for number, line in enumerate(lines) if line.strip())
+    # Excel's first line may say `sep=,`
+    top = next(n for n, line in enumerate(lines) if line.strip() and not re.fullmatch(r"sep=.\r?", line))
     delimiters = sorted([*DELIMITERS, ";"], key=lambda d: d != ("\t" if suffix == ".tsv" else ","))
     headers = {delimiter: _cells(lines[top], delimiter) for delimiter in delimiters}
     delimiter = next((d for d in delimiters if is_header([name.strip() for name in headers[d]])), None)
     if delimiter == ";":
         raise ValueError(f'has the delimiter ";" in line {top + 1}: save the table with commas, or with tabs as .tsv')
+    if delimiter is None and is_header([name.strip(' "') for name in headers["\t"]]):
+        raise ValueError("is quoted as in CSV, and tab-separated text has no quoting: save the table as CSV")
     if delimiter is None:
         tried = [line for line in lines[top:] if line.strip()][:TRIED]
         if any(FLICKR.match(line) for line in tried):
@@ -127,11 +140,11 @@ def read_table(text, suffix, is_header, starts_row):
 
 
 def _cells(line, delimiter):
-    """Split a header; quotes are CSV's alone."""
-    if delimiter != ",":
+    """Split a header; quotes are not for tabs and |."""
+    if delimiter not in ",;":
         return line.rstrip("\r").split(delimiter)
     try:
-        return next(csv.reader([line], skipinitialspace=True), [])
+        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
     except csv.Error:
         return []
 

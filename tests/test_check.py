@@ -37,6 +37,19 @@ def folder(photos, tmp_path):
     return tmp_path / "photos"
 
 
+def test_empty_captions_are_counted_before_and_after(folder, tmp_path, clip_file):
+    """Nothing is encoded where all are empty; else those left out are told."""
+    command = [
+        "parse_coco.py", "--clip_model_type", clip_file, "--annotations", tmp_path / "c.csv", "--images", folder,
+        "--num_workers", 0, "--out", tmp_path / "s.pkl",
+    ]  # fmt: skip
+    (tmp_path / "c.csv").write_text("image,caption\n1.jpg, \n2.jpg,\n")
+    assert "all 2 captions are empty" in run_script(*command, check=2).stderr
+    assert not list(tmp_path.glob("s.*"))
+    (tmp_path / "c.csv").write_text("image,caption\n1.jpg,a dog\n2.jpg,\n")
+    assert "2 images, 1 captions, 1 empty captions left out, 0 images skipped" in run_script(*command).stderr
+
+
 def test_every_bad_record_is_named(check, folder):
     table = """image,caption,source
 1.jpg,a dog,x

@@ -372,3 +372,11 @@ def test_nocaps(photos, tmp_path, capsys):
     assert result["domains"]["in-domain"]["metrics"]["CIDEr"] is None  # its one image
     assert re.search(r"\nin-domain +1 .* –\n", printed) and "–: CIDEr is not defined on one image" in printed
     assert "<h2>Domains</h2>" in page.read_text() and page.read_text().count("data:image/jpeg") == 5
+
+
+def test_empty_captions_are_said(tmp_path, capsys):
+    """An image that could not be captioned counts as a bad one: said, for it is not the captioner's doing."""
+    references = result_file(tmp_path / "refs.json", dict.fromkeys((1, 2, 3), "a dog runs."))
+    captions = result_file(tmp_path / "own.json", {1: "", 2: "a dog runs.", 3: " "})
+    evaluate.main([captions, references, *FAST])
+    assert "warning: 2 of 3 captions are empty (image_id 1, 3)" in capsys.readouterr().err

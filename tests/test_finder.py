@@ -87,6 +87,8 @@ def test_names_beside_the_annotations(tree, tmp_path):
 
 def test_absolute_names_and_links(tree, tmp_path):
     assert tree(["q/a.jpg"], [str(tmp_path / "q/a.jpg")], "q") == ["q/a.jpg"]
+    for root in ("/host", "file://", "C:"):  # where the folder lies below another root
+        assert tree(["q/a.jpg"], [f"{root}{tmp_path / 'q/a.jpg'}"], "q") == ["q/a.jpg"]
     os.symlink("b.jpg", tmp_path / "q" / "b.jpg")
     os.symlink("gone.jpg", tmp_path / "q" / "c.jpg")
     os.symlink("a.jpg", tmp_path / "q" / "d.jpg")

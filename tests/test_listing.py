@@ -61,6 +61,13 @@ def test_globs(folder, capsys):
         find_images([f"{folder}/none*"])
 
 
+def test_what_is_no_folder(folder):
+    with pytest.raises(FileNotFoundError, match="'' is no image file"):
+        find_images([""])
+    with pytest.raises(ValueError, match="is a file; pass its folder"):
+        list_folder(folder / PICTURES[0])
+
+
 def test_a_folder_of_folders(tmp_path):
     (tmp_path / "00000").mkdir()
     with pytest.raises(ValueError, match=r'holds no images, but 1 folder; .* quote a glob: ".*/\*\*/\*.jpg"'):

@@ -50,7 +50,8 @@ def test_pictures_that_share_an_id_are_named_first(checkpoint, tmp_path):
     assert [r for r in results if "file_name" not in r] == [results[3]] and results[3]["image_id"] == 2
     refs = tmp_path / "refs.json"
     refs.write_text(json.dumps([{"image_id": i, "caption": "a red square."} for i in (1, 2)]))
-    one_line_error(run_script("evaluate.py", out, refs, check=2), "no reference for 3 of 4")
+    for more in ([], ["--subset"]):
+        one_line_error(run_script("evaluate.py", out, refs, *more, check=2), "captions for 1 images (image_id 1)")
     assert "share" not in predict(folder, "--checkpoint", checkpoint).stderr
 
 
@@ -117,6 +118,23 @@ def test_csv_is_written_and_read_back(checkpoint, tmp_path):
     refs.write_text(json.dumps([{"image_id": i, "caption": t} for i, t in zip((1, 'a "b", c'), texts, strict=True)]))
     scores = run_script("evaluate.py", tmp_path / "c.csv", refs, "--metrics", "Bleu", "--out", tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["images"] == 2, scores.stderr
+
+
+def test_a_table_loses_no_caption(checkpoint, tmp_path):
+    """Several captions of an image are for JSON; pictures that share an id are told apart by their file names."""
+    folder, out = pictures(tmp_path / "p", "1.jpg", "1.png", "2.jpg"), tmp_path / "c.csv"
+    words = (folder, "--checkpoint", checkpoint, "--out", out)
+    one_line_error(predict(*words, "--top_p", 0.9, "--num_captions", 2, check=2), "--num_captions 2")
+    assert not out.exists()
+    predict(*words)
+    rows = [line.split(",") for line in out.read_text().splitlines()]
+    assert rows[0] == ["image_id", "caption", "file_name"]
+    assert [(row[0], row[-1]) for row in rows[1:]] == [
+        ("1", str(folder / "1.jpg")), ("1", str(folder / "1.png")), ("2", ""),
+    ]  # fmt: skip
+    refs = tmp_path / "refs.json"
+    refs.write_text(json.dumps([{"image_id": i, "caption": "a red square."} for i in (1, 2)]))
+    one_line_error(run_script("evaluate.py", out, refs, check=2), "several captions for 1 images (image_id 1)")
 
 
 @pytest.mark.parametrize("error", (KeyboardInterrupt, RuntimeError("from the driver"), ChildProcessError("killed")))

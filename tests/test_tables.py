@@ -1,7 +1,9 @@
 """Annotation files of every format: told by content, one fault per bad row, the right line and a remedy."""
 
+import bz2
 import gzip
 import json
+import lzma
 
 import pytest
 from conftest import run_script
@@ -26,6 +28,7 @@ READ = {
     "tab.csv": "image\tcaption\na.jpg\tA dog.\nb.jpg\tA cat, asleep.\n",
     "comma.txt": 'image,caption\na.jpg,A dog.\nb.jpg,"A cat, asleep."\n',
     "tab.txt": "image\tcaption\r\na.jpg\tA dog.\r\nb.jpg\tA cat, asleep.\r\n",
+    "excel.csv": 'sep=,\nimage,caption\na.jpg,A dog.\nb.jpg,"A cat, asleep."\n',
     "blanks.csv": 'image, caption\na.jpg, A dog.\nb.jpg, "A cat, asleep."\n',
     "capitals.csv": 'ID,Image,Caption\n1,a.jpg,A dog.\n2,b.jpg,"A cat, asleep."\n',
     "mac.csv": 'image,caption\ra.jpg,A dog.\rb.jpg,"A cat, asleep."\r',
@@ -79,6 +82,14 @@ FAULTS = {  # bad rows: (place, part of what is said); the others are read
     "fields.csv": ("image,caption\na.jpg,a,b\nb.jpg,dog\nc.jpg\n", [("line 2", "2 fields"), ("line 4", "2 fields")], 1),
     "fields.tsv": ("image\tcaption\na.jpg\ta\tb\nb.jpg\tdog\n", [("line 2", "delimiter is a tab")], 1),
     "quoted.tsv": ('image\tcaption\na.jpg\t"""Stop"" says it"\nb.jpg\tdog\n', [("line 2", "quoted as in CSV")], 1),
+    "decimal.csv": ("image,caption\n1.0,dog\n2,cat\n1.2E+10,bird\n", [("line 2", "1.0"), ("line 4", "1.2E+10")], 1),
+    "written.csv": ('image,caption\na.jpg,"[""x"", ""y""]"\nb.jpg,"[\'x\']"\nc.jpg,[sic]\n',
+                    [("line 2", "list"), ("line 3", "one row")], 1),
+    "nested.json": ('{"data": [{"image": "a.jpg", "caption": "x"}], "7": [{"image_id": 7, "caption": "y"}]}',
+                    [("record 1", "'data'")], 1),
+    "karpathy.json": ('{"images": [{"split": "train", "filename": "a.jpg", "sentences": "x"}, {"split": "train", '
+                      '"filename": "a.jpg", "sentences": [{"raw": "x"}]}]}', [("image 1", "not as Karpathy")], 1),
+    "one.jsonl": ('{"file_name": "a.jpg", "prompt": "x"}\n', [("record 1", "has no 'caption'")], 0),
     "results.csv": ("image_name| comment_number| comment\na.jpg| 4   A dog.\nb.jpg| 0| cat\n", [("line 2", "|")], 1),
     "floats.csv": ("image_id,caption\n1.0,dog\n2,cat\n1.2E+10,bird\n", [("line 2", "1.0"), ("line 4", "1.2E+10")], 1),
     "floats.json": ('[{"image_id": 1.0, "caption": "a"}, {"image_id": true, "caption": "a"}, '
@@ -116,8 +127,17 @@ def test_captions_of_several_lines_stay(tmp_path):
     assert captions(path) == [("a.jpg", 'two\r\nlines, "quoted"'), ("b.jpg", "dog")]
 
 
+TAR = b"captions.csv".ljust(257, b"\0") + b"ustar\x0000".ljust(255, b"\0")
 REFUSED = {
     "semicolon.csv": ("image;caption\na.jpg;dog\n", 'the delimiter ";" in line 1'),
+    "quoted.csv": ('"image";"caption"\n"a.jpg";"dog"\n', 'the delimiter ";" in line 1'),
+    "quoted.tsv": ('"image"\t"caption"\n"a.jpg"\t"dog"\n', "quoted as in CSV"),
+    "pointer.json": ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n", "git lfs pull"),
+    "twice.csv.gz": (gzip.compress(gzip.compress(b"image,caption\na.jpg,dog\n")), "gzip, twice"),
+    "captions.csv.bz2": (bz2.compress(b"image,caption\na.jpg,dog\n"), "bzip2"),
+    "captions.csv.xz": (lzma.compress(b"image,caption\na.jpg,dog\n"), "by xz"),
+    "captions.tar.gz": (gzip.compress(TAR), "tar archive"),
+    "page.json": ("<!DOCTYPE html>\n<html></html>\n", "an HTML page"),
     "00000.parquet": (b"PAR1\x15\x00", "Parquet"),
     "captions.csv": (b"PK\x03\x04\x14\x00", "zip"),
     "pickle.json": (b"\x80\x04\x95", "a pickle"),
