@@ -27,7 +27,7 @@ STYLE = """
 .cc-captions b { font-weight: 500; display: block; font-size: 1rem; line-height: 1.4 }
 .cc-captions li:first-child b { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; line-height: 1.3 }
 .cc-captions span { color: var(--soft); font-size: .85rem; font-variant-numeric: tabular-nums;
-  margin-right: 1rem; white-space: nowrap }
+  margin-right: 1rem; display: inline-block }
 .cc-map { display: grid; grid-template-columns: minmax(0, 300px) minmax(0, 1fr); gap: 1.1rem; align-items: start }
 .cc-map input { position: absolute; opacity: 0; pointer-events: none }
 .cc-picture { position: relative; border-radius: 12px; overflow: hidden; aspect-ratio: 1; margin: 0 !important }
@@ -60,7 +60,8 @@ def captions_html(captions):
         captions: list of {"caption", "logprob", "clip_score"}, best first.
     """
     rows = [
-        f"<li><b>{escape(c['caption']) or '(no words)'}</b><span>log-probability {_signed(c['logprob'])}</span>"
+        f"<li><b>{escape(c['caption']) or '(no words)'}</b>"
+        f"<span>log-probability per token {_signed(c['logprob'])}</span>"
         f"<span>CLIP score {c['clip_score']:.2f}</span></li>"
         for c in captions
     ]
@@ -130,7 +131,7 @@ def _percent(share):
 
 def _signed(value):
     """Return a number with a typographic minus."""
-    return f"{value:.2f}".replace("-", "−")  # noqa: RUF001
+    return f"{value:.3f}".replace("-", "−")  # noqa: RUF001
 
 
 def _light_uri(heat):
