@@ -2,14 +2,18 @@
 
 import re
 import traceback
+from http import HTTPStatus
 from pathlib import Path
 
 import gradio as gr
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
 
-from pages.errors import MALFORMED, Refused, told
+from pages.errors import FAILED, MALFORMED, Refused, told
 from pages.fragments import EMPTY, HEAD, STYLE, captions_html, prefix_html, words_html
+from pages.paths import PathsHidden
 from pages.steps import ASK_WHY, FORGET, SHOW_CAPTIONS, SHOW_WHY, WHY_FAILED
 from utils.cli import note
 
@@ -201,6 +205,27 @@ class BodyLimit:
         await self.app(scope, counted, send)
 
 
+def _refusal(request, error):
+    """Answer a request that the server refuses: its own words, unless they name a file."""
+    words = str(error.detail)
+    words = words if "/" not in words else HTTPStatus(error.status_code).phrase
+    return JSONResponse({"detail": words}, error.status_code, error.headers)
+
+
+def _malformed(request, error):
+    """Answer a request that lacks what it must have."""
+    faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+    return JSONResponse({"detail": f"the request is malformed: {'; '.join(faults)}"}, 422)
+
+
+def _failure(request, error):
+    """Answer a request that failed; the server logs why."""
+    return JSONResponse({"detail": FAILED}, 500)
+
+
+HANDLERS = {HTTPException: _refusal, RequestValidationError: _malformed, Exception: _failure}
+
+
 def _theme():
     """Return gradio's soft theme with quieter labels and the system's own letters."""
     theme = gr.themes.Soft(primary_hue="orange", neutral_hue="stone", font=FONT, font_mono=("monospace",))
@@ -223,11 +248,12 @@ def launch(page, host, port, max_upload_mb, threads):
     """
     size = max_upload_mb * 2**20
     limit = Middleware(BodyLimit, limit=size + 2**16)  # the form around the file
+    hidden = Middleware(PathsHidden, folder=page.GRADIO_CACHE)
     try:
         _, address, _ = page.launch(
-            server_name=host, server_port=port, max_file_size=size, app_kwargs={"middleware": [limit]},
-            max_threads=threads, share=False, ssr_mode=False, prevent_thread_lock=True, quiet=True,
-            footer_links=["api"], theme=_theme(), css=STYLE,
+            server_name=host, server_port=port, max_file_size=size, max_threads=threads, share=False, ssr_mode=False,
+            prevent_thread_lock=True, quiet=True, theme=_theme(), css=STYLE, footer_links=["api"],
+            app_kwargs={"middleware": [limit, hidden], "exception_handlers": HANDLERS},
         )  # fmt: skip
     except OSError:
         raise OSError(f"cannot serve on {host}, port {port}: it is taken or not this machine's; pass another") from None

@@ -191,6 +191,76 @@ def test_files_of_the_server_are_not_read(server):
     assert urllib.request.urlopen(f"{address}/{event}", timeout=20).read().startswith(b"event: error")
 
 
+def fetch(address, body=None, kind="application/json"):
+    """Return (status, text) of a request; a body is sent as JSON unless it is bytes."""
+    body = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def upload(address, content, name="a.jpg"):
+    """Upload a file as the page does; returns the path that is told."""
+    head = f'--b\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\nContent-Type: image/jpeg\r\n\r\n'
+    body = head.encode() + content + b"\r\n--b--\r\n"
+    return json.loads(fetch(f"{address}/gradio_api/upload", body, "multipart/form-data; boundary=b")[1])[0]
+
+
+def test_paths_of_this_machine_stay_here(server, tmp_path_factory):
+    """Uploads have another name outside, under which they are found."""
+    address, _ = server
+    private = str(tmp_path_factory.getbasetemp())
+    path = upload(address, SAMPLES[0].read_bytes())
+    image = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    answers = [fetch(f"{address}/{page}")[1] for page in ("", "config", "gradio_api/info", "openapi.json")]
+    body = {"data": [image, "demo", "greedy", 1, 0.8, 1, 0]}
+    status, captions = fetch(f"{address}/gradio_api/run/caption", body)
+    assert status == 200 and "On the grass" in captions
+    body = {"data": ["demo", {**image, "x": 1}], "fn_index": 1}
+    answers += [path, captions, fetch(f"{address}/gradio_api/run/predict", body)[1]]
+    assert not any(private in answer or str(ROOT) in answer for answer in answers)
+    with urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=20) as file:
+        assert file.read() == SAMPLES[0].read_bytes()
+    assert fetch(f"{address}/gradio_api/file={ROOT}/app.py") == (403, '{"detail":"Forbidden"}')
+
+
+def test_every_error_is_one_line_for_visitors(server):
+    address, _ = server
+    image = {"path": upload(address, SAMPLES[0].read_bytes()), "meta": {"_type": "gradio.FileData"}}
+    rest = ["beam", 3, 0.8, 1, 0]
+    elsewhere = {**image, "path": "/etc/hostname"}
+    for data, told in (
+        ([None, "demo", *rest], "there is no image yet"),
+        (["x", "demo", *rest], "the request is malformed"),
+        ([elsewhere, "demo", *rest], "the request is malformed"),
+        ([image], "the request is malformed"),
+        ([image, ["demo"], *rest], "the model is one of demo_latest, demo, coco"),
+        ([image, "coco", *rest], "the model coco cannot be loaded on this server: choose another"),
+        ([image, "demo", "no", *rest[1:]], "Value: 'no' is not in the list of choices"),
+        ([image, "demo", "sample", 3, 0.8, 1, None], "captions, top_p, temperature and seed are numbers"),
+    ):
+        status, answer = fetch(f"{address}/gradio_api/run/caption", {"data": data})
+        line = json.loads(answer)["error"]
+        assert status == 500 and line.startswith(told) and not re.search(r"/|\n|class|Error|https?:", line)
+    for body in (b"no json", b"{}", b"[]"):
+        status, answer = fetch(f"{address}/gradio_api/call/caption", body)
+        assert status == 422 and json.loads(answer)["detail"].startswith("the request is malformed: body")
+    assert fetch(f"{address}/gradio_api/call/no-such", {"data": []})[1] == (
+        '{"detail":"the server could not do this; its log says why"}'
+    )
+
+
+def test_memory_that_runs_out_is_told(capfd):
+    from pages.errors import OUT_OF_MEMORY, told
+
+    for error in (MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: no memory")):
+        assert told(error) == OUT_OF_MEMORY
+    assert "alloc_cpu.cpp" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("length_told", [True, False])
 def test_long_bodies_are_refused(server, length_told):
     """The limit is on what comes, not on what is announced; the server may hang up before all is sent."""
