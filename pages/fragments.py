@@ -15,6 +15,8 @@ STYLE = """
 #cc-samples > .gallery { display: grid; grid-template-columns: repeat(5, 1fr); gap: 8px }
 #cc-samples .gallery-item, #cc-samples .gallery-item * { width: 100%; max-width: none; height: auto; aspect-ratio: 1 }
 #cc-image img { width: 100%; height: 100%; object-fit: contain }
+[data-testid="status-tracker"]:has(.error), footer .divider { display: none !important }
+input[role="combobox"] { text-overflow: ellipsis; padding-right: 1.8rem !important }
 .gradio-container { --soft: color-mix(in srgb, var(--body-text-color) 68%, transparent) }
 .cc h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); letter-spacing: -.02em; line-height: 1.15; margin: .4rem 0 .2rem }
 .cc h2 { font-size: 1.05rem; margin: 0 0 .25rem } .cc p { margin: 0 0 .6rem; line-height: 1.5 }

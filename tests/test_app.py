@@ -423,6 +423,7 @@ def test_an_error_takes_old_captions_away(gated, capfd):
     ask(page)
     page.wait_for_selector("text=the server could not do this; its log says why")
     assert shown(page) == ([], []) and page.get_by_text("Captions appear here.").is_visible()
+    assert not page.locator("[data-testid=status-tracker] .error:visible").count()  # it would outlast its picture
     assert "/home/me" not in page.content() and "/home/me/broken.pt" in capfd.readouterr().err
 
 
