@@ -3,11 +3,14 @@
     python app.py
     python app.py --checkpoint coco_train/coco_prefix_latest.pt --port 8000
 
-serves http://127.0.0.1:7860: upload, paste or pick an image; several captions with their log-probability and CLIP
-score; the image regions that each word rests on; the prefix read back as words. Programs call the endpoint /caption,
-which answers concurrent requests in batches. Only this machine is served unless --host says otherwise.
+serves http://127.0.0.1:7860: upload, paste or pick an image; several captions with their log-probability per token,
+which orders them, and CLIP score; the image regions that each word rests on; the prefix read back as words. Programs
+call the endpoint /caption, which answers concurrent requests in batches. Only this machine is served unless --host says
+otherwise.
 """
 
+import traceback
+from collections import OrderedDict
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +24,8 @@ from models.captioner import image_key
 from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, context_room
 from models.explain import nearest_words, word_heat
 from models.pretrained import DEMO, NAMES
+from models.stopping import continuing_tokens, opening_tokens, spoken
+from pages.errors import Refused
 from predict import Predictor
 from utils.batching import Batcher
 from utils.cli import Parser, note, positive_int, run
@@ -29,6 +34,7 @@ PICTURE_SIDE = 640  # pixels of the picture that words are shown on
 MAX_TEXT = 1000  # characters of a caption that a visitor writes
 BEAMS = 5  # or as many as there are captions to show
 ENTRY_LENGTH = 67  # tokens of a caption, written or decoded, at most
+REMEMBERED = 10_000  # captions whose tokens are kept for their explanation
 
 
 def get_parser():
@@ -82,6 +88,7 @@ class Service:
         """
         self.models, self.batch_size = list(models), batch_size
         self.batches = Batcher(self._caption_all, batch_size)
+        self.said = OrderedDict()  # {(image, model, text): tokens}; the text alone may be written with others
         self.predictor = Predictor()
         self.predictor.setup(models, device)
         self.predictor.captioner()
@@ -89,13 +96,18 @@ class Service:
     def decoding(self, method, num_captions, top_p, temperature, seed):
         """Return the DecodingConfig for a visitor's choices; those that the method has no use for do not count.
 
-        Raises: ValueError for a value that is out of range.
+        Raises: Refused for a value that is out of range.
         """
-        count = 1 if method == GREEDY else int(num_captions)
-        sampling = {"top_p": top_p, "temperature": temperature, "seed": int(seed)} if method == SAMPLE else {}
-        return DecodingConfig(
-            method, entry_length=ENTRY_LENGTH, num_captions=count, beam_size=max(BEAMS, count), **sampling
-        )
+        try:
+            count = 1 if method == GREEDY else int(num_captions)
+            sampling = {"top_p": top_p, "temperature": temperature, "seed": int(seed)} if method == SAMPLE else {}
+            return DecodingConfig(
+                method, entry_length=ENTRY_LENGTH, num_captions=count, beam_size=max(BEAMS, count), **sampling
+            )
+        except ValueError as error:
+            raise Refused(str(error).replace("--", "")) from None  # visitors have no flags
+        except (TypeError, OverflowError):
+            raise Refused("captions, top_p, temperature and seed are numbers") from None
 
     def caption(self, image, model, decoding):
         """Caption an image, in one batch with others that are asked for at the same time.
@@ -104,10 +116,29 @@ class Service:
             image: file.
             model: name of the captioner.
             decoding: DecodingConfig.
-        Returns: list of {"caption", "logprob", "clip_score"}, best first.
-        Raises: ValueError where the image cannot be read; FileNotFoundError for missing weights.
+        Returns: list of {"caption", "logprob", "clip_score"}, best first: by `logprob`, the mean log-probability per
+            token, whatever the method and its length penalty.
+        Raises: Refused where the image cannot be read or the model not be loaded.
         """
+        self._known(model)  # before it comes into a batch with others'
         return self.batches((image, model, decoding))
+
+    def _known(self, model):
+        """Raise Refused for a model that is not offered; None is the default one."""
+        if model is not None and model not in self.models:
+            raise Refused(f"the model is one of {', '.join(self.models)}")
+
+    def _captioner(self, model):
+        """Return a captioner by the name that visitors see.
+
+        Raises: Refused where it cannot be loaded; out-of-memory errors as they are.
+        """
+        self._known(model)
+        try:
+            return self.predictor.captioner(model)
+        except (ValueError, OSError) as error:
+            traceback.print_exception(error)
+            raise Refused(f"the model {model} cannot be loaded on this server: choose another") from None
 
     def _caption_all(self, requests):
         """Caption (image, model, decoding) each; returns the captions of each, or the error that befell it."""
@@ -126,14 +157,23 @@ class Service:
 
     def _caption_alike(self, images, model, decoding):
         """Caption image files the same way; see `_caption_all`."""
-        captioner = self.predictor.captioner(model)
+        captioner = self._captioner(model)
         [(indices, embeddings, errors)] = captioner.encoder.encode_files(images, len(images))
-        answers = {index: ValueError(reason) for index, reason in errors.items()}
+        answers = {index: Refused(reason) for index, reason in errors.items()}
         if indices:
             keys = [image_key(images[index]) for index in indices]
             groups = captioner.caption_embeddings(embeddings, as_trained(decoding, captioner.decoding), keys)
             answers |= zip(indices, map(partial(_scored, captioner), embeddings, groups), strict=True)
+            self._remember([images[index] for index in indices], model, groups)
         return [answers[index] for index in range(len(images))]
+
+    def _remember(self, images, model, groups):
+        """Keep the tokens of captions; of an image's equal ones, the likeliest's."""
+        for image, captions in zip(images, groups, strict=True):
+            for caption in sorted(captions, key=lambda caption: caption.mean_logprob):
+                self.said[image, model, caption.text.strip()] = caption.tokens
+        while len(self.said) > REMEMBERED:
+            self.said.popitem(last=False)
 
     def explain(self, image, model, text):
         """Explain why a captioner would say `text` of an image.
@@ -143,23 +183,28 @@ class Service:
             model: name of the captioner.
             text: a caption of its own, or any other.
         Returns: Explanation.
-        Raises: ValueError where the image cannot be read or there is no text; FileNotFoundError for missing weights.
+        Raises: Refused where there is no text or the model cannot be loaded; ImageError where the image cannot be read.
         """
+        text = (text or "")[:MAX_TEXT].strip()
+        if not text:
+            raise Refused("there is no caption to explain: pick one or write one")
         with self.batches.busy:  # memory and cores are for one at a time
-            return self._explain(self.predictor.captioner(model), read_image(image), text)
+            return self._explain(self._captioner(model), read_image(image), text, self.said.get((image, model, text)))
 
-    def _explain(self, captioner, image, text):
-        """Explain with a loaded captioner and image; see `explain`."""
-        encoder, prefix_length = captioner.encoder, captioner.model.config.prefix_length
-        tokens = captioner.tokenizer.encode((text or "")[:MAX_TEXT], add_special_tokens=False)
-        tokens = tokens[: min(ENTRY_LENGTH, context_room(captioner.model.gpt.config, prefix_length + 1))]
-        if not (text or "").strip() or not tokens:
-            raise ValueError("there is no caption to explain: pick one or write one")
+    def _explain(self, captioner, image, text, tokens):
+        """Explain with a loaded captioner and image, and the text's tokens if they are known; see `explain`."""
+        encoder, tokenizer, own = captioner.encoder, captioner.tokenizer, captioner.decoding
+        before = opening_tokens(tokenizer, own.prompt)
+        tokens = spoken(tokenizer, tokens or continuing_tokens(tokenizer, own.prompt, text))
+        if not tokens:
+            raise Refused("there is no caption to explain: pick one or write one")
+        room = context_room(captioner.model.gpt.config, captioner.model.config.prefix_length + len(before))
+        tokens = tokens[: min(max(ENTRY_LENGTH, own.entry_length), room)]
         pixels = encoder.preprocess(image)
         words, heat, unseen = word_heat(
-            captioner.model, captioner.tokenizer, encoder.encode_images, pixels, tokens, self.batch_size
+            captioner.model, tokenizer, encoder.encode_images, pixels, tokens, self.batch_size, before=before
         )
-        prefix = nearest_words(captioner.model, captioner.tokenizer, encoder.encode_images(pixels[None]))
+        prefix = nearest_words(captioner.model, tokenizer, encoder.encode_images(pixels[None]))
         side = min(PICTURE_SIDE, *image.size)
         return Explanation(ImageOps.fit(image, (side, side)), words, heat, unseen, prefix)
 
@@ -174,12 +219,12 @@ def as_trained(decoding, own):
 
 def _scored(captioner, embedding, captions):
     """Return captions of an image, whose embedding is [D], with their scores, as the endpoint gives them."""
-    captions = sorted(captions, key=lambda caption: -caption.logprob / len(caption.tokens))  # samples come as drawn
+    captions = sorted(captions, key=lambda caption: -caption.mean_logprob)  # samples come as drawn
     texts = [caption.text.strip() for caption in captions]
     embedded = captioner.encoder.encode_texts([PROMPT + text for text in texts])
     scores = clip_scores(embedding.expand(len(texts), -1), embedded)
     return [
-        {"caption": text, "logprob": round(caption.logprob, 4), "clip_score": round(float(score), 4)}
+        {"caption": text, "logprob": round(caption.mean_logprob, 4), "clip_score": round(float(score), 4)}
         for text, caption, score in zip(texts, captions, scores, strict=True)
     ]
 

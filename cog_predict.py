@@ -13,6 +13,7 @@ import os
 import sys
 
 import predict
+from features.images import ImageError
 from models.pretrained import NAMES
 from utils.cli import VERSION, Parser, note, positive_int, run
 from utils.files import write_json
@@ -48,8 +49,16 @@ class Predictor(BaseRunner):
             default=False, description="Whether to apply beam search to generate the output text"
         ),
     ) -> str:
-        """Return the caption of one image."""
-        return self.predictor.predict(str(image), model, use_beam_search)
+        """Return the caption of one image.
+
+        Raises: ValueError with what a visitor may know: no paths of this machine.
+        """
+        try:
+            return self.predictor.predict(str(image), model, use_beam_search)
+        except ImageError as error:
+            raise ValueError(str(error).removeprefix(f"{image}: ")) from None
+        except (ValueError, OSError) as error:
+            raise ValueError(f"the model {model} cannot be loaded on this server: choose another") from error
 
 
 def openapi():

@@ -15,7 +15,7 @@ import os
 from dataclasses import fields, replace
 from pathlib import Path
 
-from features.images import add_max_pixels_flag, set_max_pixels
+from features.images import ImageError, add_max_pixels_flag, set_max_pixels
 from features.listing import as_line, find_images
 from features.loader import prepare_readers
 from features.results import is_table, name_shared, record, shared_ids, write_results
@@ -172,13 +172,13 @@ class Predictor:
             model: one of the names given to `setup`; None is the first.
             use_beam_search: beam search, whatever the checkpoint's json says.
         Returns: the caption.
-        Raises: ValueError where there is no such model or the image cannot be read.
+        Raises: ValueError where there is no such model; ImageError where the image cannot be read.
         """
         captioner = self.captioner(model)
         decoding = replace(captioner.decoding, method=BEAM) if use_beam_search else captioner.decoding
         captions, errors = next(captioner.caption_files([image], decoding))
         if errors:
-            raise ValueError(f"{image}: {errors[image]}")
+            raise ImageError(f"{image}: {errors[image]}")
         return captions[image][0].text
 
 

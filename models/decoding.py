@@ -15,7 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from models.language import context_length
 from models.steps import cache_argument, step_for
-from models.stopping import Stop, begin_tokens, end_tokens
+from models.stopping import Stop, end_tokens, opening_tokens
 
 GREEDY, BEAM, SAMPLE = "greedy", "beam", "sample"
 DECODERS = ("clipcap", "transformers")
@@ -108,6 +108,11 @@ class Caption:
     tokens: list = field(default_factory=list)
     logprob: float = 0.0
     text: str = ""
+
+    @property
+    def mean_logprob(self):
+        """The log-probability per token, by which captions of any length and method compare."""
+        return self.logprob / len(self.tokens)
 
 
 def decode_rows(step, choose, config, stop):
@@ -358,7 +363,7 @@ def generate_captions(model, tokenizer, clip_embedding, config, step_type=step_f
     gpt = model.gpt
     embed = gpt.get_input_embeddings()
     embeddings = model.prefix(clip_embedding).to(embed.weight.dtype)  # [B, P, E]
-    before = begin_tokens(tokenizer) + tokenizer.encode(config.prompt, add_special_tokens=False)
+    before = opening_tokens(tokenizer, config.prompt)
     if before:
         tokens = torch.tensor(before, device=embeddings.device).expand(len(embeddings), -1)
         embeddings = torch.cat((embeddings, embed(tokens)), dim=1)

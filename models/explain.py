@@ -27,18 +27,21 @@ def split_words(tokenizer, tokens):
 
 
 @torch.inference_mode()
-def token_logprobs(model, tokens, clip_embedding):
+def token_logprobs(model, tokens, clip_embedding, before=()):
     """Score one caption under several images.
 
     Args:
         model: ClipCaptionModel, in evaluation mode.
         tokens: T token ids.
         clip_embedding: [B, D].
+        before: token ids between prefix and caption, as `opening_tokens` returns them.
     Returns: [B, T] log-probability of each token, given the image and the tokens before it.
     """
     device = model.gpt.get_input_embeddings().weight.device
     tokens = torch.tensor(tokens, device=device).expand(len(clip_embedding), -1)  # [B, T]
-    logits = model(tokens, clip_embedding.to(device))[:, model.config.prefix_length - 1 : -1].float()  # [B, T, V]
+    read = torch.tensor([*before], dtype=torch.long, device=device).expand(len(clip_embedding), -1)
+    read = torch.cat((read, tokens[:, :-1]), dim=1)  # what predicts a token comes before it
+    logits = model(read, clip_embedding.to(device))[:, -tokens.shape[1] :].float()  # [B, T, V]
     chosen = logits.gather(-1, tokens[..., None].to(logits.device))[..., 0]
     return chosen - logits.logsumexp(-1)
 
@@ -62,7 +65,7 @@ def masked_images(pixels, grid=GRID, window=WINDOW):
     return cells, images
 
 
-def word_heat(model, tokenizer, encode, pixels, tokens, batch_size=32, grid=GRID, window=WINDOW):
+def word_heat(model, tokenizer, encode, pixels, tokens, batch_size=32, grid=GRID, window=WINDOW, before=()):
     """Find the image regions that each word of a caption rests on, by hiding them.
 
     Args:
@@ -72,6 +75,7 @@ def word_heat(model, tokenizer, encode, pixels, tokens, batch_size=32, grid=GRID
         pixels: [3, R, R], preprocessed for `encode`.
         tokens: the caption's token ids.
         batch_size: masked images at a time.
+        before: as that of `token_logprobs`.
     Returns: words; [W, G, G] the share, 0..1, of the word's probability that is lost where a cell is hidden: the mean
         over the windows that hold the cell; [W] the share that is lost where the whole picture is hidden.
     Source: occlusion sensitivity, Zeiler and Fergus (arXiv 1311.2901), on the caption's log-probability.
@@ -80,8 +84,8 @@ def word_heat(model, tokenizer, encode, pixels, tokens, batch_size=32, grid=GRID
     cells, images = masked_images(pixels, grid, window)
     # without the picture: all pixels 0, its encoder's mean; its own mean colour would still tell snow from grass
     images = torch.cat([images, torch.zeros_like(pixels)[None]])
-    whole = token_logprobs(model, tokens, encode(pixels[None]))
-    hidden = torch.cat([token_logprobs(model, tokens, encode(part)) for part in images.split(batch_size)])
+    whole = token_logprobs(model, tokens, encode(pixels[None]), before)
+    hidden = torch.cat([token_logprobs(model, tokens, encode(part), before) for part in images.split(batch_size)])
     drops = (whole - hidden).cpu().numpy()  # [windows + 1, T]
     drops = np.stack([drops[:, positions].sum(1) for _, positions in words], 1)  # [windows + 1, W]
     lost = 1 - np.exp(-drops.clip(min=0))

@@ -16,6 +16,20 @@ def begin_tokens(tokenizer):
     return whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)]
 
 
+def opening_tokens(tokenizer, prompt):
+    """Return the ids that a language model reads between prefix and caption: the begin tokens and the prompt."""
+    return begin_tokens(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
+
+
+def continuing_tokens(tokenizer, prompt, text):
+    """Return the ids of a text that goes on from the prompt: its first word has the blank that the prompt lacks."""
+    start = tokenizer.encode(prompt, add_special_tokens=False)
+    whole = tokenizer.encode(f"{prompt} {text}", add_special_tokens=False) if prompt else []
+    if start and len(whole) > len(start) and whole[: len(start)] == start:
+        return whole[len(start) :]
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 def end_tokens(tokenizer, gpt):
     """Return the ids by which tokenizer and language model say that a text is over."""
     ids = {tokenizer.eos_token_id}
@@ -34,6 +48,12 @@ def _special_ids(tokenizer):
 def text_of(tokenizer, tokens):
     """Return what token ids say, without special tokens."""
     return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def spoken(tokenizer, tokens):
+    """Return token ids without the special ones at their end, which no text shows."""
+    special = _special_ids(tokenizer)
+    return tokens[: next((end for end in range(len(tokens), 0, -1) if tokens[end - 1] not in special), 0)]
 
 
 class Stop:

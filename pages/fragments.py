@@ -15,6 +15,8 @@ STYLE = """
 #cc-samples > .gallery { display: grid; grid-template-columns: repeat(5, 1fr); gap: 8px }
 #cc-samples .gallery-item, #cc-samples .gallery-item * { width: 100%; max-width: none; height: auto; aspect-ratio: 1 }
 #cc-image img { width: 100%; height: 100%; object-fit: contain }
+[data-testid="status-tracker"]:has(.error), footer .divider { display: none !important }
+input[role="combobox"] { text-overflow: ellipsis; padding-right: 1.8rem !important }
 .gradio-container { --soft: color-mix(in srgb, var(--body-text-color) 68%, transparent) }
 .cc h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); letter-spacing: -.02em; line-height: 1.15; margin: .4rem 0 .2rem }
 .cc h2 { font-size: 1.05rem; margin: 0 0 .25rem } .cc p { margin: 0 0 .6rem; line-height: 1.5 }
@@ -27,7 +29,7 @@ STYLE = """
 .cc-captions b { font-weight: 500; display: block; font-size: 1rem; line-height: 1.4 }
 .cc-captions li:first-child b { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; line-height: 1.3 }
 .cc-captions span { color: var(--soft); font-size: .85rem; font-variant-numeric: tabular-nums;
-  margin-right: 1rem; white-space: nowrap }
+  margin-right: 1rem; display: inline-block }
 .cc-map { display: grid; grid-template-columns: minmax(0, 300px) minmax(0, 1fr); gap: 1.1rem; align-items: start }
 .cc-map input { position: absolute; opacity: 0; pointer-events: none }
 .cc-picture { position: relative; border-radius: 12px; overflow: hidden; aspect-ratio: 1; margin: 0 !important }
@@ -60,7 +62,8 @@ def captions_html(captions):
         captions: list of {"caption", "logprob", "clip_score"}, best first.
     """
     rows = [
-        f"<li><b>{escape(c['caption']) or '(no words)'}</b><span>log-probability {_signed(c['logprob'])}</span>"
+        f"<li><b>{escape(c['caption']) or '(no words)'}</b>"
+        f"<span>log-probability per token {_signed(c['logprob'])}</span>"
         f"<span>CLIP score {c['clip_score']:.2f}</span></li>"
         for c in captions
     ]
@@ -130,7 +133,7 @@ def _percent(share):
 
 def _signed(value):
     """Return a number with a typographic minus."""
-    return f"{value:.2f}".replace("-", "−")  # noqa: RUF001
+    return f"{value:.3f}".replace("-", "−")  # noqa: RUF001
 
 
 def _light_uri(heat):

@@ -1,20 +1,48 @@
 """The page in gradio: what it shows, what it asks the service, and how much it lets in."""
 
-import contextlib
+import re
+import traceback
+from http import HTTPStatus
 from pathlib import Path
 
 import gradio as gr
-import torch
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
 
-from pages.fragments import EMPTY, EXPLAINING, HEAD, STYLE, captions_html, prefix_html, words_html
-from utils.cli import describe, note
+from pages.errors import FAILED, MALFORMED, Refused, told
+from pages.fragments import EMPTY, HEAD, STYLE, captions_html, prefix_html, words_html
+from pages.paths import PathsHidden
+from pages.steps import ASK_WHY, FORGET, SHOW_CAPTIONS, SHOW_WHY, WHY_FAILED
+from utils.cli import note
 
 SAMPLES = Path(__file__).resolve().parent.parent / "demo" / "images"
 PRIVATE = {"api_visibility": "private"}
 KEPT_SECONDS = 3600  # uploads are deleted after that long
+TYPE = re.compile(r" \(type: <class '\w+'>\)")  # what gradio says besides of a value that is not offered
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none is fetched
+
+
+class Page(gr.Blocks):
+    """A page whose every error reaches visitors as one line."""
+
+    async def preprocess_data(self, *args, **kwargs):
+        """Return what gradio makes of a request's values; what it cannot take is the visitor's mistake."""
+        try:
+            return await super().preprocess_data(*args, **kwargs)
+        except gr.Error as error:
+            raise Refused(TYPE.sub("", error.message)) from error
+        except Exception as error:
+            traceback.print_exception(error)
+            raise Refused(MALFORMED) from error
+
+    async def process_api(self, *args, **kwargs):
+        """Answer a request; see gradio."""
+        try:
+            return await super().process_api(*args, **kwargs)
+        except Exception as error:
+            raise gr.Error(told(error), print_exception=False) from None
 
 
 def build_page(service, queue_size):
@@ -24,7 +52,7 @@ def build_page(service, queue_size):
         service: see app.py: `models`, `methods`, `decoding`, `caption`, `explain`.
         queue_size: requests that wait; others are refused.
     """
-    with gr.Blocks(title="ClipCap", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
+    with Page(title="ClipCap", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
         gr.HTML(HEAD)
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
@@ -36,17 +64,50 @@ def build_page(service, queue_size):
                         label="Caption to explain: pick one, or write your own", allow_custom_value=True
                     )
                     words, prefix = gr.HTML(), gr.HTML()
-        answer = gr.JSON(visible=False, label="captions")
-        # as many enter at once as make a batch; the others wait in gradio's queue
-        done = button.click(
-            _captioning(service), [image, *options], answer, concurrency_limit=service.batch_size, api_name="caption",
-            show_progress_on=captions,
-        )  # fmt: skip
-        shown = done.success(_show, answer, [captions, why, chosen, words, prefix], queue=False, **PRIVATE)
-        explaining = {"fn": _explaining(service), "inputs": [image, options[0], chosen], "outputs": [words, prefix]}
-        shown.success(**explaining, show_progress_on=words, concurrency_id="why", **PRIVATE)
-        chosen.input(**explaining, show_progress_on=words, concurrency_id="why", **PRIVATE)
+        _endpoint(service, image, options)
+        _events(service, image, options, button, (captions, why, chosen, words, prefix))
     return page.queue(max_size=queue_size)
+
+
+def _endpoint(service, image, options):
+    """Offer /caption to programs."""
+    # as many enter at once as make a batch; the others wait in gradio's queue
+    gr.Button(visible=False).click(
+        _captioning(service), [image, *options], gr.JSON(visible=False, label="captions"), api_name="caption",
+        concurrency_limit=service.batch_size, concurrency_id="caption",
+    )  # fmt: skip
+
+
+def _events(service, image, options, button, shown):
+    """Lay down what follows what; see steps.py for the browser's part.
+
+    Args:
+        shown: the components that show captions, hold the explanations, choose a caption, show words and prefix.
+    """
+    captions, _, chosen, words, prefix = shown
+    ticket, why_ticket = gr.Textbox(visible=False), gr.Textbox(visible=False)
+    answer, reason = gr.JSON(visible=False), gr.JSON(visible=False)
+
+    def browser(event, js, inputs, outputs):
+        return event(None, inputs, outputs, js=js, trigger_mode="multiple", **PRIVATE)
+
+    def explain(event):
+        asked = event(
+            _explaining(service), [image, options[0], chosen, why_ticket], reason, concurrency_id="why",
+            trigger_mode="multiple", show_progress_on=words, **PRIVATE,
+        )  # fmt: skip
+        browser(asked.success, SHOW_WHY, [reason, why_ticket], [words, prefix])
+        browser(asked.failure, WHY_FAILED, [words], [words])
+
+    for change in (image.change, options[0].change):
+        browser(change, FORGET, [], [ticket, why_ticket, *shown])
+    asking = browser(button.click, FORGET, [], [ticket, why_ticket, *shown])
+    asked = asking.success(
+        _showing(service), [image, *options, ticket], answer, concurrency_limit=service.batch_size,
+        concurrency_id="caption", trigger_mode="multiple", show_progress_on=captions, **PRIVATE,
+    )  # fmt: skip
+    explain(browser(asked.success, SHOW_CAPTIONS, [answer, ticket], [why_ticket, *shown]).success)
+    explain(browser(chosen.input, ASK_WHY, [], [why_ticket, words, prefix]).success)
 
 
 def _inputs(service):
@@ -89,40 +150,39 @@ def _captioning(service):
     """Return the endpoint: a function of image and options to captions with their scores."""
 
     def caption(image, model, method, num_captions, top_p, temperature, seed):
-        with errors_shown():
-            if not image:
-                raise ValueError("there is no image yet: upload, paste or pick one")
-            return service.caption(image, model, service.decoding(method, num_captions, top_p, temperature, seed))
+        if not image:
+            raise Refused("there is no image yet: upload, paste or pick one")
+        return service.caption(image, model, service.decoding(method, num_captions, top_p, temperature, seed))
 
     return caption
 
 
-def _show(captions):
-    """Show captions and offer them for explanation."""
-    texts = list(dict.fromkeys(caption["caption"] for caption in captions))  # samples may be equal
-    return captions_html(captions), gr.update(visible=True), gr.update(choices=texts, value=texts[0]), EXPLAINING, ""
+def _showing(service):
+    """Return the function of image, options and ticket to what the page shows of captions."""
+    caption = _captioning(service)
+
+    def show(*asked):
+        *asked, ticket = asked
+        found = caption(*asked)
+        texts = list(dict.fromkeys(caption["caption"] for caption in found))  # samples may be equal
+        return {"ticket": ticket, "captions": captions_html(found), "texts": texts}
+
+    return show
 
 
 def _explaining(service):
-    """Return the function of image, model and caption to the two explanations."""
+    """Return the function of image, model, caption and ticket to the two explanations."""
 
-    def explain(image, model, text):
-        with errors_shown():
-            if not image:
-                raise ValueError("the image is gone: upload, paste or pick one")
-            why = service.explain(image, model, text)
-        return words_html(why.picture, why.words, why.heat, why.unseen), prefix_html(why.prefix)
+    def explain(image, model, text, ticket):
+        if not ticket:  # the captions to explain are gone by now
+            return None
+        if not image:
+            raise Refused("the image is gone: upload, paste or pick one")
+        why = service.explain(image, model, text)
+        words = words_html(why.picture, why.words, why.heat, why.unseen)
+        return {"ticket": ticket, "words": words, "prefix": prefix_html(why.prefix)}
 
     return explain
-
-
-@contextlib.contextmanager
-def errors_shown():
-    """Show a visitor the one line that `describe` makes of an error."""
-    try:
-        yield
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        raise gr.Error(describe(error), print_exception=False) from None
 
 
 class BodyLimit:
@@ -143,6 +203,27 @@ class BodyLimit:
             return message
 
         await self.app(scope, counted, send)
+
+
+def _refusal(request, error):
+    """Answer a request that the server refuses: its own words, unless they name a file."""
+    words = str(error.detail)
+    words = words if "/" not in words else HTTPStatus(error.status_code).phrase
+    return JSONResponse({"detail": words}, error.status_code, error.headers)
+
+
+def _malformed(request, error):
+    """Answer a request that lacks what it must have."""
+    faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+    return JSONResponse({"detail": f"the request is malformed: {'; '.join(faults)}"}, 422)
+
+
+def _failure(request, error):
+    """Answer a request that failed; the server logs why."""
+    return JSONResponse({"detail": FAILED}, 500)
+
+
+HANDLERS = {HTTPException: _refusal, RequestValidationError: _malformed, Exception: _failure}
 
 
 def _theme():
@@ -167,11 +248,12 @@ def launch(page, host, port, max_upload_mb, threads):
     """
     size = max_upload_mb * 2**20
     limit = Middleware(BodyLimit, limit=size + 2**16)  # the form around the file
+    hidden = Middleware(PathsHidden, folder=page.GRADIO_CACHE)
     try:
         _, address, _ = page.launch(
-            server_name=host, server_port=port, max_file_size=size, app_kwargs={"middleware": [limit]},
-            max_threads=threads, share=False, ssr_mode=False, prevent_thread_lock=True, quiet=True,
-            footer_links=["api"], theme=_theme(), css=STYLE,
+            server_name=host, server_port=port, max_file_size=size, max_threads=threads, share=False, ssr_mode=False,
+            prevent_thread_lock=True, quiet=True, theme=_theme(), css=STYLE, footer_links=["api"],
+            app_kwargs={"middleware": [limit, hidden], "exception_handlers": HANDLERS},
         )  # fmt: skip
     except OSError:
         raise OSError(f"cannot serve on {host}, port {port}: it is taken or not this machine's; pass another") from None

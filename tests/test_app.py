@@ -1,7 +1,9 @@
 """The page in a headless browser, and its endpoint under a hundred requests, bad ones and too large ones."""
 
+import collections
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -20,6 +22,7 @@ import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
+from app import Explanation
 from predict import Predictor
 
 gradio = pytest.importorskip("gradio", reason='the page needs gradio: pip install -e ".[app]"')
@@ -91,9 +94,8 @@ def test_page(server, browser):
     page.wait_for_selector(".cc-words label")
     assert page.locator(".cc-captions li").count() == 3
     assert page.locator(".cc-captions li").first.inner_text().startswith("On the grass there is a")
-    assert re.search(
-        r"log-probability −\d+\.\d\d\s*CLIP score \d\.\d\d", page.locator(".cc-captions li").last.inner_text()
-    )
+    last = page.locator(".cc-captions li").last.inner_text()
+    assert re.search(r"log-probability per token −\d+\.\d{3}\s*CLIP score \d\.\d\d", last)
     for word in ("heart", "circle"):
         page.locator(".cc-words label", has_text=word).click()
         assert page.locator(".cc-words input:checked + label").inner_text() == word
@@ -189,6 +191,76 @@ def test_files_of_the_server_are_not_read(server):
     assert urllib.request.urlopen(f"{address}/{event}", timeout=20).read().startswith(b"event: error")
 
 
+def fetch(address, body=None, kind="application/json"):
+    """Return (status, text) of a request; a body is sent as JSON unless it is bytes."""
+    body = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def upload(address, content, name="a.jpg"):
+    """Upload a file as the page does; returns the path that is told."""
+    head = f'--b\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\nContent-Type: image/jpeg\r\n\r\n'
+    body = head.encode() + content + b"\r\n--b--\r\n"
+    return json.loads(fetch(f"{address}/gradio_api/upload", body, "multipart/form-data; boundary=b")[1])[0]
+
+
+def test_paths_of_this_machine_stay_here(server, tmp_path_factory):
+    """Uploads have another name outside, under which they are found."""
+    address, _ = server
+    private = str(tmp_path_factory.getbasetemp())
+    path = upload(address, SAMPLES[0].read_bytes())
+    image = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    answers = [fetch(f"{address}/{page}")[1] for page in ("", "config", "gradio_api/info", "openapi.json")]
+    body = {"data": [image, "demo", "greedy", 1, 0.8, 1, 0]}
+    status, captions = fetch(f"{address}/gradio_api/run/caption", body)
+    assert status == 200 and "On the grass" in captions
+    body = {"data": ["demo", {**image, "x": 1}], "fn_index": 1}
+    answers += [path, captions, fetch(f"{address}/gradio_api/run/predict", body)[1]]
+    assert not any(private in answer or str(ROOT) in answer for answer in answers)
+    with urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=20) as file:
+        assert file.read() == SAMPLES[0].read_bytes()
+    assert fetch(f"{address}/gradio_api/file={ROOT}/app.py") == (403, '{"detail":"Forbidden"}')
+
+
+def test_every_error_is_one_line_for_visitors(server):
+    address, _ = server
+    image = {"path": upload(address, SAMPLES[0].read_bytes()), "meta": {"_type": "gradio.FileData"}}
+    rest = ["beam", 3, 0.8, 1, 0]
+    elsewhere = {**image, "path": "/etc/hostname"}
+    for data, told in (
+        ([None, "demo", *rest], "there is no image yet"),
+        (["x", "demo", *rest], "the request is malformed"),
+        ([elsewhere, "demo", *rest], "the request is malformed"),
+        ([image], "the request is malformed"),
+        ([image, ["demo"], *rest], "the model is one of demo_latest, demo, coco"),
+        ([image, "coco", *rest], "the model coco cannot be loaded on this server: choose another"),
+        ([image, "demo", "no", *rest[1:]], "Value: 'no' is not in the list of choices"),
+        ([image, "demo", "sample", 3, 0.8, 1, None], "captions, top_p, temperature and seed are numbers"),
+    ):
+        status, answer = fetch(f"{address}/gradio_api/run/caption", {"data": data})
+        line = json.loads(answer)["error"]
+        assert status == 500 and line.startswith(told) and not re.search(r"/|\n|class|Error|https?:", line)
+    for body in (b"no json", b"{}", b"[]"):
+        status, answer = fetch(f"{address}/gradio_api/call/caption", body)
+        assert status == 422 and json.loads(answer)["detail"].startswith("the request is malformed: body")
+    assert fetch(f"{address}/gradio_api/call/no-such", {"data": []})[1] == (
+        '{"detail":"the server could not do this; its log says why"}'
+    )
+
+
+def test_memory_that_runs_out_is_told(capfd):
+    from pages.errors import OUT_OF_MEMORY, told
+
+    for error in (MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: no memory")):
+        assert told(error) == OUT_OF_MEMORY
+    assert "alloc_cpu.cpp" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("length_told", [True, False])
 def test_long_bodies_are_refused(server, length_told):
     """The limit is on what comes, not on what is announced; the server may hang up before all is sent."""
@@ -216,6 +288,145 @@ class SlowService:
         return []
 
 
+class GatedService:
+    """Says which model and picture it was asked about, when their gate is open."""
+
+    models, methods, batch_size = ["demo", "other", "broken"], {"greedy": "greedy", "sampling": "sample"}, 4
+
+    def __init__(self):
+        self.gates = collections.defaultdict(threading.Event)
+        self.asked = queue.Queue()
+
+    def decoding(self, *values):
+        return values
+
+    def answer(self, *question):
+        self.asked.put(question)
+        self.gates[question].wait(30)
+
+    def caption(self, image, model, decoding):
+        self.answer("caption", model, Path(image).stem)
+        if model == "broken":
+            raise OSError(2, "no such file", "/home/me/broken.pt")
+        texts = (f"{word} {model} {Path(image).stem}" for word in ("first", "second"))
+        return [{"caption": text, "logprob": -0.5, "clip_score": 0.7} for text in texts]
+
+    def explain(self, image, model, text):
+        self.answer("explain", text)
+        return Explanation(Image.new("RGB", (8, 8)), text.split(), np.ones((3, 8, 8)), np.ones(3), [[("a", 0.5)]])
+
+
+@pytest.fixture
+def gated(browser):
+    """A page of a GatedService in the browser; yields (service, page)."""
+    from pages.page import build_page
+
+    service = GatedService()
+    blocks = build_page(service, queue_size=9)
+    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, server_port=None, ssr_mode=False)
+    try:
+        page = browser.new_page()
+        page.goto(address)
+        yield service, page
+    finally:
+        for gate in list(service.gates.values()):
+            gate.set()
+        page.close()
+        blocks.close()
+
+
+def pick(page, number):
+    """Pick a sample picture; returns its name."""
+    page.locator("#cc-samples button").nth(number).click()
+    name = SAMPLES[number].name
+    page.wait_for_function(f"document.querySelector('#cc-image img')?.src.endsWith('{name}')")
+    return SAMPLES[number].stem
+
+
+def ask(page):
+    page.get_by_role("button", name="Caption", exact=True).click()
+
+
+def choose(page, label, option):
+    page.get_by_label(label).click()
+    page.get_by_role("option", name=option).click()
+
+
+def shown(page):
+    """Return the captions and the words that the page shows."""
+    return page.locator(".cc-captions b").all_inner_texts(), page.locator(".cc-words label").all_inner_texts()
+
+
+def test_a_late_answer_is_not_shown(gated):
+    """Old captions go with their picture or model, and what was asked about them is not shown when it comes."""
+    service, page = gated
+    old, new = pick(page, 0), None
+    ask(page)
+    assert service.asked.get(timeout=20) == ("caption", "demo", old)
+    new = pick(page, 1)
+    ask(page)
+    assert service.asked.get(timeout=20) == ("caption", "demo", new)
+    service.gates["caption", "demo", new].set()
+    page.wait_for_selector(".cc-captions")
+    assert service.asked.get(timeout=20) == ("explain", f"first demo {new}")
+    service.gates["explain", f"first demo {new}"].set()
+    page.wait_for_selector(".cc-words label")
+    service.gates["caption", "demo", old].set()
+    page.wait_for_timeout(1500)
+    wanted = [f"first demo {new}", f"second demo {new}"], ["first", "demo", new]
+    assert shown(page) == wanted
+    choose(page, "Model", "other")
+    page.wait_for_selector(".cc-captions", state="detached")
+    assert shown(page) == ([], []) and not page.get_by_label("Caption to explain").is_visible()
+    choose(page, "Model", "demo")
+    ask(page)
+    page.wait_for_selector(".cc-words label")
+    assert shown(page) == wanted
+    pick(page, 2)
+    page.wait_for_selector(".cc-captions", state="detached")
+    assert shown(page) == ([], [])
+
+
+def test_a_late_explanation_is_not_shown(gated):
+    service, page = gated
+    name = pick(page, 0)
+    service.gates["caption", "demo", name].set()
+    ask(page)
+    page.wait_for_selector(".cc-captions")
+    service.gates["explain", f"second demo {name}"].set()
+    assert service.asked.get(timeout=20)[0] == "caption"
+    assert service.asked.get(timeout=20) == ("explain", f"first demo {name}")
+    choose(page, "Caption to explain", f"second demo {name}")
+    service.gates["explain", f"first demo {name}"].set()
+    page.wait_for_selector(".cc-words label")
+    assert shown(page)[1] == ["second", "demo", name]
+    choose(page, "Caption to explain", f"first demo {name}")
+    page.wait_for_selector(".cc-words label:text-is('first')")
+    service.gates["explain", f"second demo {name}"].clear()
+    choose(page, "Caption to explain", f"second demo {name}")
+    page.wait_for_selector(".cc-words label", state="detached")
+    pick(page, 1)
+    service.gates["explain", f"second demo {name}"].set()
+    page.wait_for_timeout(1500)
+    assert shown(page) == ([], [])
+
+
+def test_an_error_takes_old_captions_away(gated, capfd):
+    service, page = gated
+    name = pick(page, 0)
+    for model in ("demo", "broken"):
+        service.gates["caption", model, name].set()
+    service.gates["explain", f"first demo {name}"].set()
+    ask(page)
+    page.wait_for_selector(".cc-words label")
+    choose(page, "Model", "broken")
+    ask(page)
+    page.wait_for_selector("text=the server could not do this; its log says why")
+    assert shown(page) == ([], []) and page.get_by_text("Captions appear here.").is_visible()
+    assert not page.locator("[data-testid=status-tracker] .error:visible").count()  # it would outlast its picture
+    assert "/home/me" not in page.content() and "/home/me/broken.pt" in capfd.readouterr().err
+
+
 def test_queue_has_a_limit():
     from pages.page import build_page
 
@@ -228,7 +439,9 @@ def test_queue_has_a_limit():
         for _ in range(6):
             jobs.append(client.submit(gradio_client.handle_file(str(SAMPLES[0])), api_name="/caption"))
             time.sleep(0.3)
-        refused = [job for job in jobs if job.done()]
+        deadline = time.monotonic() + 20
+        while len(refused := [job for job in jobs if job.done()]) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
         assert len(refused) == 2  # one at work, three wait
         assert all("Queue is full" in str(job.exception()) for job in refused)
         service.gate.set()

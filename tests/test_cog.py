@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
@@ -96,8 +97,19 @@ def test_bad_inputs_are_refused(port, inputs, field):
 def test_an_unreadable_image_is_a_failed_prediction(port):
     inputs = {"image": data_uri(b"no image", "text/plain"), "model": "demo"}
     answer = request(port, "POST", "/predictions", {"input": inputs})[1]
-    assert answer["status"] == "failed" and "not a readable image" in answer["error"]
+    assert answer["status"] == "failed" and answer["error"].endswith("ValueError: not a readable image (a text)")
     assert request(port, "POST", "/predictions", {"input": {"image": IMAGE, "model": "demo"}})[1]["output"]
+
+
+def test_a_model_that_cannot_be_loaded_is_told_without_paths(monkeypatch):
+    import cog_predict
+
+    predictor = cog_predict.Predictor()
+    predictor.setup()
+    error = FileNotFoundError("download https://example.org/w and put it here as /home/me/w.pt")
+    monkeypatch.setattr(predictor.predictor, "captioner", Mock(side_effect=error))
+    with pytest.raises(ValueError, match="^the model coco cannot be loaded on this server: choose another$"):
+        predictor.run(str(SAMPLE), "coco", False)
 
 
 def test_schema_has_the_predecessors_inputs(port):

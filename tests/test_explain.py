@@ -1,15 +1,23 @@
 """Explanations: words and their tokens, scores, heat where the word's object is, prefix read back."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from test_stopping import sentencepiece
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import app
 from features.images import read_image
 from models.captioner import Captioner
-from models.decoding import DecodingConfig
+from models.clip_caption import CaptionConfig, build_captioner
+from models.decoding import BEAM, SAMPLE, Caption, DecodingConfig, generate_captions
 from models.explain import masked_images, nearest_words, split_words, token_logprobs, word_heat
+from models.stopping import begin_tokens, continuing_tokens, opening_tokens, spoken
 from pages.fragments import words_html
 
 
@@ -46,6 +54,106 @@ def test_scores_are_those_of_decoding(captioner, pixels, caption):
     assert scores.sum(1).tolist() == pytest.approx([caption.logprob] * 2, abs=1e-3)
 
 
+@pytest.fixture(scope="module")
+def llama():
+    """A captioner whose tokenizer begins every text with <s>, and its tokenizer."""
+    tokenizer = sentencepiece(["▁a", "▁photo", "▁of", "▁red", "▁star", ".", "▁.", "star", "▁"])
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=40, initializer_range=0.3,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    gpt = AutoModelForCausalLM.from_config(config)
+    return build_captioner(CaptionConfig(prefix_dim=8, prefix_length=4), gpt).eval(), tokenizer
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        DecodingConfig(),
+        DecodingConfig(method=BEAM, num_captions=3),
+        DecodingConfig(method=SAMPLE, num_captions=3, top_p=1.0),
+        DecodingConfig(method=BEAM, num_captions=3, decoder="transformers", length_penalty=2.0),
+    ],
+)
+def test_scores_are_those_of_decoding_after_begin_token_and_prompt(llama, prompt, decoding):
+    model, tokenizer = llama
+    embeddings = torch.randn(2, 8)
+    decoding = replace(decoding, prompt=prompt)
+    before = opening_tokens(tokenizer, prompt)
+    assert before[0] == begin_tokens(tokenizer)[0] == 1 and len(before) == (4 if prompt else 1)
+    for embedding, group in zip(embeddings, generate_captions(model, tokenizer, embeddings, decoding), strict=True):
+        for caption in group:
+            [logprobs] = token_logprobs(model, caption.tokens, embedding[None], before)
+            assert logprobs.sum().item() == pytest.approx(caption.logprob, abs=1e-3)
+
+
+class Stub:
+    """An encoder of one image."""
+
+    def preprocess(self, image):
+        return torch.zeros(3, 8, 8)
+
+    def encode_images(self, pixels):
+        return torch.ones(len(pixels), 8) + pixels.mean((1, 2, 3))[:, None]
+
+    def encode_files(self, paths, size):
+        yield list(range(len(paths))), torch.ones(len(paths), 8), {}
+
+    def encode_texts(self, texts):
+        return torch.ones(len(texts), 8)
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+def test_captions_are_explained_as_they_were_decoded(llama, prompt, monkeypatch):
+    """The page reads the same tokens as the search has, after the same; a visitor's own text follows the prompt."""
+    model, tokenizer = llama
+    found, asked = [], []
+
+    def caption_embeddings(embeddings, decoding, keys):
+        found[:] = generate_captions(model, tokenizer, embeddings, decoding, keys=keys)
+        return found
+
+    def word_heat(*args, before):
+        asked.append((args[4], before))
+        return ["a"], 0, 0
+
+    own = DecodingConfig(prompt=prompt, length_penalty=3.0, entry_length=9)
+    stub = SimpleNamespace(
+        model=model, tokenizer=tokenizer, encoder=Stub(), decoding=own, caption_embeddings=caption_embeddings
+    )
+    service = app.Service({"demo": "demo"}, "cpu")
+    service.predictor = SimpleNamespace(captioner=lambda model: stub)
+    monkeypatch.setattr(app, "word_heat", word_heat)
+    image = str(ROOT / "demo" / "images" / "200002.jpg")
+    for method in ("beam", "sample"):
+        answer = service.caption(image, "demo", service.decoding(method, 3, 1.0, 1.0, 0))
+        means = sorted((caption.logprob / len(caption.tokens) for caption in found[0]), reverse=True)
+        assert [caption["logprob"] for caption in answer] == pytest.approx(means, abs=1e-4)
+        for caption in found[0]:
+            if caption.text:
+                service.explain(image, "demo", caption.text)
+                tokens, before = asked.pop()
+                alike = [other.tokens for other in found[0] if other.text == caption.text]
+                assert tokens in [spoken(tokenizer, other) for other in alike]
+                assert before == opening_tokens(tokenizer, prompt)
+    service.explain(image, "demo", "a red star.")
+    assert tokenizer.convert_ids_to_tokens(asked[-1][0]) == ["▁a", "▁red", "▁star", "."]
+    assert asked[-1][1] == opening_tokens(tokenizer, prompt)
+
+
+def test_own_text_goes_on_from_the_prompt(captioner):
+    tokenizer = captioner.tokenizer
+    assert continuing_tokens(tokenizer, "", "red star") == tokenizer.encode("red star")
+    assert continuing_tokens(tokenizer, "On the", "grass.") == tokenizer.encode(" grass.")
+
+
+def test_mean_logprob():
+    assert Caption([5, 6], -3.0).mean_logprob == -1.5
+
+
 def test_every_cell_is_hidden_equally_often():
     pixels = torch.rand(3, 32, 32)
     cells, images = masked_images(pixels, grid=4, window=2)
@@ -78,7 +186,7 @@ def test_what_is_lost_without_the_picture(captioner, monkeypatch):
     tokens = captioner.tokenizer.encode(" big red star")
     needed = torch.tensor([0, 0.9, 0.01])  # of the brightness of the whole
 
-    def logprobs(model, tokens, brightness):
+    def logprobs(model, tokens, brightness, before):
         return torch.where(brightness[:, None] < needed, -2.0, -1.0)
 
     monkeypatch.setattr("models.explain.token_logprobs", logprobs)
