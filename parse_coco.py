@@ -27,13 +27,12 @@ from features.finder import ImageFinder, match_images
 from features.images import add_max_pixels_flag, set_max_pixels
 from features.loader import prepare_readers
 from features.partial import PartialStore, collect_rows, partial_names
-from features.shards import finished_shard, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
-from features.store import check_store_output, info_path, is_folder, write_store
+from features.shards import finished_shards, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
+from features.store import check_store_output, info_path, is_folder, lock_store, write_store
 from utils.cli import VERSION, Parser, non_negative_int, note, positive_int, progress_bar, run
 from utils.devices import pick_device
-from utils.distributed import all_union, barrier, connected, is_main, main_first, own_device, rank, share
+from utils.distributed import all_union, connected, is_main, main_first, own_device, rank, share
 from utils.files import read_json, sha256, write_json
-from utils.outputs import lock
 from utils.precision import add_dtype_flag
 
 SHOWN = 10  # skipped images that are listed on the terminal; the json beside the store lists all
@@ -144,10 +143,11 @@ def extract(encoder, parts, args):
         be read}); what its rows were kept in is removed when the next one is asked for.
     """
     images, identity = sum(len(found) for _, found in parts), encoder.identity()
+    keys = {path: file_key(path) for _, found in parts for path in found}  # before they are read: one may change then
     todo, batches, counts = [], [], []
     for file, found in parts:
         encoded = PartialStore.encoded(file, identity)
-        missing = [path for path in found if file_key(path) not in encoded]
+        missing = [path for path in found if keys[path] not in encoded]
         indices = range(len(todo), len(todo) + len(missing))
         own = [indices[start : start + args.batch_size] for start in range(0, len(missing), args.batch_size)]
         todo, batches, counts = todo + missing, batches + own, [*counts, len(own)]
@@ -159,10 +159,10 @@ def extract(encoder, parts, args):
             partial, skipped = PartialStore(file, identity), {}
             for files, embeddings, errors in itertools.islice(stream, count):
                 if files:
-                    partial.append([file_key(path) for path in files], embeddings)
+                    partial.append([keys[path] for path in files], embeddings)
                 skipped |= errors
             read = {path: records for path, records in found.items() if str(path) not in skipped}
-            yield file, read, partial.embeddings([file_key(path) for path in read]), skipped
+            yield file, read, partial.embeddings([keys[path] for path in read]), skipped
             partial.remove()
 
 
@@ -206,15 +206,11 @@ def write_folder(encoder, found, out, args, info, skipped):
     parts, stamps = [], {}
     for number, start in enumerate(range(0, len(paths), rows)):
         images = {path: found[path] for path in paths[start : start + rows]}
-        stamp = stamp_of(encoder, images)
-        left_out = finished_shard(out, number, stamp)
-        if left_out is None:
-            file = shard_files(out, number)[0]
-            stamps[file] = number, stamp
-            parts.append((file, images))
-        else:
-            skipped |= left_out
-    barrier()  # all processes have seen which shards there are
+        stamps[shard_files(out, number)[0]] = number, stamp_of(encoder, images)
+        parts.append((shard_files(out, number)[0], images))
+    finished = finished_shards(out, stamps)
+    parts = [(file, images) for file, images in parts if file not in finished]
+    skipped = skipped | {path: reason for left_out in finished.values() for path, reason in left_out.items()}
     unreadable = {}
     for file, read, embeddings, errors in extract(encoder, share(parts), args):
         write_shard(out, *stamps[file], embeddings, read, errors)
@@ -299,7 +295,7 @@ def main(argv=None):
     found, skipped = find_images(places, ImageFinder(args.images, args.annotations), args.strict)
     prepare_readers(len(found), args.num_workers)
     device = own_device([pick_device(args.device)])
-    with connected(device), lock(out) if is_main() else contextlib.nullcontext():
+    with connected(device), lock_store(out) if is_main() else contextlib.nullcontext():
         with main_first():
             encoder = ClipEncoder(args.clip_model_type, device, args.dtype)
         return make_store(encoder, found, out, args, skipped)

@@ -34,7 +34,7 @@ from models.placement import place
 from training.large_models import add_scale_flags, pick_placement
 from training.log import TrainingLog
 from training.optimizers import WEIGHT_DECAY
-from training.run_files import RunFiles, StopRequest
+from training.run_files import DivergedError, RunFiles, StopRequest, saved_on_error
 from training.trainer import DTYPES, Trainer, TrainingConfig
 from training.validation import Validation, show_samples
 from utils.cli import (
@@ -198,7 +198,7 @@ def fit(trainer, files, log, tokenizer, save_every, save_steps, validation=None)
     Raises: KeyboardInterrupt after a stop was asked for and the state saved; ValueError where the loss is not finite.
     """
     epochs = trainer.config.epochs
-    with StopRequest() as stop:
+    with StopRequest() as stop, saved_on_error(trainer, files, log):
         while trainer.epoch < epochs:
             description = f"epoch {trainer.epoch + 1}/{epochs}"
             with progress_bar(trainer.batches, description, "batch", initial=trainer.batch) as bar:
@@ -208,9 +208,7 @@ def fit(trainer, files, log, tokenizer, save_every, save_steps, validation=None)
                     bar.update(len(group))
                     stopping = all_sum(int(stop.signal is not None))  # in any process: all stop at the same step
                     if stopping or trainer.step % save_steps == 0:
-                        log.flush()  # first, for a continuation keeps the lines up to the state's step
-                        files.save_weights(trainer.model)
-                        files.save_state(trainer)
+                        files.save_step(trainer, log)
                     if stopping:
                         raise KeyboardInterrupt(f"step {trainer.step} is saved; the same command with --resume goes on")
             finish_epoch(trainer, files, log, tokenizer, save_every, validation)
@@ -219,14 +217,14 @@ def fit(trainer, files, log, tokenizer, save_every, save_steps, validation=None)
 def step_and_log(trainer, group, log, files):
     """Take one step, count it and log it.
 
-    Raises: ValueError naming step and last checkpoint where the loss is not finite.
+    Raises: DivergedError naming step and last checkpoint where the loss is not finite.
     """
     started = time.perf_counter()
     try:
         loss, rate = trainer.train_step(group)
     except FloatingPointError as error:
         last = files.last_checkpoint()
-        raise ValueError(
+        raise DivergedError(
             f"{error} at step {trainer.step + 1}, epoch {trainer.epoch}; "
             f"{f'the last good weights are {last}' if last else 'no checkpoint was written yet'}: lower --lr or use "
             f"--mixed_precision bf16 or no"
@@ -324,8 +322,8 @@ def main(argv=None, parser=None, decoding=None):
     """Train as the command line says; `parser` and `decoding` are those of a variant of this command."""
     args = (parser or get_parser()).parse_args(argv)
     placement, files = pick_placement(args), RunFiles(args.out_dir, args.prefix, decoding)
-    stores = {f"--{name}": getattr(args, name) for name in ("data", "val_data") if getattr(args, name)}
-    files.check(stores | {f"{flag}'s store": info_path(path) for flag, path in stores.items()})
+    stores = {"--data": args.data} | ({"--val_data": args.val_data} if args.val_data else {})
+    files.check(stores | {f"the json of {flag}'s store": info_path(path) for flag, path in stores.items()})
     with (
         connected(placement.devices[0]),
         lock(files.config, "--prefix or --out_dir") if is_main() else contextlib.nullcontext(),

@@ -42,8 +42,8 @@ class PartialStore:
     """Embeddings of an extraction under way, appended batch by batch so that a kill loses at most one batch.
 
     `<store>.partial/embeddings.f32` holds rows of D float32 numbers and `journal.jsonl` a line for every batch that is
-    wholly in it: the images' keys, and a checksum of their rows. What the journal does not name was not finished, and
-    what does not agree with it is encoded again.
+    wholly in it: the images' keys, and a checksum of these and the rows. What the journal does not name was not
+    finished, and what does not agree with it is encoded again.
     """
 
     def __init__(self, store_path, encoder):
@@ -92,11 +92,14 @@ class PartialStore:
 
     def _rows_agree(self, entry):
         """Count the images of a journal's line where the rows that follow are theirs; returns whether they are."""
-        if not isinstance(entry, dict) or not {"images", "crc32"} <= entry.keys():
+        images = entry.get("images") if isinstance(entry, dict) else None
+        if not isinstance(images, list):
             return False
-        keys, size = [tuple(key) for key in entry["images"]], len(entry["images"]) * self.dim * 4
-        data = self.data.read(size)
-        if len(data) < size or zlib.crc32(data) != entry["crc32"] or not self.rows.keys().isdisjoint(keys):
+        data = self.data.read(len(images) * self.dim * 4)
+        if len(data) < len(images) * self.dim * 4 or _checksum(images, data) != entry.get("crc32"):
+            return False
+        keys = [tuple(key) for key in images]
+        if not self.rows.keys().isdisjoint(keys):
             return False
         self.rows.update({key: len(self.rows) + i for i, key in enumerate(keys)})
         return True
@@ -115,7 +118,7 @@ class PartialStore:
         data = embeddings.numpy().tobytes()
         self.data.write(data)
         self.data.flush()
-        self._log({"images": [list(key) for key in keys], "crc32": zlib.crc32(data)})
+        self._log({"images": keys, "crc32": _checksum(keys, data)})
         self.rows.update({key: len(self.rows) + i for i, key in enumerate(keys)})
 
     def embeddings(self, keys):
@@ -137,6 +140,11 @@ class PartialStore:
         for file in self.folder.iterdir():
             file.unlink()
         self.folder.rmdir()
+
+
+def _checksum(keys, data):
+    """Return what tells whether keys and their rows are still those that were written together."""
+    return zlib.crc32(data, zlib.crc32(json.dumps(keys).encode()))
 
 
 def _parse_line(line):

@@ -8,6 +8,7 @@ are read by the embedding-reader package.
 """
 
 import bisect
+import contextlib
 import hashlib
 import json
 import mmap
@@ -20,6 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from features.images import ImageError, read_image
+from utils.distributed import all_union, share
 from utils.files import atomic_path, reason
 
 ROWS_MAPPED = 128  # rows gathered before their pages are given back: one page fault may map a megabyte around a row
@@ -83,13 +86,48 @@ def remove_shards(folder, count):
         count += 1
 
 
-def finished_shard(folder, number, stamp):
-    """Return {image file: why it was skipped} of a shard on disk with this stamp, or None where there is none."""
+def finished_shards(folder, stamps):
+    """Return the shards that are on the disk as they would be made now.
+
+    One that has left out an image which can be read by now, with a larger --max_pixels or a new decoder, is not.
+
+    Args:
+        folder: of the store.
+        stamps: {npy file: (number, stamp)}.
+    Returns: {npy file: {image file: why it was skipped}}.
+    """
+    finished = {file: _finished_shard(folder, *stamp) for file, stamp in stamps.items()}
+    finished = {file: skipped for file, skipped in finished.items() if skipped is not None}
+    readable = set()
+    for path in share([path for skipped in finished.values() for path in skipped]):
+        with contextlib.suppress(ImageError):
+            read_image(path)
+            readable.add(path)
+    readable = all_union(readable)  # waits until all processes have seen which shards there are
+    return {file: skipped for file, skipped in finished.items() if not readable & skipped.keys()}
+
+
+def _finished_shard(folder, number, stamp):
+    """Return {image file: why it was skipped} of a whole shard on disk with this stamp, or None where there is none."""
     npy, parquet = shard_files(folder, number)
     if not (npy.is_file() and parquet.is_file()):
         return None
-    stored = json.loads((pq.read_schema(parquet).metadata or {}).get(STAMP, b"{}"))
-    return stored["skipped"] if stored.get("stamp") == stamp else None
+    try:
+        stored = json.loads((pq.read_schema(parquet).metadata or {}).get(STAMP, b"{}"))
+        if stored.get("stamp") != stamp or len(_map_array(npy)) != pq.read_metadata(parquet).num_rows:
+            return None
+    except (pa.ArrowException, OSError, ValueError):  # damaged: made again
+        return None
+    return stored["skipped"]
+
+
+def foreign_shard(folder):
+    """Return a parquet of a folder that `write_shard` has not written, or None; a damaged one tells nothing."""
+    for file in sorted(Path(folder).glob("metadata/*.parquet")):
+        with contextlib.suppress(pa.ArrowException, OSError):
+            if STAMP not in (pq.read_schema(file).metadata or {}):
+                return file
+    return None
 
 
 class MappedEmbeddings:

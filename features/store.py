@@ -5,6 +5,7 @@ On disk a pickle in the predecessors' format, `{"clip_embedding": [N, D], "capti
 made. Rows are one per image; the predecessors' files, one row per caption, are read as they are.
 """
 
+import contextlib
 import hashlib
 import io
 import pickle
@@ -14,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from features.shards import MappedCaptions, read_shards
+from features.shards import MappedCaptions, foreign_shard, read_shards
 from utils.files import atomic_path, read_json, reason, write_json
-from utils.outputs import check_folder, check_output, same_file
+from utils.outputs import STORE, belongs_to, check_folder, check_output, lock, same_file
 
 PICKLES = (".pkl", ".pickle")
 SAMPLED = 4096  # rows of a folder of shards that its fingerprint is taken of
@@ -92,35 +93,43 @@ def check_store_output(path, inputs):
     """
     if is_folder(path):
         check_folder("--out", path)
+        foreign = foreign_shard(path)
+        if foreign:
+            raise ValueError(f"--out {path} holds shards that are not of parse_coco.py, {foreign}; name another folder")
     else:
         check_output("--out", path, inputs, PICKLES)
     info = info_path(path)
     for what, file in inputs.items():
         if same_file(info, file):
             raise ValueError(f"--out {path} would overwrite {what}, {file}, by its json; name another store")
-    if info.exists() and not _is_store_info(info):
+    if info.exists() and belongs_to(info) != STORE:
         raise ValueError(f"--out {path} would overwrite {info}, which tells of no store, by its json; name another")
+    if info.exists() and ("shards" in read_json(info)) != is_folder(path):
+        other = "a folder of shards" if "shards" in read_json(info) else "a pickle"
+        raise ValueError(f"--out {path} would overwrite {info}, which tells of {other} of that name; name another")
 
 
-def _is_store_info(path):
-    """Tell whether a file is the json beside a store."""
-    try:
-        value = read_json(path)
-    except (ValueError, OSError):
-        return False
-    return isinstance(value, dict) and {"clip_model_type", "embed_dim"} <= value.keys()
+@contextlib.contextmanager
+def lock_store(out):
+    """Hold a store and the json beside it, which two stores may share a name for, for the time of the body."""
+    with lock(out), lock(info_path(out), shown=out):
+        yield
 
 
 def write_store(path, clip_embedding, captions, info):
     """Write a pickle that the predecessors' train.py reads, and the json beside it; each atomically.
+
+    An older json goes first, so that a kill leaves none that tells of another pickle.
 
     Args:
         clip_embedding: [N, D] float32 tensor.
         captions: records whose `clip_embedding` is a row number.
         info: for the json.
     """
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        pickle.dump({"clip_embedding": clip_embedding, "captions": captions}, file, protocol=4)
+    with atomic_path(path) as temporary:
+        with open(temporary, "wb") as file:
+            pickle.dump({"clip_embedding": clip_embedding, "captions": captions}, file, protocol=4)
+        info_path(path).unlink(missing_ok=True)
     write_json(info_path(path), info)
 
 

@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
 from PIL import Image
+from test_outputs import alias
 from test_scripts import one_line_error
 
 import predict_nice
@@ -156,6 +159,69 @@ def test_what_is_done_is_kept(checkpoint, photos, tmp_path, monkeypatch, error, 
         done = predict(*words, check=130 if error is KeyboardInterrupt else 2)
         assert "4 of 12 images are captioned" in done.stderr
     assert len(out.read_text().splitlines()) == 5 if ending == ".csv" else len(json.loads(out.read_text())) == 4
+
+
+def stop_after_two_batches(monkeypatch, number):
+    """Send the command a signal when two batches are captioned."""
+    plain = Captioner.caption_files
+
+    def stopping(self, *words):
+        for count, batch in enumerate(plain(self, *words)):
+            if count == 2:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    monkeypatch.setattr(Captioner, "caption_files", stopping)
+
+
+SIGNALS = pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+
+
+@SIGNALS
+def test_signals(checkpoint, photos, tmp_path, number):
+    words = (photos, "--checkpoint", checkpoint, "--out", tmp_path / "c.json", "--batch_size", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after_two_batches(patch, number)
+        done = predict(*words, check=128 + number)
+    word = "terminated" if number == signal.SIGTERM else "interrupted"
+    assert done.stderr.splitlines()[-1] == f"{word}: 4 of 12 images are captioned"
+    kept = json.loads((tmp_path / "c.json").read_text())
+    assert len(kept) == 4 and os.listdir(tmp_path) == ["c.json"]
+    predict(*words)
+    assert json.loads((tmp_path / "c.json").read_text())[:4] == kept
+
+
+@SIGNALS
+def test_nice_goes_on_after_signals(nice, photos, tmp_path, number):
+    nice(photos)
+    whole = (tmp_path / "out" / "d.csv").read_text()
+    shutil.rmtree(tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after_two_batches(patch, number)
+        done = nice(photos, "--batch_size", 2, check=128 + number)
+    assert done.stderr.splitlines()[-1].endswith("the same command goes on from here")
+    assert rows(tmp_path) == ["1", "2", "3", "4"]
+    assert "4 of 12 images are captioned" in nice(photos).stderr
+    assert (tmp_path / "out" / "d.csv").read_text() == whole and len(os.listdir(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("how", ("plain", "relative", "link"))
+def test_nice_second_run(nice, photos, tmp_path, monkeypatch, how):
+    (tmp_path / "x" / "out").mkdir(parents=True)
+    monkeypatch.setattr(predict_nice, "FOLDER", Path(alias(tmp_path / "x" / "out", how, monkeypatch)))
+    with lock(tmp_path / "x" / "out" / "d.json"):
+        one_line_error(nice(photos, check=2), "another run is writing", "another --ofile")
+    assert os.listdir(tmp_path / "x" / "out") == []
+
+
+def test_outputs_that_belong_to_something_else(checkpoint, photos, tmp_path):
+    """The json of another run or of a store, or by a link the checkpoint's own."""
+    shutil.copy(checkpoint.with_name("run.json"), tmp_path / "other.json")
+    (tmp_path / "link.json").symlink_to(checkpoint.with_name("run.json"))
+    before = (tmp_path / "other.json").read_bytes()
+    for name, said in (("other.json", "the json of a training run"), ("link.json", "would overwrite the captioner")):
+        one_line_error(predict(photos, "--checkpoint", checkpoint, "--out", tmp_path / name, check=2), said)
+    assert before == (tmp_path / "other.json").read_bytes() == checkpoint.with_name("run.json").read_bytes()
 
 
 def test_an_output_that_cannot_show_a_name(checkpoint, tmp_path):

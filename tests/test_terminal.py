@@ -83,3 +83,26 @@ def test_interrupted_while_importing(script, tmp_path):
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30) == ("", "") and process.returncode == 130
+
+
+WORDS = {
+    "predict": ("demo/images", "--checkpoint", "demo", "--num_workers", "0"),
+    "parse_coco": ("--check", "--annotations", "{}/captions.csv", "--images", "{}", "--num_workers", "0"),
+    "evaluate": ("{}/captions.csv", "{}/captions.csv", "--metrics", "ROUGE_L", "--tokenizer", "python"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", WORDS)
+def test_nobody_reads_the_output(script, tmp_path):
+    """As after `| head -1`: the command ends with 141, without a word of it."""
+    rows = "".join(f"none{n}.jpg,a caption\n" for n in range(3))
+    (tmp_path / "captions.csv").write_text("image,caption\n" + rows)
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, f"{script}.py", *(word.format(tmp_path) for word in WORDS[script])], cwd=ROOT,
+        stdout=write, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.close(write)
+    assert done.returncode == 141, done.stderr
+    assert not [line for line in done.stderr.splitlines() if "faults" not in line and not line.startswith("warning")]

@@ -1,5 +1,6 @@
 """The files of a training run, and how it is asked to stop."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,10 +13,10 @@ import transformers
 from models.checkpoint import FORMAT, captioner_weights, check_format, save_weights, tokenizer_folder
 from models.decoding import DecodingConfig
 from training.optimizers import BEFORE_THE_OPTION
-from utils.cli import VERSION, note
-from utils.distributed import is_main
+from utils.cli import VERSION, note, told_to_stop
+from utils.distributed import is_main, world_size
 from utils.files import atomic_path, disk_errors, read_json, save_torch, write_json
-from utils.outputs import check_folder, same_file
+from utils.outputs import RUN, belongs_to, check_folder, same_file
 
 
 class RunFiles:
@@ -43,17 +44,17 @@ class RunFiles:
         """Refuse a place where the run cannot be written, or would overwrite what it reads or another's file.
 
         Args:
-            inputs: {flag: file that the run reads}; a feature store's json is one of them.
+            inputs: {what it is, such as "the data": file that the run reads}.
         Raises: ValueError naming the flag.
         """
         if not self.prefix or os.sep in self.prefix:
             raise ValueError(f"--prefix {self.prefix!r} is no name for files; --out_dir names their folder")
         check_folder("--out_dir", self.out_dir)
         own = (self.config, self.latest, self.best, self.state, self.log, self.plot)
-        for flag, file in inputs.items():
-            if flag != "--init_from" and any(same_file(file, mine) for mine in own):  # weights are read before
-                raise ValueError(f"--prefix {self.prefix} would overwrite {file}, which {flag} reads; pass another")
-        if self.config.exists() and not _is_run(self.config):
+        for what, file in inputs.items():
+            if any(same_file(file, mine) for mine in own):
+                raise ValueError(f"--prefix {self.prefix} would overwrite {what}, {file}; pass another")
+        if self.config.exists() and belongs_to(self.config) != RUN:
             raise ValueError(
                 f"--prefix {self.prefix} would overwrite {self.config}, which is not the json of a run; pass another"
             )
@@ -62,7 +63,7 @@ class RunFiles:
         """Move an earlier run of the same name into `<prefix>-previous/`, or `-previous-2/` where that is taken."""
         files = [self.config, self.latest, self.best, self.state, self.log, self.plot, tokenizer_folder(self.config)]
         files = [f for f in (*files, *self.out_dir.glob(f"{self.prefix}-[0-9][0-9][0-9].pt")) if f.exists()]
-        if not self.config.exists():
+        if not files:
             return
         previous, number = self.out_dir / f"{self.prefix}-previous", 1
         while previous.exists():
@@ -176,6 +177,12 @@ class RunFiles:
         if is_main():
             save_torch(self.state, state)
 
+    def save_step(self, trainer, log):
+        """Save what a continuation from the trainer's last step needs."""
+        log.flush()  # first, for a continuation keeps the lines up to the state's step
+        self.save_weights(trainer.model)
+        self.save_state(trainer)
+
     def last_checkpoint(self):
         """Return the newest checkpoint, or None."""
         return self.latest if self.latest.exists() else None
@@ -202,16 +209,30 @@ class StopRequest:
         if self.signal == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+        told_to_stop(number)
         note("stopping after this step; once more to stop at once")
 
 
-def _is_run(path):
-    """Tell whether a file is the json of a run."""
+class DivergedError(ValueError):
+    """The loss is not finite: the weights are near where they broke, and the last checkpoint's are better."""
+
+
+@contextlib.contextmanager
+def saved_on_error(trainer, files, log):
+    """Save what has been trained where the body fails, as a stop does.
+
+    Several processes cannot: the others would be waited for, and may be gone.
+    """
+    begun = trainer.step
     try:
-        value = read_json(path)
-    except (ValueError, OSError):
-        return False
-    return isinstance(value, dict) and {"model", "training"} <= value.keys()
+        yield
+    except DivergedError:
+        raise
+    except Exception:
+        if world_size() == 1 and trainer.step > begun:
+            files.save_step(trainer, log)
+            note(f"warning: step {trainer.step} is saved; the same command with --resume goes on")
+        raise
 
 
 def _same_place(name, before, value):

@@ -168,13 +168,18 @@ def _catch_signals():
     _stopped_by.clear()
 
     def stop(number, _frame):
-        _stopped_by.append(number)
+        told_to_stop(number)
         if len(_stopped_by) != 2:
             raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             signal.signal(number, stop)  # see utils/interrupt.py
+
+
+def told_to_stop(number):
+    """Remember a signal that asks the command to stop: the first one tells the exit status."""
+    _stopped_by.append(number)
 
 
 def _outcome(main):

@@ -6,12 +6,15 @@ import socket
 from pathlib import Path
 
 from utils.cli import note
+from utils.files import read_json
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
+RUN, STORE = "a training run", "a feature store"
+KEYS = {RUN: {"model", "training"}, STORE: {"clip_model_type", "embed_dim"}}  # of the json files that belong to one
 _held = set()  # lock files of this process, whose own record locks do not keep it out
 
 
@@ -37,6 +40,20 @@ def check_output(flag, path, inputs=None, endings=()):
         for file in files if isinstance(files, list | tuple | set) else [files]:
             if file is not None and same_file(path, file):
                 raise ValueError(f"{flag} {path} would overwrite {what}, {file}; name another file")
+    owner = belongs_to(path)
+    if owner:
+        raise ValueError(f"{flag} {path} would overwrite the json of {owner}; name another file")
+
+
+def belongs_to(path):
+    """Return whose json a file is, RUN or STORE, or None."""
+    if Path(path).suffix.lower() != ".json":
+        return None
+    try:
+        value = read_json(path)
+    except (ValueError, OSError):
+        return None
+    return next((owner for owner, keys in KEYS.items() if isinstance(value, dict) and keys <= value.keys()), None)
 
 
 def check_folder(flag, folder):
