@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -276,6 +278,24 @@ def test_case(name, tmp_path, monkeypatch):
         step(folder, tmp_path) if callable(step) else run_step(step, folder, tmp_path)
     if case.check:
         case.check(folder, tmp_path)
+
+
+RUNS = {  # runs of several processes, by the folder's own script: what they must print, and what they must not
+    "two_at_once": (("another run is writing", "exit 2", "rows: 600  of another picture: 0"), ("IndexError", "exit 1")),
+    "resume": (("nothing to do", "--init_from", "my.json, which --data's store reads"), ("moved to",)),
+    "sigterm": (("exit 143", "captions.json", "terminated: "), ("No such file",)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_of_several_processes(name):
+    shows, hides = RUNS[name]
+    command = ["bash", original(name) / "run.sh", sys.executable]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    text = done.stdout + done.stderr
+    assert all(part in text for part in shows), text
+    assert not any(part in text for part in ("Traceback", *hides)), text
 
 
 def test_bands_are_no_pages():
