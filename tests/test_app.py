@@ -23,6 +23,7 @@ from conftest import ROOT, run_script
 from PIL import Image
 
 from app import Explanation
+from pages.fragments import STYLE
 from predict import Predictor
 
 gradio = pytest.importorskip("gradio", reason='the page needs gradio: pip install -e ".[app]"')
@@ -323,7 +324,7 @@ def gated(browser):
 
     service = GatedService()
     blocks = build_page(service, queue_size=9)
-    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, server_port=None, ssr_mode=False)
+    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, server_port=None, ssr_mode=False, css=STYLE)
     try:
         page = browser.new_page()
         page.goto(address)
