@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import contextlib
 import os
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -196,6 +197,7 @@ def caption_all(captioner, paths, decoding, batch_size, num_workers, results):
             for path, group in captions.items():
                 for caption in group:
                     bar.write(f"{as_line(path)}\t{' '.join(caption.text.split())}")
+            sys.stdout.flush()  # a pipe's reader waits for whole batches only
             for path, reason in errors.items():
                 note(f"skipped {as_line(path)}: {reason}")
             unreadable |= errors
