@@ -155,7 +155,7 @@ def resume_exactly(store, language_model, folder, monkeypatch, *flags):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", step_and_stop)
         for resume in ([], ["--resume"]):
-            train(store, language_model, parts, *flags, *resume, check=130)
+            train(store, language_model, parts, *flags, *resume, check=143)
     assert [entry["step"] for entry in read_log(parts)] == [1, 2]
     train(store, language_model, parts, *flags, "--resume")
     assert equal(weights(parts), weights(whole))
