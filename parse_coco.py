@@ -211,6 +211,8 @@ def write_folder(encoder, found, out, args, info, skipped):
     finished = finished_shards(out, stamps)
     parts = [(file, images) for file, images in parts if file not in finished]
     skipped = skipped | {path: reason for left_out in finished.values() for path, reason in left_out.items()}
+    if parts and is_main():  # until all shards are new, the older store is none
+        info_path(out).unlink(missing_ok=True)
     unreadable = {}
     for file, read, embeddings, errors in extract(encoder, share(parts), args):
         write_shard(out, *stamps[file], embeddings, read, errors)

@@ -144,7 +144,13 @@ def read_store(path):
     info = read_json(info_path(path)) if info_path(path).is_file() else {}
     info = info if isinstance(info, dict) else {}
     if path.is_dir():
-        return FeatureStore(*read_shards(path, info.get("shards")), info, path)
+        shards = read_shards(path, info.get("shards"))
+        if not info and not foreign_shard(path):
+            raise ValueError(
+                f"{path}/ is not finished, for {info_path(path)} is missing; run the same parse_coco.py again, "
+                f"finished shards stay"
+            )
+        return FeatureStore(*shards, info, path)
     if not path.is_file():
         raise FileNotFoundError(f"feature store {path} does not exist; make it with parse_coco.py, or check --data")
     with open(path, "rb") as file:

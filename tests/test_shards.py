@@ -17,7 +17,7 @@ from PIL import Image
 
 import features.shards
 from features.dataset import CaptionDataset
-from features.shards import MappedEmbeddings, shard_rows
+from features.shards import MappedEmbeddings, shard_rows, write_shard
 from features.store import read_store
 from models.language import load_tokenizer
 from tests.conftest import EMBED_DIM, ROOT, read_log, run_script, train
@@ -205,3 +205,33 @@ def test_killed_at_any_moment_it_goes_on(clip_file, photos, tmp_path):
 
 def test_shards_are_powers_of_two():
     assert [shard_rows(n) for n in (1, 65_536, 65_537, 113_287, 10**8)] == [1024, 1024, 2048, 2048, 1 << 17]
+
+
+def test_a_store_that_is_not_finished_is_none(photos, clip_file, tmp_path, monkeypatch):
+    """Stopped between two shards, the first time or over an older whole store: half of it is no data to train on."""
+    import parse_coco
+
+    out = tmp_path / "x"
+    words = ["--clip_model_type", str(clip_file), "--images", str(photos), "--num_workers", "0", "--out", f"{out}/"]
+    annotations = tmp_path / "captions.csv"
+    annotations.write_text((photos / "captions.csv").read_text())
+    monkeypatch.setattr(parse_coco, "shard_rows", lambda images: 4)
+    written = []
+
+    def stopping(*arguments):
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(write_shard(*arguments))
+
+    for earlier in (False, True):
+        if earlier:
+            parse_coco.main([*words, "--annotations", str(annotations)])
+            assert len(read_store(out).captions) == 24
+            annotations.write_text(annotations.read_text().replace("a ", "the "))
+        written.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(parse_coco, "write_shard", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                parse_coco.main([*words, "--annotations", str(annotations)])
+        with pytest.raises(ValueError, match="is not finished"):
+            read_store(out)
