@@ -282,7 +282,8 @@ def test_case(name, tmp_path, monkeypatch):
 
 RUNS = {  # runs of several processes, by the folder's own script: what they must print, and what they must not
     "two_at_once": (("another run is writing", "exit 2", "rows: 600  of another picture: 0"), ("IndexError", "exit 1")),
-    "resume": (("nothing to do", "--init_from", "my.json, which --data's store reads"), ("moved to",)),
+    "resume": (("nothing to do", "--init_from", "the json of --data's store"), ("moved to",)),
+    "worker_killed": (("exit 2", "was killed", "images are captioned"), ("exit 0",)),
     "sigterm": (("exit 143", "captions.json", "terminated: "), ("No such file",)),
 }
 
