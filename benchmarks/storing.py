@@ -13,6 +13,8 @@ import torch
 
 from benchmarks.workload import caption_lengths
 from features.shards import read_shards, write_shard
+from features.store import info_path
+from utils.files import write_json
 
 WIDTH = 512
 SHARD = 1 << 17
@@ -36,6 +38,7 @@ def write_store(folder, count):
             for i, length in enumerate(own.tolist())
         }
         write_shard(folder, number, "made", torch.randn(len(own), WIDTH), images, {})
+    write_json(info_path(folder), {"clip_model_type": "made", "embed_dim": WIDTH, "shards": -(-count // SHARD)})
 
 
 def first_step(data, out):
