@@ -360,7 +360,9 @@ def _fill(model, state_dict, path):
     if not any(value.is_meta for value in own.values()):
         model.load_state_dict(state_dict)
         return
-    model.load_state_dict({key: state_dict[key].to(own[key].dtype) for key in own}, assign=True)
+    # copied: a tensor that maps the file would change with it
+    copies = {key: state_dict[key].to(own[key].dtype, copy=True) for key in own}
+    model.load_state_dict(copies, assign=True)
     model.gpt.tie_weights()
 
 

@@ -63,6 +63,18 @@ def test_loading_draws_no_random_weights(language_model, tmp_path):
         assert torch.equal(loaded.state_dict()[name], value.half().float()), name
 
 
+@pytest.mark.parametrize("name", ("bare.pt", "bare.safetensors"))
+def test_a_loaded_captioner_keeps_its_weights(language_model, tmp_path, name):
+    """Its memory is its own: a checkpoint that is copied over while a server runs changes nothing."""
+    model, path = build(language_model), tmp_path / name
+    save_weights(path, model.state_dict())
+    loaded, _, _ = load_captioner(path, str(language_model))
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
 def test_loss_counts_every_token_and_no_padding(language_model):
     """Token id 0 is learnt like any other; what stands in the padding changes nothing."""
     model = build(language_model)
