@@ -42,6 +42,11 @@ def image_id_of(path):
     return normal_id(number[1] if number and isinstance(normal_id(number[1]), int) else stem)
 
 
+def id_of_name(name):
+    """Return the `image_id_of` a file name in annotations, whose folders Windows' mark may separate."""
+    return image_id_of(name.replace("\\", "/"))
+
+
 def normal_id(image_id):
     """Return an image id as a number where it is one, so that "60623", "000000060623" and 60623 are equal."""
     if type(image_id) is int and 0 <= image_id <= LARGEST_ID:
@@ -198,7 +203,7 @@ def _from_row(row, table=False):
         return ValueError(f"has {file_field} {str(name)[:60]!r}, which is no file name")
     elif file_field:
         name = _join(row, file_field, name or "")
-        record = {"image_id": image_id_of(name.replace("\\", "/")) if name else "", "file_name": name} | record
+        record = {"image_id": id_of_name(name) if name else "", "file_name": name} | record
     if caption_field:
         record["caption"] = row[caption_field]
     return record | {field: value for field, value in row.items() if field not in own and field not in record}
@@ -269,7 +274,7 @@ def _tell_apart(records):
             shared.add(record["image_id"])
     for record in records:
         name = record.get("file_name")
-        if name and record["image_id"] in shared and record["image_id"] == image_id_of(name.replace("\\", "/")):
+        if name and record["image_id"] in shared and record["image_id"] == id_of_name(name):
             record["image_id"] = name
 
 

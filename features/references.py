@@ -4,7 +4,7 @@ import collections
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from features.annotations import distinct_ids, image_id_of, normal_id, read_annotations
+from features.annotations import distinct_ids, id_of_name, image_id_of, normal_id, read_annotations
 
 # Images of dataset_coco.json; train includes restval.
 KARPATHY_COCO = {"train": 113287, "val": 5000, "test": 5000}
@@ -65,7 +65,7 @@ def read_captions(path, references, split):
     """
     named_so = collections.defaultdict(list)
     for image_id, name in references.names.items():
-        named_so[image_id_of(name.replace("\\", "/"))].append(image_id)
+        named_so[id_of_name(name)].append(image_id)
     ids = {image_id: same[0] for image_id, same in named_so.items() if len(same) == 1}
     pairs = []
     for record in read_annotations(path, split):

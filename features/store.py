@@ -66,7 +66,7 @@ class FeatureStore:
             embedding = self.clip_embedding[np.unique(rows)]
         else:
             captions, embedding = self.captions, self.clip_embedding
-        digest.update(np.ascontiguousarray(embedding.numpy()).view(np.uint8))
+        digest.update(embedding.detach().contiguous().view(torch.uint8).numpy())
         for record in captions:
             digest.update(f"{record['clip_embedding']} {record['caption']}\n".encode(errors="surrogatepass"))
         return digest.hexdigest()
@@ -147,8 +147,8 @@ def read_store(path):
         shards = read_shards(path, info.get("shards"))
         if not info and not foreign_shard(path):
             raise ValueError(
-                f"{path}/ is not finished, for {info_path(path)} is missing; run the same parse_coco.py again, "
-                f"finished shards stay"
+                f"{path}/ is not finished, or was moved without its json, {info_path(path)}: run the same "
+                f"parse_coco.py again, finished shards stay; or put it there"
             )
         return FeatureStore(*shards, info, path)
     if not path.is_file():

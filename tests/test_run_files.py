@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,3 +183,12 @@ def test_resume_compares_content(own_store, language_model, trained, tmp_path, m
     assert "resuming run after step 3" in done.stderr
     assert [line["step"] for line in read_log(run) if "loss" in line] == list(range(1, 13))
     assert json.loads((run / "run.json").read_text())["contents"]["data"] == read_store(moved).fingerprint()
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_fingerprint_of_any_numbers(own_store, dtype):
+    """numpy does not know all of torch's."""
+    store = read_store(own_store)
+    half = replace(store, clip_embedding=store.clip_embedding.to(dtype))
+    changed = replace(half, clip_embedding=half.clip_embedding * 2)
+    assert len({one.fingerprint() for one in (store, half, changed)}) == 3

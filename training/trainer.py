@@ -109,7 +109,7 @@ class Trainer:
                 # gradients are averaged over the processes, and their sum is wanted
                 self.scaler.scale(part * world_size()).backward()
             loss += part.detach().to(self.device)
-        loss = all_sum(loss.item())  # the only time that a step waits for the GPU
+        loss = all_sum(loss.item())  # here the GPU is waited for, not in every batch
         if not math.isfinite(loss):
             self.optimizer.zero_grad()
             raise FloatingPointError(f"the loss is {loss}")
