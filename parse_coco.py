@@ -292,7 +292,8 @@ def main(argv=None):
     if args.check:
         return check(args.annotations, args.split, args.images, args.num_workers)
     out = args.out or default_out(args.clip_model_type, args.split)
-    check_store_output(out, {"the annotations": args.annotations, "the encoder": args.clip_model_type})
+    inputs = {"the annotations": args.annotations, "the encoder": args.clip_model_type, "the images": args.images}
+    check_store_output(out, inputs)
     places = read_places(args.annotations, args.split)
     found, skipped = find_images(places, ImageFinder(args.images, args.annotations), args.strict)
     prepare_readers(len(found), args.num_workers)

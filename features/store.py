@@ -17,7 +17,7 @@ import torch
 
 from features.shards import MappedCaptions, foreign_shard, read_shards
 from utils.files import atomic_path, read_json, reason, write_json
-from utils.outputs import STORE, belongs_to, check_folder, check_output, lock, same_file
+from utils.outputs import STORE, belongs_to, check_folder, check_output, lock, overwritten
 
 PICKLES = (".pkl", ".pickle")
 SAMPLED = 4096  # rows of a folder of shards that its fingerprint is taken of
@@ -88,7 +88,7 @@ def check_store_output(path, inputs):
 
     Args:
         path: of the store, as --out.
-        inputs: {what it is: file} that the command reads.
+        inputs: as of `check_output`; folders too.
     Raises: ValueError.
     """
     if is_folder(path):
@@ -99,9 +99,10 @@ def check_store_output(path, inputs):
     else:
         check_output("--out", path, inputs, PICKLES)
     info = info_path(path)
-    for what, file in inputs.items():
-        if same_file(info, file):
-            raise ValueError(f"--out {path} would overwrite {what}, {file}, by its json; name another store")
+    for output, how in ((path, ""), (info, ", by its json")):
+        taken = overwritten([output], inputs)
+        if taken:
+            raise ValueError(f"--out {path} would overwrite {taken}{how}; name another store")
     if info.exists() and belongs_to(info) != STORE:
         raise ValueError(f"--out {path} would overwrite {info}, which tells of no store, by its json; name another")
     if info.exists() and ("shards" in read_json(info)) != is_folder(path):

@@ -121,6 +121,8 @@ def test_outputs_that_would_overwrite_something(parse, pictures, tmp_path, monke
         (pictures / "notes.txt" / "x.pkl", "is no folder"),
         (f"{pictures}/notes.txt/", "is no folder"),
         (f"{pictures}/laion/", "holds shards that are not of parse_coco.py"),
+        (f"{pictures}/", "would overwrite the images, "),
+        (tmp_path / "link", "would overwrite the images, "),
     ):
         one_line_error(parse(out, check=2), "--out", said)
     words = ("--clip_model_type", pictures / "clip.pkl")

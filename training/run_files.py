@@ -16,7 +16,7 @@ from training.optimizers import BEFORE_THE_OPTION
 from utils.cli import VERSION, note, told_to_stop
 from utils.distributed import is_main, world_size
 from utils.files import atomic_path, disk_errors, read_json, save_torch, write_json
-from utils.outputs import RUN, belongs_to, check_folder, same_file
+from utils.outputs import RUN, belongs_to, check_folder, overwritten, same_file
 
 
 class RunFiles:
@@ -51,9 +51,9 @@ class RunFiles:
             raise ValueError(f"--prefix {self.prefix!r} is no name for files; --out_dir names their folder")
         check_folder("--out_dir", self.out_dir)
         own = (self.config, self.latest, self.best, self.state, self.log, self.plot)
-        for what, file in inputs.items():
-            if any(same_file(file, mine) for mine in own):
-                raise ValueError(f"--prefix {self.prefix} would overwrite {what}, {file}; pass another")
+        taken = overwritten(own, inputs)
+        if taken:
+            raise ValueError(f"--prefix {self.prefix} would overwrite {taken}; pass another")
         if self.config.exists() and belongs_to(self.config) != RUN:
             raise ValueError(
                 f"--prefix {self.prefix} would overwrite {self.config}, which is not the json of a run; pass another"

@@ -36,13 +36,26 @@ def check_output(flag, path, inputs=None, endings=()):
     if endings and path.suffix.lower() not in endings:
         raise ValueError(f"{flag} {path} must end in {' or '.join(endings)}, which says what is written")
     check_folder(flag, path.parent)
-    for what, files in (inputs or {}).items():
-        for file in files if isinstance(files, list | tuple | set) else [files]:
-            if file is not None and same_file(path, file):
-                raise ValueError(f"{flag} {path} would overwrite {what}, {file}; name another file")
+    taken = overwritten([path], inputs or {})
+    if taken:
+        raise ValueError(f"{flag} {path} would overwrite {taken}; name another file")
     owner = belongs_to(path)
     if owner:
         raise ValueError(f"{flag} {path} would overwrite the json of {owner}; name another file")
+
+
+def overwritten(outputs, inputs):
+    """Return the first input that an output would take the place of, as "what it is, file", or None.
+
+    Args:
+        outputs: files or folders that will be written.
+        inputs: as of `check_output`.
+    """
+    for what, files in inputs.items():
+        for file in files if isinstance(files, list | tuple | set) else [files]:
+            if file is not None and any(same_file(file, output) for output in outputs):
+                return f"{what}, {file}"
+    return None
 
 
 def belongs_to(path):
