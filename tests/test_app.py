@@ -149,6 +149,7 @@ def test_page_shows_errors_in_a_line(server, browser, tmp_path):
     page.wait_for_selector("text=exceed the maximum")
 
 
+@pytest.mark.slow
 def test_hundred_requests_at_once(server, client, tmp_path):
     """All are answered, each with its own image's caption, while memory stays where a few have brought it."""
     predictor = Predictor()

@@ -326,6 +326,7 @@ def clip_retrieval_folder(folder):
     pq.write_table(table, folder / "metadata" / "metadata_0000.parquet")
 
 
+@pytest.mark.slow
 def test_commands_of_the_page(workplace, language_model, monkeypatch):  # noqa: F811
     """docs/scale.md and the README's torchrun: extraction, training, captioning; torchrun's in two processes."""
     load = language._from_pretrained

@@ -330,7 +330,10 @@ def test_cider_of_words_that_all_images_share_is_warned_of():
     assert not coco_scores({1: "one", 2: "two"}, same, JAVALESS, "python").warnings  # truly 0
 
 
-@pytest.mark.parametrize("behaviour", ("true", "false", "sh -c 'exec <&-; sleep 30'", "sh -c 'read line; kill -9 $$'"))
+SLEEPING = pytest.param("sh -c 'exec <&-; sleep 30'", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("behaviour", ("true", "false", SLEEPING, "sh -c 'read line; kill -9 $$'"))
 def test_a_java_that_dies_costs_only_what_needs_it(no_java, monkeypatch, behaviour):
     """Whether it ends, hangs up or is killed on its first line: the other metrics come with their values."""
     fake_java(no_java, behaviour)

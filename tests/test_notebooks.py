@@ -13,7 +13,6 @@ pytest.importorskip("ipykernel", reason="the kernel that notebooks run on")
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # the last runs five commands
-RUN = [pytest.param(path, marks=[pytest.mark.slow] if path.stem == "train_your_own" else []) for path in NOTEBOOKS]
 LEFT_OUT = shutil.ignore_patterns(".*", "out", "data", "docs", "tests", "__pycache__", "*_train", "checkpoints")
 COMMAND = re.compile(r"^(\s*)[!%](?:.*\\\n)*.*$", re.MULTILINE)  # of the shell or of IPython
 # found in what the cells put out
@@ -38,7 +37,8 @@ def code_of(notebook):
     return [COMMAND.sub(r"\1pass", cell.source) for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, checkout, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(path, as_version=4)

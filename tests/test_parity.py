@@ -102,6 +102,7 @@ def losses_of(trainer, batches):
     return [trainer.train_step([trainer.dataset.batch(rows)])[0] for rows in batches]
 
 
+@pytest.mark.slow
 def test_training_losses(parity, expected):
     trainer, settings = make_trainer(parity, expected, "mlp_10_10")
     np.testing.assert_allclose(losses_of(trainer, settings["batches"]), settings["losses"], rtol=1e-4)
@@ -130,7 +131,7 @@ def test_full_batch_losses(parity, expected, variant):
     np.testing.assert_allclose(losses, settings["losses"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("step_type", (CachedStep, UncachedStep))
+@pytest.mark.parametrize("step_type", (CachedStep, pytest.param(UncachedStep, marks=pytest.mark.slow)))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_captions(parity, expected, variant, step_type):
     model, tokenizer, _ = load_captioner(parity / f"checkpoints/{variant}-079.pt", parity / "gpt2-tiny")

@@ -179,6 +179,7 @@ def test_folder_without_captions_is_refused(tmp_path):
         read_store(tmp_path / "laion")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(clip_file, photos, tmp_path):
     many = tmp_path / "many"
     many.mkdir()

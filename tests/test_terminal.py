@@ -37,6 +37,7 @@ def at_terminal(*words, **environment):
     return out, shown.decode()
 
 
+@pytest.mark.slow
 def test_progress_on_a_terminal_only():
     """A bar with rate and time left, without colours; the same results without it; nothing where nobody looks."""
     out, shown = at_terminal(*DEMO, NO_COLOR="1")
