@@ -33,6 +33,7 @@ from models.lora import add_lora
 from models.placement import place
 from training.large_models import add_scale_flags, pick_placement
 from training.log import TrainingLog
+from training.objectives import CrossEntropy
 from training.optimizers import WEIGHT_DECAY
 from training.run_files import DivergedError, RunFiles, StopRequest, saved_on_error
 from training.trainer import DTYPES, Trainer, TrainingConfig
@@ -231,7 +232,7 @@ def step_and_log(trainer, group, log, files):
         ) from None
     trainer.step += 1
     trainer.batch += len(group)
-    examples = sum(len(tokens) for tokens, _, _ in group) * world_size()
+    examples = sum(len(batch[0]) for batch in group) * world_size()
     log.add(trainer.step, trainer.epoch, loss, rate, examples / (time.perf_counter() - started))
 
 
@@ -271,7 +272,7 @@ def prepare(config, training, store, placement):
     model = build_model(config, training.init_from, placement.devices[0])
     dataset = CaptionDataset(store, tokenizer, room and room - config.prefix_length)
     place(model, placement)
-    return Trainer(model, dataset, training, placement.devices[0]), tokenizer
+    return Trainer(model, CrossEntropy(dataset), training, placement.devices[0]), tokenizer
 
 
 def train(config, training, store, files, placement, resuming=False, save_every=1, save_steps=10_000,

@@ -8,6 +8,7 @@ import torch
 from benchmarks.measure import interleave, peak_memory
 from benchmarks.plain import padded_length, training_step
 from benchmarks.workload import caption_lengths, captioner, language_model
+from training.objectives import CrossEntropy
 from training.trainer import Trainer, TrainingConfig
 
 BATCH = 40
@@ -63,7 +64,7 @@ def make_ours(variant, dtype, device, grouped=False, load_in=None):
     config = TrainingConfig(data="", bs=BATCH, mixed_precision=precision, group_by_length=grouped, warmup_steps=0)
     dataset = MadeCaptions()
     dataset.batches = lambda order, pin_memory: map(dataset.batch, order)
-    trainer = Trainer(model, dataset, config, device)
+    trainer = Trainer(model, CrossEntropy(dataset), config, device)
     groups = trainer.epoch_batches()
     return lambda: trainer.train_step(next(groups))[0]
 

@@ -122,17 +122,18 @@ class ClipCaptionModel(nn.Module):
         embeddings = self.embed(tokens, clip_embedding)
         return self.gpt(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits
 
-    def loss(self, tokens, clip_embedding, lengths):
-        """Return the mean cross-entropy over all caption tokens of the batch.
+    def token_logprobs(self, tokens, clip_embedding, lengths):
+        """Return the log-probability of every caption token, given the image and the tokens before it.
 
-        Padding is told by position, not by token id: the predecessor ignores id 0 and so never learns `!`.
-        Logits are computed for the positions only that a caption token follows.
+        Losses, rewards' gradients and explanations are made of these. Padding is told by position, not by token id:
+        the predecessor ignores id 0 and so never learns `!`. Logits are computed for the positions only that a caption
+        token follows.
 
         Args:
             tokens: [B, T] token ids, padded on the right with any id.
             clip_embedding: [B, D] CLIP features.
             lengths: [B] number of real tokens of each caption.
-        Returns: scalar, float32.
+        Returns: [sum(lengths)] float32, caption after caption; their mean, negated, is the paper's loss.
         Source: ClipCap paper, equation 2.
         """
         embeddings = self.embed(tokens, clip_embedding)
@@ -155,7 +156,8 @@ class ClipCaptionModel(nn.Module):
         finally:
             hook.remove()
         # of [sum(lengths), V]
-        return F.cross_entropy(out.logits.float(), tokens.flatten().index_select(0, wanted).to(out.logits.device))
+        targets = tokens.flatten().index_select(0, wanted).to(out.logits.device)
+        return -F.cross_entropy(out.logits.float(), targets, reduction="none")
 
     def caption(self, search, *arguments):
         """Return `search(self, *arguments)`: a method of its own, for which sharded weights are gathered.

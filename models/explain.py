@@ -37,13 +37,10 @@ def token_logprobs(model, tokens, clip_embedding, before=()):
         before: token ids between prefix and caption, as `opening_tokens` returns them.
     Returns: [B, T] log-probability of each token, given the image and the tokens before it.
     """
-    device = model.gpt.get_input_embeddings().weight.device
-    tokens = torch.tensor(tokens, device=device).expand(len(clip_embedding), -1)  # [B, T]
-    read = torch.tensor([*before], dtype=torch.long, device=device).expand(len(clip_embedding), -1)
-    read = torch.cat((read, tokens[:, :-1]), dim=1)  # what predicts a token comes before it
-    logits = model(read, clip_embedding.to(device))[:, -tokens.shape[1] :].float()  # [B, T, V]
-    chosen = logits.gather(-1, tokens[..., None].to(logits.device))[..., 0]
-    return chosen - logits.logsumexp(-1)
+    device, images = model.gpt.get_input_embeddings().weight.device, len(clip_embedding)
+    read = torch.tensor([*before, *tokens], device=device).expand(images, -1)
+    lengths = torch.full((images,), read.shape[1])
+    return model.token_logprobs(read, clip_embedding.to(device), lengths).view(images, -1)[:, len(before) :]
 
 
 def masked_images(pixels, grid=GRID, window=WINDOW):

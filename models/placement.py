@@ -41,7 +41,7 @@ def _shard(model, device):
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for method in ("loss", "caption"):  # what is called of a captioner besides `forward`
+    for method in ("token_logprobs", "caption"):  # what is called of a captioner besides `forward`
         register_fsdp_forward_method(model, method)
     for layer in layers:  # where captioning gathered first, its inference mode would forbid gradients for good
         layer.unshard()

@@ -26,6 +26,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the models are too small for more
 
 
+def mean_loss(model, tokens, clip_embedding, lengths):
+    """Return the paper's loss: the mean cross-entropy over all caption tokens."""
+    return -model.token_logprobs(tokens, clip_embedding, lengths).mean()
+
+
 @pytest.fixture(scope="session")
 def parity():
     """The folder of reference results, or a skip."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import captions_of, read_log, run_script
+from conftest import captions_of, mean_loss, read_log, run_script
 from test_scripts import one_line_error
 from tokenizers import processors
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -73,7 +73,7 @@ def test_any_causal_language_model(family, language_model):
     with torch.no_grad():  # far from uniform, so that ties decide nothing
         model.gpt.get_input_embeddings().weight.mul_(20)
     embedding, tokens = torch.randn(4, 12), torch.randint(3, 60, (4, 5))
-    loss = model.loss(tokens, embedding, torch.tensor([5, 5, 5, 5]))
+    loss = mean_loss(model, tokens, embedding, torch.tensor([5, 5, 5, 5]))
     logits = model(tokens, embedding)[:, 2:-1]
     wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
     assert torch.allclose(loss, wanted, atol=1e-5)
@@ -234,7 +234,7 @@ def test_split_layers_change_nothing(family):
             split_layers(model.gpt, ["cpu", "cpu"])
             assert model.gpt.hf_device_map
         torch.manual_seed(4)
-        loss = model.loss(torch.randint(3, 60, (2, 5)), torch.randn(2, 12), torch.tensor([5, 3]))
+        loss = mean_loss(model, torch.randint(3, 60, (2, 5)), torch.randn(2, 12), torch.tensor([5, 3]))
         loss.backward()
         results.append((loss.item(), model.clip_project.model[0].weight.grad))
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])

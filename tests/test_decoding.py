@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import mean_loss, run_script
 
 from models.clip_caption import CaptionConfig, build_captioner
 from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, generate_captions
@@ -33,7 +33,7 @@ def captioner(language_model):
     embeddings = torch.randn(9, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
-        model.loss(tokens, embeddings, lengths).backward()
+        mean_loss(model, tokens, embeddings, lengths).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval(), tokenizer, embeddings

@@ -10,6 +10,7 @@ from features import clip_encoder
 from features.dataset import CaptionDataset
 from features.store import read_store
 from models.language import load_tokenizer
+from training.objectives import CrossEntropy
 from training.trainer import Trainer
 from utils.devices import pick_device
 
@@ -26,7 +27,7 @@ def make_trainer(store, language_model):
     torch.manual_seed(args.seed)
     model = train.build_model(train.caption_config(args, loaded), None).to("cuda")
     dataset = CaptionDataset(loaded, load_tokenizer(str(language_model)))
-    return Trainer(model, dataset, train.training_config(args), torch.device("cuda"))
+    return Trainer(model, CrossEntropy(dataset), train.training_config(args), torch.device("cuda"))
 
 
 def test_resume_is_exact(store, language_model):

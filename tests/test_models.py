@@ -12,7 +12,7 @@ import zipfile
 import clip
 import pytest
 import torch
-from conftest import run_script, train
+from conftest import mean_loss, run_script, train
 from test_scripts import one_line_error
 from transformers import AutoConfig
 
@@ -81,20 +81,20 @@ def test_loss_counts_every_token_and_no_padding(language_model):
     embedding = torch.randn(2, 32)
     tokens = torch.tensor([[0, 5, 0, 7], [8, 9, 0, 0]])
     lengths = torch.tensor([4, 2])
-    loss = model.loss(tokens, embedding, lengths)
+    loss = mean_loss(model, tokens, embedding, lengths)
     mask = torch.tensor([[1] * 8, [1] * 6 + [0] * 2])
     logprobs = model(tokens, embedding, mask)[:, 3:-1].log_softmax(-1)
     picked = logprobs.gather(-1, tokens[..., None])[..., 0]
     assert torch.allclose(loss, -(picked[0].sum() + picked[1, :2].sum()) / 6, atol=1e-6)
     changed = tokens.clone()
     changed[1, 2:] = 11
-    assert torch.allclose(loss, model.loss(changed, embedding, lengths), atol=1e-6)
+    assert torch.allclose(loss, mean_loss(model, changed, embedding, lengths), atol=1e-6)
 
 
 def test_only_prefix_gives_the_language_model_no_gradients(language_model):
     model = build(language_model, only_prefix=True).train()
     assert not model.gpt.training and model.clip_project.training
-    model.loss(torch.ones(2, 3, dtype=torch.long), torch.randn(2, 32), torch.tensor([3, 3])).backward()
+    mean_loss(model, torch.ones(2, 3, dtype=torch.long), torch.randn(2, 32), torch.tensor([3, 3])).backward()
     assert all(p.grad is None and not p.requires_grad for p in model.gpt.parameters())
     assert all(p.grad is not None for p in model.clip_project.parameters())
 

@@ -15,6 +15,7 @@ from models.checkpoint import load_captioner, load_weights
 from models.decoding import BEAM, DecodingConfig, generate_captions
 from models.language import load_tokenizer
 from models.steps import CachedStep, UncachedStep
+from training.objectives import CrossEntropy
 from training.trainer import Trainer
 
 VARIANTS = ("mlp_10_10", "transformer_40_40")
@@ -64,7 +65,7 @@ def make_trainer(parity, expected, variant, full_batch=False):
     store = read_store(args.data)
     model = train_script.build_model(train_script.caption_config(args, store), args.init_from)
     dataset = CaptionDataset(store, load_tokenizer(args.language_model))
-    return Trainer(model, dataset, train_script.training_config(args), torch.device("cpu")), settings
+    return Trainer(model, CrossEntropy(dataset), train_script.training_config(args), torch.device("cpu")), settings
 
 
 class LogSumExpOf16Lanes(torch.autograd.Function):
@@ -93,9 +94,10 @@ class LogSumExpOf16Lanes(torch.autograd.Function):
         return (logits - result[:, None]).exp() * gradient[:, None]
 
 
-def cross_entropy(logits, tokens):
-    """Return the mean cross-entropy of [N, V] logits, as the reference's processor rounds it."""
-    return (LogSumExpOf16Lanes.apply(logits) - logits.gather(1, tokens[:, None])[:, 0]).mean()
+def cross_entropy(logits, tokens, reduction):
+    """Return the cross-entropy of each row of [N, V] logits, as the reference's processor rounds it."""
+    assert reduction == "none"
+    return LogSumExpOf16Lanes.apply(logits) - logits.gather(1, tokens[:, None])[:, 0]
 
 
 def losses_of(trainer, batches):

@@ -4,7 +4,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import captions_of
+from conftest import captions_of, mean_loss
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -136,7 +136,7 @@ def test_captions_learnt_by_heart(family, store, language_model, beginning_model
     batch = CaptionDataset(whole, tokenizer).batch(range(len(records)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(250):
-        model.loss(*batch).backward()
+        mean_loss(model, *batch).backward()
         optimizer.step()
         optimizer.zero_grad()
     files, log = RunFiles(tmp_path, "run"), Mock()

@@ -58,18 +58,19 @@ class TrainingConfig:
 class Trainer:
     """The state of a run: model, optimiser, schedule, random numbers, place in the data."""
 
-    def __init__(self, model, dataset, config, device):
+    def __init__(self, model, objective, config, device):
         """Set up optimiser and schedule.
 
         Args:
             model: ClipCaptionModel, on `device`.
-            dataset: CaptionDataset.
+            objective: what the captioner learns and of which data, such as CrossEntropy.
             config: TrainingConfig.
         Raises: ValueError where the batches cannot be shared out over the processes.
         """
+        dataset = objective.dataset
         check_shares(config.bs, len(dataset))
-        self.model, self.dataset, self.config, self.device = model, dataset, config, device
-        self.loss = data_parallel(model)
+        self.model, self.objective, self.dataset, self.config, self.device = model, objective, dataset, config, device
+        self.token_logprobs = data_parallel(model)
         if rank():  # process 0 goes on as one process would; the others draw other dropout
             torch.manual_seed(config.seed + rank())
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -88,24 +89,25 @@ class Trainer:
         self.best = None  # the highest validation CIDEr so far
 
     def train_step(self, batches):
-        """Take one optimiser step on the mean loss over all caption tokens of all processes' `batches`.
+        """Take one optimiser step on the mean loss over all tokens that count of all processes' `batches`.
 
         Args:
-            batches: list of (tokens [B, T], clip_embedding [B, D], lengths [B]), this process' part.
+            batches: list of the dataset's batches, this process' part.
         Returns: (loss, learning rate), the same in all processes.
         Raises: FloatingPointError where the loss is not finite; nothing has been changed then.
         """
-        self.model.train()
-        total = all_sum(sum(int(lengths.sum()) for _, _, lengths in batches))
+        examples = self.objective.examples(batches, self.step)
+        self.model.train(self.objective.dropout)
+        total = all_sum(sum(example.counted for example in examples))
         loss = torch.zeros((), device=self.device)
-        for number, (tokens, embeddings, lengths) in enumerate(batches, 1):
-            wait = number < len(batches) and isinstance(self.loss, DistributedDataParallel)
-            with self.loss.no_sync() if wait else contextlib.nullcontext():
+        for number, example in enumerate(examples, 1):
+            wait = number < len(examples) and isinstance(self.token_logprobs, DistributedDataParallel)
+            with self.token_logprobs.no_sync() if wait else contextlib.nullcontext():
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                     # from pinned memory: the copy does not wait for what the GPU is at
-                    batch = (values.to(self.device, non_blocking=True) for values in (tokens, embeddings))
-                    part = self.loss(*batch, lengths)
-                part = part * (int(lengths.sum()) / total)
+                    inputs = (v.to(self.device, non_blocking=True) for v in (example.tokens, example.clip_embedding))
+                    logprobs = self.token_logprobs(*inputs, example.lengths)
+                part = self.objective.loss(logprobs, example) / total
                 # gradients are averaged over the processes, and their sum is wanted
                 self.scaler.scale(part * world_size()).backward()
             loss += part.detach().to(self.device)
@@ -189,20 +191,20 @@ class Trainer:
         self.best = state.get("best")
 
 
-class Loss(torch.nn.Module):
-    """A captioner's loss as a module's `forward`, which is what DistributedDataParallel takes."""
+class TokenLogprobs(torch.nn.Module):
+    """A captioner's log-probabilities as a module's `forward`, which is what DistributedDataParallel takes."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, tokens, clip_embedding, lengths):
-        """See `ClipCaptionModel.loss`."""
-        return self.model.loss(tokens, clip_embedding, lengths)
+        """See `ClipCaptionModel.token_logprobs`."""
+        return self.model.token_logprobs(tokens, clip_embedding, lengths)
 
 
 def data_parallel(model):
-    """Return the captioner's loss; where there are several processes, its gradients are averaged over them."""
+    """Return `model.token_logprobs`; where there are several processes, gradients are averaged over them."""
     if world_size() == 1 or is_sharded(model):
-        return model.loss
-    return DistributedDataParallel(Loss(model), broadcast_buffers=False)
+        return model.token_logprobs
+    return DistributedDataParallel(TokenLogprobs(model), broadcast_buffers=False)

@@ -1,0 +1,49 @@
+"""What a captioner learns: an objective turns batches of data into captions to be scored, and their scores into a loss.
+
+The training loop knows no more of it than this:
+    dataset: gives batches, see CaptionDataset.
+    dropout: whether the captioner is in training mode while it is scored.
+    examples(batches, step): the captions to score in a step, a list of Examples that fit the memory one by one.
+    loss(logprobs, example): the sum of its tokens' losses.
+
+Axes: B captions, T tokens, D CLIP width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Example:
+    """Captions whose tokens are scored at a time.
+
+    Args:
+        tokens: [B, T] token ids, padded on the right.
+        clip_embedding: [B, D].
+        lengths: [B] real tokens.
+        counted: number of tokens that the mean loss is over.
+    """
+
+    tokens: torch.Tensor
+    clip_embedding: torch.Tensor
+    lengths: torch.Tensor
+    counted: int
+
+
+class CrossEntropy:
+    """Say what the captions of the data say (ClipCap paper, equation 2)."""
+
+    dropout = True
+
+    def __init__(self, dataset):
+        """Learn the captions of a CaptionDataset."""
+        self.dataset = dataset
+
+    def examples(self, batches, step):
+        """Return the dataset's batches, each as an Example of which every token counts."""
+        return [Example(*batch, counted=int(batch[-1].sum())) for batch in batches]
+
+    def loss(self, logprobs, example):
+        """Return the summed cross-entropy of log-probabilities [sum(lengths)]."""
+        return -logprobs.sum()
