@@ -159,9 +159,9 @@ def caption_config(args, store):
     )
 
 
-def training_config(args):
-    """Return the TrainingConfig that the command line asks for."""
-    return TrainingConfig(**{field.name: getattr(args, field.name) for field in fields(TrainingConfig)})
+def training_config(args, kind=TrainingConfig):
+    """Return the TrainingConfig that the command line asks for; `kind` is that of a variant of this command."""
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
 
 def build_model(config, init_from=None, device="cpu"):
@@ -218,22 +218,28 @@ def fit(trainer, files, log, tokenizer, save_every, save_steps, validation=None)
 def step_and_log(trainer, group, log, files):
     """Take one step, count it and log it.
 
-    Raises: DivergedError naming step and last checkpoint where the loss is not finite.
+    Raises: DivergedError naming step and last checkpoint where the loss is not finite or the captions collapse.
     """
     started = time.perf_counter()
     try:
         loss, rate = trainer.train_step(group)
-    except FloatingPointError as error:
+    except ArithmeticError as error:
         last = files.last_checkpoint()
+        remedy = (
+            "lower --lr or use --mixed_precision bf16 or no"
+            if isinstance(error, FloatingPointError)
+            else "lower --lr, raise --kl, or use --reward cider+clip"
+        )
         raise DivergedError(
             f"{error} at step {trainer.step + 1}, epoch {trainer.epoch}; "
-            f"{f'the last good weights are {last}' if last else 'no checkpoint was written yet'}: lower --lr or use "
-            f"--mixed_precision bf16 or no"
+            f"{f'the last good weights are {last}' if last else 'no checkpoint was written yet'}: {remedy}"
         ) from None
     trainer.step += 1
     trainer.batch += len(group)
     examples = sum(len(batch[0]) for batch in group) * world_size()
-    log.add(trainer.step, trainer.epoch, loss, rate, examples / (time.perf_counter() - started))
+    log.add(
+        trainer.step, trainer.epoch, loss, rate, examples / (time.perf_counter() - started), trainer.objective.metrics()
+    )
 
 
 def finish_epoch(trainer, files, log, tokenizer, save_every, validation):
@@ -276,7 +282,7 @@ def prepare(config, training, store, placement):
 
 
 def train(config, training, store, files, placement, resuming=False, save_every=1, save_steps=10_000,
-          validation=None, contents=None):  # fmt: skip
+          validation=None, contents=None, prepare=prepare):  # fmt: skip
     """Train a captioner, or go on with a run.
 
     Args:
@@ -285,6 +291,7 @@ def train(config, training, store, files, placement, resuming=False, save_every=
         resuming: go on with the run in `files`, where there is one.
         save_every, save_steps, validation: see `fit`.
         contents: {"data" and "val_data": the stores' fingerprints}, which a continuation is compared with.
+        prepare: function of config, training, store and placement to (Trainer, tokenizer).
     Returns: the captioner.
     """
     contents = contents or {}
@@ -304,8 +311,8 @@ def train(config, training, store, files, placement, resuming=False, save_every=
     learning = sum(p.numel() for p in trainer.trained.values()) / 1e6
     total = sum(p.numel() for p in model.parameters()) / 1e6
     note(
-        f"{len(trainer.dataset):,} captions of {len(store.clip_embedding):,} rows; {learning:.1f} M of {total:.1f} M "
-        f"parameters learn, on {', '.join(map(str, placement.devices))}"
+        f"{len(trainer.dataset):,} {trainer.dataset.unit} of {len(store.clip_embedding):,} rows; "
+        f"{learning:.1f} M of {total:.1f} M parameters learn, on {', '.join(map(str, placement.devices))}"
         f"{f' in each of {world_size()} processes' * (world_size() > 1)}"
     )
     steps = training.epochs * trainer.steps_per_epoch
@@ -321,21 +328,34 @@ def train(config, training, store, files, placement, resuming=False, save_every=
 
 def main(argv=None, parser=None, decoding=None):
     """Train as the command line says; `parser` and `decoding` are those of a variant of this command."""
-    args = (parser or get_parser()).parse_args(argv)
+    run_training((parser or get_parser()).parse_args(argv), decoding)
+
+
+def run_training(args, decoding=None, configure=None, prepare=prepare):
+    """Train as a command line says.
+
+    Args:
+        args: of `get_parser`, or of a variant's parser.
+        decoding: DecodingConfig that the captioner is meant for; None: the defaults.
+        configure: function of a FeatureStore to (CaptionConfig, TrainingConfig); None: those of `args`.
+        prepare: see `train`.
+    """
     placement, files = pick_placement(args), RunFiles(args.out_dir, args.prefix, decoding)
     stores = {"--data": args.data} | ({"--val_data": args.val_data} if args.val_data else {})
-    files.check(stores | {f"the json of {flag}'s store": info_path(path) for flag, path in stores.items()})
+    begun_from = {"--init_from": args.init_from} if args.init_from else {}
+    files.check(stores | {f"the json of {flag}'s store": info_path(path) for flag, path in stores.items()} | begun_from)
     with (
         connected(placement.devices[0]),
         lock(files.config, "--prefix or --out_dir") if is_main() else contextlib.nullcontext(),
     ):
         store = read_store(args.data)
-        check_store(store, args.is_rn, args.normalize_prefix)
+        config, training = configure(store) if configure else (caption_config(args, store), training_config(args))
+        check_store(store, args.is_rn, config.normalize_prefix)
         val_store = read_store(args.val_data) if args.val_data else None
         contents = {"data": store.fingerprint()} | ({"val_data": val_store.fingerprint()} if val_store else {})
         train(
-            caption_config(args, store),
-            training_config(args),
+            config,
+            training,
             store,
             files,
             placement,
@@ -344,6 +364,7 @@ def main(argv=None, parser=None, decoding=None):
             args.save_steps,
             Validation(val_store, store) if val_store else None,
             contents,
+            prepare,
         )
 
 

@@ -115,6 +115,16 @@ def named_sha256(name):
     return url.split("/")[-2] if url else None
 
 
+def known_encoder(described):
+    """Return what tells an encoder: its file's hash, which a name of OpenAI's has too, else its name; None: unknown.
+
+    Args:
+        described: what the json of a store or a captioner's configuration says, as a dictionary.
+    """
+    name = described.get("clip_model_type")
+    return described.get("clip_sha256") or named_sha256(name) or name
+
+
 def _load(clip, name, device):
     """Call `clip.load`, with errors that say what to do."""
     if name not in clip.available_models() and not Path(name).is_file():

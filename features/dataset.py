@@ -20,6 +20,8 @@ class CaptionDataset:
     batch only, whatever N is, and nothing on the disk can be stale.
     """
 
+    unit = "captions"
+
     def __init__(self, store, tokenizer, max_tokens=None):
         """Index the store's captions.
 
@@ -81,26 +83,36 @@ class CaptionDataset:
             self.used += len(ids)
 
     def batches(self, order, pin_memory=False):
-        """Yield the batches of `order`, each gathered while the one before it is at work.
+        """Yield the batches of `order`; see `gathered_ahead`."""
+        return gathered_ahead(self.batch, order, pin_memory)
 
-        Args:
-            order: list of [B] arrays of caption numbers.
-            pin_memory: put them where a GPU copies from without waiting.
-        """
+    def first_reference(self):
+        """Return the first caption's text."""
+        return self.store.captions[int(self.records[0])]["caption"]
 
-        def gather(indices):
-            batch = self.batch(indices)
-            return tuple(values.pin_memory() for values in batch) if pin_memory else batch
 
-        with ThreadPoolExecutor(1) as pool:
-            waiting = None
-            for indices in order:
-                following = pool.submit(gather, indices)
-                if waiting:
-                    yield waiting.result()
-                waiting = following
+def gathered_ahead(batch, order, pin_memory=False):
+    """Yield batches, each gathered while the one before it is at work.
+
+    Args:
+        batch: function of [B] numbers to tensors.
+        order: list of [B] arrays of numbers.
+        pin_memory: put them where a GPU copies from without waiting.
+    """
+
+    def gather(indices):
+        gathered = batch(indices)
+        return tuple(values.pin_memory() for values in gathered) if pin_memory else gathered
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for indices in order:
+            following = pool.submit(gather, indices)
             if waiting:
                 yield waiting.result()
+            waiting = following
+        if waiting:
+            yield waiting.result()
 
 
 def epoch_batches(length, batch_size, seed, epoch, text_lengths=None):

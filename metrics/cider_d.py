@@ -9,8 +9,12 @@ Source: Vedantam et al., CIDEr (arXiv 1411.5726), section 7; pycocoevalcap/cider
 """
 
 import itertools
+import zipfile
+from pathlib import Path
 
 import numpy as np
+
+from utils.files import atomic_path
 
 ORDERS = 4
 SIGMA = 6.0  # of the penalty on a difference in length, in words
@@ -39,24 +43,55 @@ class CiderD:
         self.end_word, self.words, self.images = end_word, {}, len(references)
         self.counts = np.array([len(texts) for texts in references])
         self.first = np.cumsum(self.counts) - self.counts  # an image's first reference
-        self.texts = self._read([text for texts in references for text in texts], self.words)
+        self.texts = self._numbers([text for texts in references for text in texts], self.words)
         self.base = len(self.words) + 1  # numbers from here on are of words that no reference has
         self._count_documents(np.repeat(np.arange(self.images), self.counts))
         _, _, self.norms = self._weigh(self.texts)
 
-    def scores(self, captions, images):
+    def write(self, path):
+        """Write what was counted to an `.npz`, whole or not at all."""
+        state = {"end_word": self.end_word, "words": np.frombuffer("\n".join(self.words).encode(), np.uint8)}
+        state |= {"counts": self.counts, "norms": self.norms}
+        state |= {"numbers": self.texts.words, "lengths": self.texts.lengths}
+        state |= {f"keys{order}": keys for order, keys in enumerate(self.keys)}
+        state |= {f"weights{order}": weights for order, weights in enumerate(self.weights)}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **state)
+
+    @classmethod
+    def read(cls, path):
+        """Return the scorer that `write` wrote, or None where there is none that is whole."""
+        try:
+            with np.load(path) as file:  # which runs no code that it may hold
+                state = {name: file[name] for name in file.files}
+            scorer = cls.__new__(cls)
+            words = state["words"].tobytes().decode().split("\n")
+            scorer.end_word, scorer.words = bool(state["end_word"]), {word: i for i, word in enumerate(words, 1)}
+            scorer.counts, scorer.images = state["counts"], len(state["counts"])
+            scorer.first = np.cumsum(scorer.counts) - scorer.counts
+            scorer.texts, scorer.base = Texts(state["numbers"], state["lengths"]), len(words) + 1
+            scorer.norms = state["norms"]
+            scorer.keys = [state[f"keys{order}"] for order in range(ORDERS)]
+            scorer.weights = [state[f"weights{order}"] for order in range(ORDERS)]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+        return scorer
+
+    def scores(self, captions, images, ended=None):
         """Score captions.
 
         Args:
             captions: H texts, words separated by blanks.
             images: [H] number of each caption's image among the references.
+            ended: H of bool, which captions END follows; None: all.
         Returns: [H] float64, 0 to 10.
         Raises: ValueError for an image that is not among the references.
         """
         images = np.asarray(images, np.int64)
         if len(images) != len(captions) or (len(images) and not 0 <= images.min() <= images.max() < self.images):
             raise ValueError(f"{len(captions)} captions need as many numbers of images, 0 to {self.images - 1}")
-        texts = self._read(captions, dict(self.words))
+        texts = self._numbers(captions, dict(self.words), ended)
         squares, repeats, norms = self._weigh(texts)
         counts = self.counts[images]
         pairs = np.repeat(np.arange(len(captions)), counts)  # [P] caption
@@ -75,11 +110,12 @@ class CiderD:
         similarity *= np.exp(-(apart**2) / (2 * SIGMA**2))
         return SCALE * np.bincount(pairs, similarity, len(captions)) / counts
 
-    def _read(self, texts, words):
+    def _numbers(self, texts, words, ended=None):
         """Return texts as numbers; `words`, {word: number from 1 on}, learns those it lacks."""
         split = [text.split() for text in texts]
         if self.end_word:
-            split = [[*text, END] for text in split]
+            ended = itertools.repeat(True) if ended is None else ended
+            split = [[*text, END] if end else text for text, end in zip(split, ended)]  # noqa: B905  repeats for ever
         flat = list(itertools.chain.from_iterable(split))
         numbers = np.fromiter(map(words.get, flat, itertools.repeat(0)), np.int64, len(flat))
         for place in np.flatnonzero(numbers == 0).tolist():

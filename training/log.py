@@ -15,7 +15,8 @@ PLOTTED = ("CIDEr", "ROUGE_L", "Bleu_4", "share_of_distinct_captions")
 class TrainingLog:
     """Appends lines; a resumed run cuts those that came after its last save.
 
-    A step is `{step, epoch, loss, lr, examples_per_s}`, a validation `{step, epoch, validation: {metric: value}}`.
+    A step is `{step, epoch, loss, lr, examples_per_s}` and what its objective measures, a validation `{step, epoch,
+    validation: {metric: value}}`.
     """
 
     def __init__(self, path, step=0, epoch=0):
@@ -52,9 +53,10 @@ class TrainingLog:
         """Loss of the newest step."""
         return self.entries[-1]["loss"]
 
-    def add(self, step, epoch, loss, lr, examples_per_s):
-        """Write one step's line."""
+    def add(self, step, epoch, loss, lr, examples_per_s, metrics=None):
+        """Write one step's line; `metrics` are the objective's own."""
         entry = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "examples_per_s": round(examples_per_s, 1)}
+        entry |= metrics or {}
         self.entries.append(entry)
         self.file.write(json.dumps(entry) + "\n")
 
@@ -76,31 +78,36 @@ class TrainingLog:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        rows = 2 if self.scores else 1
+        rewards = [name for name in self.entries[-1] if name.startswith("reward_")]
+        rows = 1 + len(rewards) + bool(self.scores)
         figure, axes = pyplot.subplots(
             rows, sharex=True, squeeze=False, figsize=(8, 1.5 + 3 * rows), layout="constrained"
         )
-        self._plot_loss(axes[0, 0])
+        self._plot_steps(
+            axes[0, 0], "loss", "loss per caption token" if rewards else "cross-entropy per caption token (nats)"
+        )
+        for axis, name in zip(axes[1:, 0], rewards, strict=False):
+            self._plot_steps(axis, name, name.replace("_", ": ") + ", mean of the samples")
+        axes[0, 0].set_title(self.path.name.removesuffix("-log.jsonl"))
         if self.scores:
-            self._plot_scores(axes[1, 0])
+            self._plot_scores(axes[-1, 0])
         axes[-1, 0].set_xlabel("optimiser step")
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
         pyplot.close(figure)
 
-    def _plot_loss(self, axes):
-        """Draw the loss of every step and its running mean."""
+    def _plot_steps(self, axes, name, label):
+        """Draw a number of every step and its running mean."""
         steps = np.array([entry["step"] for entry in self.entries])
-        losses = np.array([entry["loss"] for entry in self.entries])
-        axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
-        width = min(SMOOTHING, max(1, len(losses) // 10))
-        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        values = np.array([entry[name] for entry in self.entries])
+        axes.plot(steps, values, color="0.8", linewidth=0.8, label="each step")
+        width = min(SMOOTHING, max(1, len(values) // 10))
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"mean of {width}")
         for previous, entry in zip(self.entries, self.entries[1:], strict=False):
             if entry["epoch"] != previous["epoch"]:
                 axes.axvline(entry["step"], color="0.9", linewidth=0.8, zorder=0)
-        axes.set(ylabel="cross-entropy per caption token (nats)")
-        axes.set_title(self.path.name.removesuffix("-log.jsonl"))
+        axes.set(ylabel=label)
         axes.legend(frameon=False)
 
     def _plot_scores(self, axes):

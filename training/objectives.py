@@ -5,6 +5,8 @@ The training loop knows no more of it than this:
     dropout: whether the captioner is in training mode while it is scored.
     examples(batches, step): the captions to score in a step, a list of Examples that fit the memory one by one.
     loss(logprobs, example): the sum of its tokens' losses.
+    metrics(): {name: number} of the step, for the log; the same in all processes.
+    state(), load_state(state): what a continuation needs besides the model, as plain data.
 
 Axes: B captions, T tokens, D CLIP width.
 """
@@ -47,3 +49,14 @@ class CrossEntropy:
     def loss(self, logprobs, example):
         """Return the summed cross-entropy of log-probabilities [sum(lengths)]."""
         return -logprobs.sum()
+
+    def metrics(self):
+        """Return nothing: the loss says all."""
+        return {}
+
+    def state(self):
+        """Return nothing: the objective never changes."""
+        return {}
+
+    def load_state(self, state):
+        """Go back to what `state` returned."""

@@ -40,6 +40,10 @@ class RunFiles:
         """Return the checkpoint of an epoch, counted from 0."""
         return self.out_dir / f"{self.prefix}-{epoch:03d}.pt"
 
+    def _epochs(self):
+        """Return the checkpoints of epochs that there are."""
+        return sorted(self.out_dir.glob(f"{self.prefix}-[0-9][0-9][0-9].pt"))
+
     def check(self, inputs):
         """Refuse a place where the run cannot be written, or would overwrite what it reads or another's file.
 
@@ -50,7 +54,7 @@ class RunFiles:
         if not self.prefix or os.sep in self.prefix:
             raise ValueError(f"--prefix {self.prefix!r} is no name for files; --out_dir names their folder")
         check_folder("--out_dir", self.out_dir)
-        own = (self.config, self.latest, self.best, self.state, self.log, self.plot)
+        own = (self.config, self.latest, self.best, self.state, self.log, self.plot, *self._epochs())
         taken = overwritten(own, inputs)
         if taken:
             raise ValueError(f"--prefix {self.prefix} would overwrite {taken}; pass another")
@@ -62,7 +66,7 @@ class RunFiles:
     def move_aside(self):
         """Move an earlier run of the same name into `<prefix>-previous/`, or `-previous-2/` where that is taken."""
         files = [self.config, self.latest, self.best, self.state, self.log, self.plot, tokenizer_folder(self.config)]
-        files = [f for f in (*files, *self.out_dir.glob(f"{self.prefix}-[0-9][0-9][0-9].pt")) if f.exists()]
+        files = [f for f in (*files, *self._epochs()) if f.exists()]
         if not files:
             return
         previous, number = self.out_dir / f"{self.prefix}-previous", 1

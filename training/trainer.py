@@ -96,18 +96,19 @@ class Trainer:
         Returns: (loss, learning rate), the same in all processes.
         Raises: FloatingPointError where the loss is not finite; nothing has been changed then.
         """
-        examples = self.objective.examples(batches, self.step)
+        with self.autocast():
+            examples = self.objective.examples(batches, self.step)
         self.model.train(self.objective.dropout)
         total = all_sum(sum(example.counted for example in examples))
         loss = torch.zeros((), device=self.device)
         for number, example in enumerate(examples, 1):
             wait = number < len(examples) and isinstance(self.token_logprobs, DistributedDataParallel)
             with self.token_logprobs.no_sync() if wait else contextlib.nullcontext():
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                with self.autocast():
                     # from pinned memory: the copy does not wait for what the GPU is at
                     inputs = (v.to(self.device, non_blocking=True) for v in (example.tokens, example.clip_embedding))
                     logprobs = self.token_logprobs(*inputs, example.lengths)
-                part = self.objective.loss(logprobs, example) / total
+                    part = self.objective.loss(logprobs, example) / total
                 # gradients are averaged over the processes, and their sum is wanted
                 self.scaler.scale(part * world_size()).backward()
             loss += part.detach().to(self.device)
@@ -121,6 +122,10 @@ class Trainer:
         self.scheduler.step()
         self.optimizer.zero_grad()
         return loss, rate
+
+    def autocast(self):
+        """Return the context in which the captioner computes, in the type of --mixed_precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def epoch_batches(self):
         """Yield what is left of this epoch, as lists of the batches of one optimiser step, this process' part."""
@@ -158,6 +163,7 @@ class Trainer:
             "step": self.step,
             "batch": self.batch,
             "best": self.best,
+            "objective": self.objective.state(),
             "captions": len(self.dataset),
         }
 
@@ -168,8 +174,8 @@ class Trainer:
         """
         if state["captions"] != len(self.dataset):
             raise ValueError(
-                f"the run to resume had {state['captions']:,} captions and --data has {len(self.dataset):,}; "
-                f"pass the same --data, or begin anew without --resume"
+                f"the run to resume had {state['captions']:,} {self.dataset.unit} and --data has "
+                f"{len(self.dataset):,}; pass the same --data, or begin anew without --resume"
             )
         with torch.no_grad():
             for name, parameter in self.trained.items():
@@ -189,6 +195,8 @@ class Trainer:
                 torch.cuda.set_rng_state(values, device)
         self.epoch, self.step, self.batch = state["epoch"], state["step"], state["batch"]
         self.best = state.get("best")
+        if "objective" in state:  # not in states of before there was more than one
+            self.objective.load_state(state["objective"])
 
 
 class TokenLogprobs(torch.nn.Module):

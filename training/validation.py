@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from features.clip_encoder import named_sha256
+from features.clip_encoder import known_encoder
+from features.image_dataset import images_of
 from metrics.coco import caption_statistics, coco_scores, too_few_distinct
 from metrics.scripts import uncut_warning
 from models.decoding import generate_captions
@@ -24,8 +25,8 @@ def show_samples(model, tokenizer, dataset, epoch, decoding):
     model.eval()
     samples = replace(decoding, entry_length=min(SAMPLE_LENGTH, decoding.entry_length))
     captions = [group[0].text.strip() for group in model.caption(generate_captions, tokenizer, embeddings, samples)]
-    reference = dataset.store.captions[dataset.records[0]]["caption"]
-    note(f"epoch {epoch} sample: {captions[0]!r}; reference: {reference!r}")
+    reference = dataset.first_reference()
+    note(f"epoch {epoch} sample: {captions[0]!r}{f'; reference: {reference!r}' if reference else ''}")
     if len(rows) > 1 and len(set(captions)) == 1:
         note(
             f"warning: {len(rows)} different images got the same caption; train longer, raise --lr, or check that the "
@@ -44,18 +45,15 @@ class Validation:
             trained: FeatureStore that is trained on.
         Raises: ValueError where their encoders differ.
         """
-        ours, theirs = (_encoder(s) for s in (store, trained))
+        ours, theirs = (known_encoder(s.info) for s in (store, trained))
         if store.prefix_dim != trained.prefix_dim or (ours and theirs and ours != theirs):
             raise ValueError(
                 f"--val_data {store.path} and --data {trained.path} are of different encoders ({ours or 'unknown'}, "
                 f"{store.prefix_dim} wide; {theirs or 'unknown'}, {trained.prefix_dim} wide); extract both with one"
             )
-        self.clip_embedding, self.rows, self.references = store.clip_embedding, {}, {}
-        for record in store.captions:
-            if record["caption"].strip():
-                image_id = record.get("image_id", record["clip_embedding"])  # predecessors' rows are one per caption
-                self.rows.setdefault(image_id, record["clip_embedding"])
-                self.references.setdefault(image_id, []).append(record["caption"])
+        images = images_of(store)
+        self.clip_embedding, self.rows = store.clip_embedding, {i: row for i, (row, _) in images.items()}
+        self.references = {i: texts for i, (_, texts) in images.items()}
         if len(self.references) == 1:
             note(
                 f"warning: --val_data {store.path} has one image, on which CIDEr is not defined; no best weights are "
@@ -107,9 +105,3 @@ class Validation:
                 captions |= {i: group[0].text.strip() for i, group in zip(batch, groups, strict=True)}
                 bar.update(len(batch))
         return all_union(captions)
-
-
-def _encoder(store):
-    """Return what a store says of its encoder: the file's hash, which a name of OpenAI's has too, else the name."""
-    name = store.info.get("clip_model_type")
-    return store.info.get("clip_sha256") or named_sha256(name) or name

@@ -1,0 +1,69 @@
+"""Rewards of sampled captions: CIDEr-D against an image's references, CLIPScore against the image itself.
+
+A reward is called with texts, the numbers of their images in an ImageDataset, and the images' embeddings.
+
+Axes: H captions, N images, D CLIP width.
+"""
+
+import hashlib
+
+from metrics.cider_d import CiderD
+from metrics.clipscore import PROMPT, clip_scores
+from metrics.ptb import tokenize
+from models.pretrained import cache_folder
+from utils.cli import note
+
+CIDER, CLIP = "cider", "clip"
+REWARDS = (CIDER, CLIP, f"{CIDER}+{CLIP}")
+
+
+class CiderReward:
+    """CIDEr-D, by the document frequencies of the images that are trained on; the end of a caption is a word.
+
+    Source: Rennie et al., Self-critical Sequence Training (arXiv 1612.00563); ruotianluo/cider for the end.
+    """
+
+    name = CIDER
+
+    def __init__(self, references):
+        """Count the n-grams of the references, or read them back where the same ones were counted before.
+
+        Args:
+            references: per image a list of captions.
+        """
+        digest = hashlib.sha256("\0".join("\n".join(texts) for texts in references).encode(errors="surrogatepass"))
+        path = cache_folder() / f"cider-{digest.hexdigest()[:24]}.npz"
+        self.scorer = CiderD.read(path)
+        if self.scorer is None:
+            note(f"counting the n-grams of {sum(map(len, references)):,} references")
+            tokens = iter(tokenize([text for texts in references for text in texts]))
+            self.scorer = CiderD([[next(tokens) for _ in texts] for texts in references], end_word=True)
+            self.scorer.write(path)
+
+    def __call__(self, texts, images, clip_embedding, ended):
+        """Score captions.
+
+        Args:
+            texts: H captions.
+            images: [H] numbers of their images.
+            clip_embedding: [H, D], not looked at.
+            ended: H of bool: whether a caption ended by itself.
+        Returns: [H] float64, 0 to 10.
+        """
+        return self.scorer.scores(tokenize(texts), images, ended)
+
+
+class ClipReward:
+    """CLIPScore: how near a caption is to its image, without references (Hessel et al., arXiv 2104.08718)."""
+
+    name = CLIP
+
+    def __init__(self, encoder):
+        """Use the text tower of the encoder that the images were embedded with."""
+        self.encoder = encoder
+
+    def __call__(self, texts, images, clip_embedding, ended):
+        """Score captions; arguments as of CiderReward, returns [H] float64, 0 to 2.5."""
+        distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        embeddings = self.encoder.encode_texts([PROMPT + text for text in distinct])
+        return clip_scores(clip_embedding.cpu(), embeddings[[distinct[text] for text in texts]])
