@@ -59,8 +59,9 @@ class ImageDataset:
 
     def batch(self, indices):
         """Return (numbers of the images [B], clip_embedding [B, D] float32)."""
-        numbers = torch.as_tensor(np.asarray(indices))
-        return numbers, self.clip_embedding[torch.from_numpy(self.embedding_index[numbers])].float()
+        indices = np.asarray(indices)
+        rows = torch.from_numpy(self.embedding_index[indices])
+        return torch.from_numpy(indices), self.clip_embedding[rows].float()
 
     def batches(self, order, pin_memory=False):
         """Yield the batches of `order`; see `gathered_ahead`."""
