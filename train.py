@@ -19,7 +19,7 @@ from dataclasses import fields
 import torch
 
 from features.dataset import CaptionDataset
-from features.store import info_path, read_store
+from features.store import check_captions, info_path, read_store
 from models.checkpoint import load_weights
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import (
@@ -329,8 +329,11 @@ def main(argv=None, parser=None, decoding=None):
         lock(files.config, "--prefix or --out_dir") if is_main() else contextlib.nullcontext(),
     ):
         store = read_store(args.data)
+        check_captions("--data", store)
         check_store(store, args.is_rn, args.normalize_prefix)
         val_store = read_store(args.val_data) if args.val_data else None
+        if val_store:
+            check_captions("--val_data", val_store)
         contents = {"data": store.fingerprint()} | ({"val_data": val_store.fingerprint()} if val_store else {})
         train(
             caption_config(args, store),
