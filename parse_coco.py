@@ -7,6 +7,10 @@ data/coco/oscar_split_ViT-B_32_train.pkl. Each image is encoded once, however ma
 again, it goes on where it was; images that are missing or cannot be read are listed and left out. With --out DIR/ the
 store is a folder of shards in clip-retrieval's layout, which train.py maps instead of loading. --check lists every bad
 record without encoding.
+
+    python parse_coco.py --clip_model_type ViT-B/32 --images photos/ --no_captions --out data/photos.pkl
+
+makes a store of pictures alone, all of these folders, which train_scst.py --reward clip learns from.
 """
 
 if __name__ == "__main__":
@@ -25,8 +29,10 @@ from features.check import find_faults
 from features.clip_encoder import ClipEncoder, named_sha256
 from features.finder import ImageFinder, match_images
 from features.images import add_max_pixels_flag, set_max_pixels
+from features.listing import find_images as find_pictures
 from features.loader import prepare_readers
 from features.partial import PartialStore, collect_rows, partial_names
+from features.results import name_pictures
 from features.shards import finished_shards, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
 from features.store import check_store_output, info_path, is_folder, lock_store, write_store
 from utils.cli import VERSION, Parser, non_negative_int, note, positive_int, progress_bar, run
@@ -35,6 +41,7 @@ from utils.distributed import all_union, connected, is_main, main_first, own_dev
 from utils.files import read_json, sha256, write_json
 from utils.precision import add_dtype_flag
 
+ANNOTATIONS = "data/coco/annotations/train_caption.json"
 SHOWN = 10  # skipped images that are listed on the terminal; the json beside the store lists all
 
 
@@ -42,11 +49,14 @@ def get_parser():
     """Return the command line's parser."""
     parser = Parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--annotations", default="data/coco/annotations/train_caption.json", help=FORMATS)
+    data.add_argument("--annotations", metavar="F", help=f"{FORMATS} (default: {ANNOTATIONS})")
     data.add_argument(
         "--images", nargs="+", default=["data/coco/train2014", "data/coco/val2014"], metavar="DIR",
         help="folders of images, searched in this order (default: data/coco/train2014 and val2014)",
     )  # fmt: skip
+    data.add_argument(
+        "--no_captions", action="store_true", help="take pictures alone: all of --images' folders, files or globs"
+    )
     data.add_argument("--split", default="train", help="split of a Karpathy file; train includes restval")
     data.add_argument(
         "--out", help="pickle to write, or DIR/ for shards (default: data/coco/oscar_split_{model}_{split}.pkl)"
@@ -71,7 +81,7 @@ def get_parser():
 
 
 def default_out(clip_model_type, split):
-    """Return the predecessors' name of the store of a model and split."""
+    """Return the predecessors' name of the store of a model and split; "images" for pictures alone."""
     model = Path(clip_model_type).stem if Path(clip_model_type).is_file() else clip_model_type.replace("/", "_")
     return f"data/coco/oscar_split_{model}_{split}.pkl"
 
@@ -111,7 +121,7 @@ def file_key(path):
 
 def stamp_of(encoder, images):
     """Return what tells whether a store or shard was made of these, {image file: its records}, by this encoder."""
-    made_of = [(*file_key(path), *(record["caption"] for record in same)) for path, same in images.items()]
+    made_of = [(*file_key(path), *(record.get("caption") for record in same)) for path, same in images.items()]
     return shard_stamp(encoder.identity(), made_of)
 
 
@@ -185,7 +195,8 @@ def write_pickle(encoder, found, out, args, info, skipped):
     if is_main():
         partials = [PartialStore(name, identity) for name in partial_names(out)]
         embeddings = collect_rows(partials, [file_key(path) for path in read])
-        write_store(out, embeddings, captions, info | summary)
+        images = [records[0] for records in read.values()] if args.no_captions else None
+        write_store(out, embeddings, captions, info | summary, images)
         for partial in partials:
             partial.remove()
     return summary
@@ -230,13 +241,12 @@ def write_folder(encoder, found, out, args, info, skipped):
 def summarize(read, skipped, captions, empty):
     """Return what the json beside a store says of its contents.
 
-    Raises: ValueError where no caption is left.
+    Raises: ValueError where no caption is left, or no picture of those alone.
     """
-    if not captions:
+    if not captions and (empty or not read):
         report_skipped(skipped)
-        raise ValueError(
-            f"no captions left: {len(skipped):,} images could not be read and {empty:,} captions are empty"
-        )
+        what = "captions" if read else "images"
+        raise ValueError(f"no {what} left: {len(skipped):,} images could not be read and {empty:,} captions are empty")
     counts = {"images": len(read), "captions": captions, "empty_captions": empty, "images_skipped": len(skipped)}
     return counts | {"skipped": skipped}
 
@@ -246,11 +256,11 @@ def build_captions(found):
 
     Args:
         found: {readable image file: its records}, in row order.
-    Returns: (captions, how many were empty and left out).
+    Returns: (captions, how many were empty and left out); pictures alone have none.
     """
     captions, empty = [], 0
     for row, records in enumerate(found.values()):
-        for record in records:
+        for record in records if "caption" in records[0] else ():
             if record["caption"].strip():
                 captions.append({**record, "clip_embedding": row})
             else:
@@ -289,13 +299,20 @@ def main(argv=None):
     """Extract the features of one split."""
     args = get_parser().parse_args(argv)
     set_max_pixels(args.max_pixels)
+    if args.no_captions and (args.annotations or args.check):
+        other = "--annotations" if args.annotations else "--check, which looks over annotations,"
+        raise ValueError(f"--no_captions and {other} contradict each other; leave out one")
+    args.annotations = None if args.no_captions else args.annotations or ANNOTATIONS
     if args.check:
         return check(args.annotations, args.split, args.images, args.num_workers)
-    out = args.out or default_out(args.clip_model_type, args.split)
+    out = args.out or default_out(args.clip_model_type, "images" if args.no_captions else args.split)
     inputs = {"the annotations": args.annotations, "the encoder": args.clip_model_type, "the images": args.images}
     check_store_output(out, inputs)
-    places = read_places(args.annotations, args.split)
-    found, skipped = find_images(places, ImageFinder(args.images, args.annotations), args.strict)
+    if args.no_captions:
+        found, skipped = name_pictures(find_pictures(args.images)), {}
+    else:
+        places = read_places(args.annotations, args.split)
+        found, skipped = find_images(places, ImageFinder(args.images, args.annotations), args.strict)
     prepare_readers(len(found), args.num_workers)
     device = own_device([pick_device(args.device)])
     with connected(device), lock_store(out) if is_main() else contextlib.nullcontext():
@@ -310,12 +327,13 @@ def make_store(encoder, found, out, args, skipped):
     info = {
         "clip_model_type": args.clip_model_type, "clip_sha256": encoder.sha256, "embed_dim": encoder.embed_dim,
         "dtype": encoder.dtype, "normalized": False, "annotations": args.annotations,
-        "annotations_sha256": sha256(args.annotations), "split": args.split, "images_found": len(found),
+        "annotations_sha256": args.annotations and sha256(args.annotations), "split": args.split,
+        "images_found": len(found), "modality": "image",
         "made_of": stamp_of(encoder, found),
         "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     }  # fmt: skip
     if not skipped and not folder and is_done(out, info):
-        note(f"{out} is complete: {len(found):,} images of {args.annotations}; nothing to do")
+        note(f"{out} is complete: {len(found):,} images of {args.annotations or 'no annotations'}; nothing to do")
         return 0
     if folder:
         Path(out).mkdir(parents=True, exist_ok=True)

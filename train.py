@@ -19,7 +19,7 @@ from dataclasses import fields
 import torch
 
 from features.dataset import CaptionDataset
-from features.store import info_path, read_store
+from features.store import check_captions, info_path, read_store
 from models.checkpoint import load_weights
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import (
@@ -331,14 +331,22 @@ def main(argv=None, parser=None, decoding=None):
     run_training((parser or get_parser()).parse_args(argv), decoding)
 
 
-def run_training(args, decoding=None, configure=None, prepare=prepare):
+def configure(args, store):
+    """Return (CaptionConfig, TrainingConfig) that the command line and the store ask for.
+
+    Raises: ValueError for a store of pictures alone.
+    """
+    check_captions("--data", store)
+    return caption_config(args, store), training_config(args)
+
+
+def run_training(args, decoding=None, configure=configure, prepare=prepare):
     """Train as a command line says.
 
     Args:
         args: of `get_parser`, or of a variant's parser.
         decoding: DecodingConfig that the captioner is meant for; None: the defaults.
-        configure: function of a FeatureStore to (CaptionConfig, TrainingConfig); None: those of `args`.
-        prepare: see `train`.
+        configure: see the function of this name. prepare: see `train`.
     """
     placement, files = pick_placement(args), RunFiles(args.out_dir, args.prefix, decoding)
     stores = {"--data": args.data} | ({"--val_data": args.val_data} if args.val_data else {})
@@ -349,9 +357,11 @@ def run_training(args, decoding=None, configure=None, prepare=prepare):
         lock(files.config, "--prefix or --out_dir") if is_main() else contextlib.nullcontext(),
     ):
         store = read_store(args.data)
-        config, training = configure(store) if configure else (caption_config(args, store), training_config(args))
+        config, training = configure(args, store)
         check_store(store, args.is_rn, config.normalize_prefix)
         val_store = read_store(args.val_data) if args.val_data else None
+        if val_store:
+            check_captions("--val_data", val_store)
         contents = {"data": store.fingerprint()} | ({"val_data": val_store.fingerprint()} if val_store else {})
         train(
             config,

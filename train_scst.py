@@ -182,7 +182,7 @@ def main(argv=None):
     if decoding is None:
         decoding = OPT_DECODING if "opt" in config.language_model.lower() else DecodingConfig()
 
-    def configure(store):
+    def configure(args, store):
         check_data(store, config, described, args.init_from)
         return config, train.training_config(args, RewardConfig)
 

@@ -27,6 +27,13 @@ def shared_ids(paths):
     return {image_id: group for image_id, group in groups.items() if len(group) > 1}
 
 
+def name_pictures(paths):
+    """Return {image file: [its record, without a caption]}; the id of those that share one is their path."""
+    shared = {path for same in shared_ids(paths).values() for path in same}
+    ids = {path: as_text(path) if path in shared else result_id(path) for path in paths}
+    return {path: [{"image_id": ids[path], "file_name": as_text(path)}] for path in paths}
+
+
 def name_shared(groups):
     """Say in a few words which images share an id; argument as `shared_ids` returns it."""
     shown = [f"{image_id}: {', '.join(map(as_line, group[:4]))}" for image_id, group in list(groups.items())[:3]]

@@ -1,7 +1,8 @@
 """The feature store as a folder of shards, for what does not fit in memory: clip-retrieval's layout.
 
     img_emb/img_emb_0000.npy         float16 [n, D], memory-mapped
-    metadata/metadata_0000.parquet   n rows: image_path, caption, image_id; captions, where an image has several
+    metadata/metadata_0000.parquet   n rows: image_path, caption, image_id; captions, where an image has several;
+                                     no caption, where the pictures have none
 
 Row i of a parquet describes row i of the npy beside it. Folders written by clip-retrieval are read as they are; ours
 are read by the embedding-reader package.
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from features.images import ImageError, read_image
+from features.listing import as_text
 from utils.distributed import all_union, share
 from utils.files import atomic_path, reason
 
@@ -57,22 +59,23 @@ def write_shard(folder, number, stamp, embeddings, images, skipped):
         folder: of the store.
         stamp: see `shard_stamp`.
         embeddings: [n, D] float32 tensor.
-        images: {image file: its records, with `image_id` and `caption`}, n of them.
+        images: {image file: its records, with `image_id` and, unless the pictures are alone, `caption`}, n of them.
         skipped: {image file: why it is in no row}.
     """
     npy, parquet = shard_files(folder, number)
     parquet.unlink(missing_ok=True)
     with atomic_path(npy) as temporary, open(temporary, "wb") as file:
         np.save(file, embeddings.half().numpy())
-    captions = [[text for record in same if (text := record["caption"]).strip()] for same in images.values()]
     ids = [same[0]["image_id"] for same in images.values()]
     numbers = all(isinstance(i, int) and -(2**63) <= i < 2**63 for i in ids)
     columns = {
-        "image_path": pa.array(map(str, images), pa.string()),
-        "caption": pa.array((texts[0] if texts else "" for texts in captions), pa.string()),
+        "image_path": pa.array(map(as_text, images), pa.string()),
         "image_id": pa.array(ids, pa.int64()) if numbers else pa.array(map(str, ids), pa.string()),
-        "captions": pa.array(captions, pa.list_(pa.string())),
     }
+    if all("caption" in record for same in images.values() for record in same):
+        captions = [[text for record in same if (text := record["caption"]).strip()] for same in images.values()]
+        columns["caption"] = pa.array((texts[0] if texts else "" for texts in captions), pa.string())
+        columns["captions"] = pa.array(captions, pa.list_(pa.string()))
     table = pa.table(columns).replace_schema_metadata({STAMP: json.dumps({"stamp": stamp, "skipped": skipped})})
     with atomic_path(parquet) as temporary:
         pq.write_table(table, temporary)
@@ -222,15 +225,18 @@ class MappedCaptions:
         Args:
             files: parquet files, one per npy.
             rows: how many rows each npy has.
-        Raises: ValueError naming the file that is damaged, does not fit its npy, or holds no captions.
+        Raises: ValueError naming the file that is damaged, does not fit its npy, or alone holds no captions.
         """
-        texts, ids, embedding_index, first = [], [], [], 0
+        texts, ids, embedding_index, first, columns = [], [], [], 0, {}
         for file, expected in zip(files, rows, strict=True):
-            text, image_id, row = _read_metadata(file, expected)
+            text, image_id, row, column = _read_metadata(file, expected)
+            columns.setdefault(column, file)
             texts.append(text)
             ids.append(image_id)
             embedding_index.append(first + row)
             first += expected
+        if None in columns and len(columns) > 1:
+            raise ValueError(f"{columns.pop(None)} has no column caption, and {min(columns.values())} has")
         self.texts, self.ids = texts, ids
         self.ends = np.cumsum([len(text) for text in texts]).tolist()
         self.starts_of_rows = np.cumsum([0, *rows])
@@ -254,7 +260,8 @@ def _read_metadata(file, rows):
     Args:
         file: parquet file.
         rows: how many the npy beside it has.
-    Returns: (texts of n captions, image ids of `rows` rows, [n] row of each caption).
+    Returns: (texts of n captions, image ids of `rows` rows, [n] row of each caption, column of the captions; None where
+        there is none, for pictures alone).
     Raises: ValueError.
     """
     try:
@@ -266,14 +273,14 @@ def _read_metadata(file, rows):
         raise ValueError(f"{file} is damaged ({reason(error)}); extract this shard again") from None
     if len(table) != rows:
         raise ValueError(f"{file} has {len(table):,} rows and the npy of its number {rows:,}; extract this shard again")
-    if not {"captions", "caption"} & set(found):
-        raise ValueError(f"{file} has no column caption, but {', '.join(names)}: images without captions train nothing")
     ids = next((table[name] for name in ("image_id", "image_path") if name in found), None)
     ids = pa.array(range(rows)) if ids is None else ids.combine_chunks()
+    if not {"captions", "caption"} & set(found):
+        return pa.array([], pa.string()), ids, np.arange(0), None
     column = table[found[0]].combine_chunks()
     if found[0] == "captions":
-        return pc.fill_null(column.flatten(), ""), ids, pc.list_parent_indices(column).to_numpy()
-    return pc.fill_null(column.cast(pa.string()), ""), ids, np.arange(rows)
+        return pc.fill_null(column.flatten(), ""), ids, pc.list_parent_indices(column).to_numpy(), "caption"
+    return pc.fill_null(column.cast(pa.string()), ""), ids, np.arange(rows), "caption"
 
 
 def find_shards(folder, count=None):

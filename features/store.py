@@ -2,7 +2,8 @@
 
 On disk a pickle in the predecessors' format, `{"clip_embedding": [N, D], "captions": [{"image_id", "caption",
 "clip_embedding": row, ...}]}`, or a folder of shards (features/shards.py), with a json beside it that says how it was
-made. Rows are one per image; the predecessors' files, one row per caption, are read as they are.
+made. Rows are one per image; the predecessors' files, one row per caption, are read as they are. A store of pictures
+alone has no captions, and in the pickle `"images": [{"image_id", "file_name"}]`, one per row.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ class FeatureStore:
     Args:
         clip_embedding: [N, D] float tensor, or MappedEmbeddings.
         captions: list of records with `image_id`, `caption` and `clip_embedding`, the row of their image; or
-            MappedCaptions.
+            MappedCaptions; none of them in a store of pictures alone.
         info: what the json beside the store says, or {}.
         path: where it was read from.
     """
@@ -61,7 +62,7 @@ class FeatureStore:
         digest = hashlib.sha256(repr((tuple(self.clip_embedding.shape), len(self.captions))).encode())
         if isinstance(self.captions, MappedCaptions):
             rows = np.linspace(0, len(self.clip_embedding) - 1, SAMPLED).astype(int)
-            numbers = np.linspace(0, len(self.captions) - 1, SAMPLED).astype(int)
+            numbers = np.linspace(0, len(self.captions) - 1, SAMPLED if len(self.captions) else 0).astype(int)
             captions = [self.captions[int(number)] for number in numbers]
             embedding = self.clip_embedding[np.unique(rows)]
         else:
@@ -70,6 +71,18 @@ class FeatureStore:
         for record in captions:
             digest.update(f"{record['clip_embedding']} {record['caption']}\n".encode(errors="surrogatepass"))
         return digest.hexdigest()
+
+
+def check_captions(flag, store):
+    """Refuse a store of pictures alone.
+
+    Raises: ValueError naming the flag.
+    """
+    if not len(store.captions):
+        raise ValueError(
+            f"{flag} {store.path} holds pictures without captions, which train_scst.py --reward clip alone learns "
+            f"from; for captions, extract it with parse_coco.py --annotations"
+        )
 
 
 def is_folder(path):
@@ -117,7 +130,7 @@ def lock_store(out):
         yield
 
 
-def write_store(path, clip_embedding, captions, info):
+def write_store(path, clip_embedding, captions, info, images=None):
     """Write a pickle that the predecessors' train.py reads, and the json beside it; each atomically.
 
     An older json goes first, so that a kill leaves none that tells of another pickle.
@@ -126,10 +139,12 @@ def write_store(path, clip_embedding, captions, info):
         clip_embedding: [N, D] float32 tensor.
         captions: records whose `clip_embedding` is a row number.
         info: for the json.
+        images: of pictures alone, the record of each row, with `image_id` and `file_name`.
     """
+    value = {"clip_embedding": clip_embedding, "captions": captions} | ({} if images is None else {"images": images})
     with atomic_path(path) as temporary:
         with open(temporary, "wb") as file:
-            pickle.dump({"clip_embedding": clip_embedding, "captions": captions}, file, protocol=4)
+            pickle.dump(value, file, protocol=4)
         info_path(path).unlink(missing_ok=True)
     write_json(info_path(path), info)
 
@@ -171,7 +186,9 @@ def read_store(path):
     if not torch.isfinite(embedding).all():
         row = int((~torch.isfinite(embedding)).any(1).nonzero()[0])
         raise ValueError(f"{path}: embedding row {row} holds NaN or infinity; extract it again")
-    _check_captions(value["captions"], len(embedding), path)
+    alone = value["captions"] == [] and isinstance(value.get("images"), list)
+    if not (alone and len(value["images"]) == len(embedding)):
+        _check_captions(value["captions"], len(embedding), path)
     return FeatureStore(embedding, value["captions"], info, path)
 
 

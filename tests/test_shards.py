@@ -21,6 +21,7 @@ from features.shards import MappedEmbeddings, shard_rows, write_shard
 from features.store import read_store
 from models.language import load_tokenizer
 from tests.conftest import EMBED_DIM, ROOT, read_log, run_script, train
+from tests.test_scripts import one_line_error
 
 
 def extract(clip_file, photos, out, *more, check=0):
@@ -173,10 +174,14 @@ def test_nan_names_its_row(folder):
         store.clip_embedding[[8, 9]]
 
 
-def test_folder_without_captions_is_refused(tmp_path):
+def test_folder_without_captions(tmp_path, language_model):
     write_foreign(tmp_path / "laion", [5], captions=False)
-    with pytest.raises(ValueError, match="no column caption"):
-        read_store(tmp_path / "laion")
+    assert len(read_store(tmp_path / "laion").captions) == 0
+    one_line_error(train(tmp_path / "laion", language_model, tmp_path / "run", check=2), "pictures without captions")
+    write_foreign(tmp_path / "mixed", [5, 5])
+    shutil.copy(tmp_path / "laion/metadata/metadata_0.parquet", tmp_path / "mixed/metadata/metadata_1.parquet")
+    with pytest.raises(ValueError, match="metadata_1.parquet has no column caption, and .*metadata_0.parquet has"):
+        read_store(tmp_path / "mixed")
 
 
 @pytest.mark.slow
