@@ -136,23 +136,22 @@ class ClipCaptionModel(nn.Module):
         Returns: [sum(lengths)] float32, caption after caption; their mean, negated, is the paper's loss.
         Source: ClipCap paper, equation 2.
         """
-        embeddings = self.embed(tokens, clip_embedding)
+        embeddings = self.embed(tokens[:, :-1], clip_embedding)  # nothing follows the last
         columns = tokens.shape[1]
         real = torch.arange(columns, device=lengths.device) < lengths[:, None]  # [B, T]
         # as numbers, told where the lengths are: a mask would make the GPU wait for its count
         rows, places = real.nonzero(as_tuple=True)  # [sum(lengths)] each
-        telling = (rows * (columns + 1) + places).to(tokens.device, non_blocking=True)  # of [B, T + 1]: before a token
         wanted = (rows * columns + places).to(tokens.device, non_blocking=True)  # of [B, T]
 
         def keep_telling(_, inputs):
-            hidden = inputs[0][:, -columns - 1 :].flatten(0, 1)  # [B (T + 1), E]
-            return (hidden.index_select(0, telling.to(hidden.device)),)  # [sum(lengths), E]
+            hidden = inputs[0][:, -columns:].flatten(0, 1)  # [B T, E], each before the token of its place
+            return (hidden.index_select(0, wanted.to(hidden.device)),)  # [sum(lengths), E]
 
         # the output layer, a third of GPT-2's work, is spared what no loss is taken of
         hook = self.gpt.get_output_embeddings().register_forward_pre_hook(keep_telling)
         try:
             # padding stands on the right, where no real token sees it
-            out = self.gpt(inputs_embeds=embeddings, use_cache=False, logits_to_keep=columns + 1)
+            out = self.gpt(inputs_embeds=embeddings, use_cache=False, logits_to_keep=columns)
         finally:
             hook.remove()
         # of [sum(lengths), V]

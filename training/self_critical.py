@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from models.decoding import GREEDY, SAMPLE, DecodingConfig, generate_captions
+from models.decoding import GREEDY, SAMPLE, DecodingConfig, context_room, generate_captions
 from models.placement import is_sharded
 from models.steps import step_for
 from models.stopping import opening_tokens
@@ -62,11 +62,12 @@ class SelfCritical:
         """
         self.model, self.tokenizer, self.dataset, self.rewards = model, tokenizer, dataset, rewards
         self.samples, self.kl, self.reference = samples, kl, reference
+        self.before = opening_tokens(tokenizer, decoding.prompt)
+        room = context_room(model.gpt.config, model.config.prefix_length + len(self.before))
         self.decoding = DecodingConfig(
-            SAMPLE, entry_length=decoding.entry_length, stop_token=decoding.stop_token, prompt=decoding.prompt,
+            SAMPLE, entry_length=min(decoding.entry_length, room), stop_token=decoding.stop_token, prompt=decoding.prompt,
             top_p=1.0, num_captions=samples, seed=seed,
         )  # fmt: skip
-        self.before = opening_tokens(tokenizer, decoding.prompt)
         self.logged, self.divergence, self.counted = {}, 0.0, 0
         self.at_first, self.lately = [], deque(maxlen=WINDOW)  # (share distinct, share that ended) of a step
 
