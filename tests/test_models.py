@@ -17,8 +17,9 @@ from test_scripts import one_line_error
 from transformers import AutoConfig
 
 from models import checkpoint
+from models.bare import infer_config
 from models.captioner import encoder_source
-from models.checkpoint import config_path, infer_config, load_captioner, load_weights, save_weights
+from models.checkpoint import config_path, load_captioner, load_weights, save_weights
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import build_language_model, load_language_model, load_tokenizer
 
@@ -290,7 +291,7 @@ def test_published_transformer_by_path(tmp_path):
             weights = build_captioner(CaptionConfig(640, 40, 40, "transformer", layers), gpt).state_dict()
         config, said = infer_config(weights), io.StringIO()
         with contextlib.redirect_stderr(said):
-            checkpoint._guess_normalization("x.pt", config, weights)
+            checkpoint.guess_normalization("x.pt", config, weights)
         assert config.normalize_prefix == normalized and config.clip_model_type == "RN50x4"
         assert said.getvalue().count("\n") == 1
         assert ("normalised" if normalized else "warning: x.pt") in said.getvalue()
