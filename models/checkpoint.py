@@ -14,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig
 
+from models import foreign
 from models.bare import guess_normalization, infer_config, infer_language_config
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import (
@@ -77,20 +78,26 @@ def load_weights(path):
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"checkpoint {path} is a folder; pass a file in it")
+        raise ValueError(f"{path} is no captioner's weights but {foreign.describe_folder(path)}")
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path()
         there = sorted(p.name for p in folder.glob("*.pt"))[:8]
         raise FileNotFoundError(f"checkpoint {path} does not exist{'; there are ' + ', '.join(there) if there else ''}")
     try:
         state_dict = _read_weights(path)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} was not loaded: it is damaged, or holds more than tensors, which could run code; save its "
-            f"state_dict() where you trust it"
-        ) from None
     except Exception as error:  # what is no pickle makes the reader raise whatever its bytes happen to mean
+        known = foreign.describe_file(path)
+        if known:
+            raise ValueError(f"{path} is no captioner's weights but {known}") from None
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{path} was not loaded: it is damaged, or holds more than tensors, which could run code; save its "
+                f"state_dict() where you trust it"
+            ) from None
         raise ValueError(f"{path} is damaged or no checkpoint ({_cause(error)}); copy it again") from None
+    known = foreign.describe_value(state_dict)
+    if known:
+        raise ValueError(f"{path} is no captioner's weights but {known}")
     tensors = isinstance(state_dict, dict) and all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
     )

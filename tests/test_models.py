@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 
 import clip
@@ -16,11 +17,13 @@ from conftest import run_script, train
 from test_scripts import one_line_error
 from transformers import AutoConfig
 
+from features.store import read_store
 from models import checkpoint
 from models.bare import infer_config
 from models.captioner import encoder_source
 from models.checkpoint import config_path, load_captioner, load_weights, save_weights
 from models.clip_caption import CaptionConfig, build_captioner
+from models.foreign import ENCODER, LANGUAGE_MODEL, STATE, STORE
 from models.language import build_language_model, load_language_model, load_tokenizer
 
 
@@ -218,6 +221,63 @@ def test_no_checkpoint_is_one_line_in_every_command(store, language_model, photo
         done = train(store, language_model, tmp_path / "out", "--init_from", tmp_path / name, check=2)
         one_line_error(done, name)
     assert not (tmp_path / "out").exists()
+
+
+def scripted(path):
+    with warnings.catch_warnings():  # torch announces that it will go
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+
+
+@pytest.fixture
+def foreign_files(trained, clip_file, language_model, store, photos, tmp_path):
+    """{what is given for a captioner's weights: words of what is said of it}."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(trained, folder)
+    scripted(folder / "script.pt")
+    clip_weights = torch.load(clip_file)
+    torch.save(clip_weights, folder / "old_clip.pt", _use_new_zipfile_serialization=False)
+    save_weights(folder / "clip.safetensors", clip_weights)
+    model = build(language_model)
+    torch.save(model.gpt.state_dict(), folder / "gpt.pt")
+    torch.save(model.gpt.transformer.state_dict(), folder / "pytorch_model.bin")
+    torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, folder / "ddp.pt")
+    torch.save({"epoch": 3, "state_dict": model.state_dict()}, folder / "lightning.ckpt")
+    torch.save(torch.optim.AdamW(model.parameters()).state_dict(), folder / "optimizer.pt")
+    torch.save(read_store(store).__dict__ | {"path": 0}, folder / "store.pt")
+    whole = (folder / "run_latest.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.pt").touch()
+    (tmp_path / "shards" / "img_emb").mkdir(parents=True)
+    return {
+        clip_file: ENCODER, folder / "old_clip.pt": ENCODER, folder / "clip.safetensors": ENCODER,
+        folder / "script.pt": "a TorchScript program, as those of OpenAI's CLIP",
+        folder / "run_state.pt": STATE, folder / "optimizer.pt": STATE, folder / "run.json": "the json of a training",
+        store: STORE, folder / "store.pt": STORE, tmp_path / "shards": STORE, store.with_suffix(".json"): "the json of",
+        folder: "a folder; pass a file in it, such as", language_model: "a language model's folder",
+        language_model / "model.safetensors": LANGUAGE_MODEL, folder / "gpt.pt": LANGUAGE_MODEL,
+        folder / "pytorch_model.bin": LANGUAGE_MODEL, folder / "ddp.pt": "without 'module.'",
+        folder / "lightning.ckpt": "under 'state_dict'", folder / "cut.pt": "cut short", folder / "empty.pt": "empty",
+        next(photos.glob("*.jpg")): "a picture",
+    }  # fmt: skip
+
+
+def test_other_files_are_told_for_what_they_are(foreign_files, store, photos, language_model, tmp_path):
+    for path, said in foreign_files.items():
+        done = run_script("predict.py", photos, "--checkpoint", path, "--device", "cpu", check=2)
+        one_line_error(done, f"{path} is no captioner's weights but ", said)
+    for path in list(foreign_files)[:5]:
+        done = train(store, language_model, tmp_path / "out", "--init_from", path, check=2)
+        one_line_error(done, "is no captioner's weights but ", foreign_files[path])
+
+
+def test_a_folder_in_this_place_is_told(photos, trained, monkeypatch):
+    """Its bare name is no captioner's name."""
+    monkeypatch.chdir(trained.parent)
+    done = run_script("predict.py", photos, "--checkpoint", trained.name, "--device", "cpu", check=2)
+    one_line_error(
+        done, f"{trained.name} is no captioner's weights but a folder; pass a file in it, such as run_latest.pt"
+    )
 
 
 def test_long_prefix_is_refused_before_anything_is_built(store, language_model, tmp_path, monkeypatch):
