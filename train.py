@@ -20,7 +20,7 @@ import torch
 
 from features.dataset import CaptionDataset
 from features.store import info_path, read_store
-from models.checkpoint import load_weights
+from models.checkpoint import check_tied, load_weights
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import (
     check_tokenizer,
@@ -172,8 +172,7 @@ def build_model(config, init_from=None, device="cpu"):
     """
     model = build_captioner(config, load_language_model(config.language_model, config.load_in, device))
     if init_from:
-        weights = load_weights(init_from)
-        own = model.state_dict()
+        weights, own = load_weights(init_from), model.state_dict()
         wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [
             k for k in weights if k not in own
         ]
@@ -182,6 +181,7 @@ def build_model(config, init_from=None, device="cpu"):
                 f"--init_from {init_from} does not fit the captioner asked for: {wrong[0]} differs "
                 f"({len(wrong)} in all); check --mapping_type, --prefix_length, --num_layers and --language_model"
             )
+        check_tied(model, weights, init_from)
         model.load_state_dict(weights)
     if config.lora_rank:
         add_lora(model.gpt, config.lora_rank)

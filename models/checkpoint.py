@@ -34,6 +34,7 @@ FORMAT = 1  # of a run's json; files of before it had a number are read too
 KEYS = {"format", "model", "language_model_config", "training", "decoding", "data", "contents", "versions"}
 # buffers that transformers stored before 4.31; no weights
 OLD_BUFFERS = re.compile(r"gpt\.transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+OUTPUT = "gpt.lm_head.weight"  # the output layer
 # the name of the run that `<prefix>-000.pt`, `<prefix>_latest.pt` and `<prefix>_best.pt` belong to
 RUN_SUFFIX = re.compile(r"(-\d{3,}|_latest|_best)$")
 
@@ -254,8 +255,8 @@ def _fill(model, state_dict, path):
     """
     own = model.state_dict()
     # an output layer tied to the input embeddings may be stored once only
-    if "gpt.lm_head.weight" in own and "gpt.lm_head.weight" not in state_dict:
-        state_dict = {**state_dict, "gpt.lm_head.weight": state_dict.get(_tied_key(own), own["gpt.lm_head.weight"])}
+    if OUTPUT in own and OUTPUT not in state_dict and _is_tied(model):
+        state_dict = {**state_dict, OUTPUT: state_dict.get(_tied_key(own), own[OUTPUT])}
     missing = [key for key in own if key not in state_dict]
     extra = [key for key in state_dict if key not in own]
     misfit = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
@@ -268,6 +269,7 @@ def _fill(model, state_dict, path):
     if missing or extra:
         what = f"it lacks {missing[0]}" if missing else f"it holds {extra[0]}, which the captioner has not"
         raise ValueError(f"{path} does not fit: {what} ({len(missing)} missing, {len(extra)} unknown names)")
+    check_tied(model, state_dict, path)
     if not any(value.is_meta for value in own.values()):
         model.load_state_dict(state_dict)
         return
@@ -275,6 +277,30 @@ def _fill(model, state_dict, path):
     copies = {key: state_dict[key].to(own[key].dtype, copy=True) for key in own}
     model.load_state_dict(copies, assign=True)
     model.gpt.tie_weights()
+
+
+def check_tied(model, state_dict, path):
+    """Refuse weights with an output layer of its own for a language model whose input embeddings are its output layer.
+
+    Args:
+        model: captioner that they are to be loaded into, which has the same names and shapes.
+        state_dict: the weights, named `path` in the error.
+    Raises: ValueError.
+    """
+    if OUTPUT not in model.state_dict() or not _is_tied(model):
+        return
+    inputs, outputs = state_dict[_tied_key(model.state_dict())], state_dict[OUTPUT]
+    if inputs.data_ptr() != outputs.data_ptr() and not torch.equal(inputs, outputs.to(inputs.dtype)):
+        raise ValueError(
+            f"{path} holds input embeddings and an output layer ({OUTPUT}) that differ, and the language model has one "
+            f"for both: it is damaged, or was trained with tie_word_embeddings false, which then belongs into the "
+            f"language_model_config of its json, or the config.json of --language_model"
+        )
+
+
+def _is_tied(model):
+    """Tell whether a captioner's language model has one tensor for input embeddings and output layer."""
+    return getattr(model.gpt.config.get_text_config(), "tie_word_embeddings", False)
 
 
 def _tied_key(own):

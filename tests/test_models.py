@@ -156,6 +156,30 @@ def test_untied_output_layer_may_be_absent(language_model, tmp_path):
     assert torch.equal(loaded(tokens, embedding), model(tokens, embedding))
 
 
+@pytest.mark.parametrize("ending", (".pt", ".safetensors"))
+def test_tied_weights_that_differ_are_refused(trained, store, language_model, tmp_path, ending):
+    """The model has room for one of them; as an untied one it has room for both."""
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / f"run_latest{ending}"
+    weights = load_weights(trained / "run_latest.pt")
+    weights["gpt.lm_head.weight"] = weights["gpt.lm_head.weight"] + 0.1
+    save_weights(path, weights)
+    with pytest.raises(ValueError, match="that differ.*tie_word_embeddings false.*json"):
+        load_captioner(path)
+    one_line_error(
+        train(store, language_model, tmp_path / "out", "--init_from", path, check=2), str(path), "that differ"
+    )
+    stored = json.loads((trained / "run.json").read_text())
+    stored["language_model_config"]["tie_word_embeddings"] = False
+    (tmp_path / "run" / "run.json").write_text(json.dumps(stored))
+    model, _, _ = load_captioner(path)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    del weights["gpt.lm_head.weight"]
+    save_weights(path, weights)
+    with pytest.raises(ValueError, match="lacks gpt.lm_head.weight"):
+        load_captioner(path)
+
+
 def test_safetensors_round_trip(language_model, tmp_path):
     model = build(language_model)
     save_weights(tmp_path / "x.safetensors", model.state_dict())
