@@ -47,7 +47,7 @@ from utils.cli import (
     progress_bar,
     run,
 )  # fmt: skip
-from utils.distributed import all_sum, barrier, connected, is_main, world_size
+from utils.distributed import barrier, connected, is_main, world_size
 from utils.outputs import lock
 
 NORM_TOLERANCE = 0.01  # of float16 rows that were divided by their norm
@@ -206,7 +206,7 @@ def fit(trainer, files, log, tokenizer, save_every, save_steps, validation=None)
                     step_and_log(trainer, group, log, files)
                     bar.set_postfix(loss=f"{log.last_loss:.3f}", refresh=False)
                     bar.update(len(group))
-                    stopping = all_sum(int(stop.signal is not None))  # in any process: all stop at the same step
+                    stopping = stop.asked()
                     if stopping or trainer.step % save_steps == 0:
                         files.save_step(trainer, log)
                     if stopping:
