@@ -53,6 +53,8 @@ class Predictor(BaseRunner):
 
         Raises: ValueError with what a visitor may know: no paths of this machine.
         """
+        if not isinstance(image, Path):  # cog hands over its own copy as a Path; other text names a file of the server
+            raise ValueError("image must be an address (https://...) or the data of an image (data:...)")
         try:
             return self.predictor.predict(str(image), model, use_beam_search)
         except ImageError as error:

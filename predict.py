@@ -207,23 +207,46 @@ def caption_all(captioner, paths, decoding, batch_size, num_workers, results):
 
 @contextlib.contextmanager
 def results_kept(args, paths, results):
-    """Hold --out for the time of the body, and write what results there are then, however it ends."""
-    if not args.out:
-        yield
-        return
-    shared = shared_ids(paths)
+    """Hold --out for the time of the body and write the results then, also those of a run that is stopped.
+
+    Raises: what the body raises; KeyboardInterrupt says how many images are captioned.
+    """
+    shared = shared_ids(paths) if args.out else {}
     if shared:
         number = sum(map(len, shared.values()))
         note(
             f"warning: {number:,} images share an image_id with another ({name_shared(shared)}), of which evaluate.py "
             "takes one caption each; rename the files"
         )
-    with lock(args.out):
+    with lock(args.out) if args.out else contextlib.nullcontext():
         try:
             yield
-        finally:
-            if results:
+            if results and args.out:
                 write_results(args.out, results, shared)
+        except (KeyboardInterrupt, Exception) as stop:
+            said = f"{len(results)} of {len(paths)} images are captioned"
+            if results and args.out:
+                said += f", in {write_part(args.out, results, shared)}"
+            if isinstance(stop, KeyboardInterrupt):
+                raise KeyboardInterrupt(said) from None
+            if results:
+                note(f"warning: {said}")
+            raise
+
+
+def write_part(out, results, shared):
+    """Write the results of a stopped run, beside a file that is there already: it may be whole.
+
+    Args:
+        out, results, shared: as of `write_results`.
+    Returns: where they are.
+    """
+    part, number = Path(out), 1
+    while part.exists():
+        part = Path(out).with_suffix(f".partial{number if number > 1 else ''}{Path(out).suffix}")
+        number += 1
+    write_results(str(part), results, shared)
+    return part if number == 1 else f"{part}; {out} stays as it was"
 
 
 def main(argv=None, parser=None):
@@ -237,18 +260,11 @@ def main(argv=None, parser=None):
     if args.out:
         check_out(args, paths, decoding.num_captions)
     results = {}
-    try:
-        with results_kept(args, paths, results):
-            workers = 0 if len(paths) <= args.batch_size else args.num_workers
-            prepare_readers(len(paths), workers)
-            captioner = captioner_of(args)
-            unreadable = caption_all(captioner, paths, decoding, args.batch_size, workers, results)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{len(results)} of {len(paths)} images are captioned") from None
-    except Exception:
-        if results:
-            note(f"warning: {len(results)} of {len(paths)} images are captioned{f', in {args.out}' * bool(args.out)}")
-        raise
+    with results_kept(args, paths, results):
+        workers = 0 if len(paths) <= args.batch_size else args.num_workers
+        prepare_readers(len(paths), workers)
+        captioner = captioner_of(args)
+        unreadable = caption_all(captioner, paths, decoding, args.batch_size, workers, results)
     if unreadable:
         others = "; the others are captioned" if results else ""
         note(f"error: {len(unreadable)} of {len(paths)} images could not be read{others}")

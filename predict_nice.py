@@ -32,7 +32,7 @@ def get_parser():
     """Return the command line's parser: predict_OPT.py's, with a folder and names of the challenge's kind."""
     parser = Parser(__doc__)
     parser.add_argument("--images", default="data/nice/images", metavar="DIR", help="folder of images")
-    parser.add_argument("--ofile", default="clipcap", help="name of the files in output_caption/")
+    parser.add_argument("--ofile", default="clipcap", help="name of the files in output_caption/, without ending")
     parser.add_argument("--prefix_length", type=int, help="as the predecessor's; checked against the checkpoint")
     predict.add_captioner_flags(parser, predict_OPT.DECODING)
     predict_OPT.set_defaults(parser)
@@ -46,7 +46,8 @@ def output_file(args):
     """
     if Path(args.ofile).name != args.ofile or args.ofile in ("", ".."):
         raise ValueError(f"--ofile {args.ofile!r} is no plain name; the files go into {FOLDER}/, pass a name alone")
-    out = FOLDER / f"{args.ofile}.json"
+    name = Path(args.ofile)
+    out = FOLDER / f"{name.stem if name.suffix.lower() in ('.json', '.csv') else name}.json"
     files = captioner_files(args.checkpoint, args.clip_model_type, args.language_model)
     for file in (out, out.with_suffix(".csv")):
         check_output("--ofile", file, {"the captioner": files})

@@ -20,7 +20,7 @@ import torch
 
 from features.dataset import CaptionDataset
 from features.store import check_captions, info_path, read_store
-from models.checkpoint import load_weights
+from models.checkpoint import check_tied, load_weights
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import (
     check_tokenizer,
@@ -48,7 +48,7 @@ from utils.cli import (
     progress_bar,
     run,
 )  # fmt: skip
-from utils.distributed import all_sum, barrier, connected, is_main, world_size
+from utils.distributed import barrier, connected, is_main, world_size
 from utils.outputs import lock
 
 NORM_TOLERANCE = 0.01  # of float16 rows that were divided by their norm
@@ -173,8 +173,7 @@ def build_model(config, init_from=None, device="cpu"):
     """
     model = build_captioner(config, load_language_model(config.language_model, config.load_in, device))
     if init_from:
-        weights = load_weights(init_from)
-        own = model.state_dict()
+        weights, own = load_weights(init_from), model.state_dict()
         wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [
             k for k in weights if k not in own
         ]
@@ -183,6 +182,7 @@ def build_model(config, init_from=None, device="cpu"):
                 f"--init_from {init_from} does not fit the captioner asked for: {wrong[0]} differs "
                 f"({len(wrong)} in all); check --mapping_type, --prefix_length, --num_layers and --language_model"
             )
+        check_tied(model, weights, init_from)
         model.load_state_dict(weights)
     if config.lora_rank:
         add_lora(model.gpt, config.lora_rank)
@@ -207,7 +207,7 @@ def fit(trainer, files, log, tokenizer, save_every, save_steps, validation=None)
                     step_and_log(trainer, group, log, files)
                     bar.set_postfix(loss=f"{log.last_loss:.3f}", refresh=False)
                     bar.update(len(group))
-                    stopping = all_sum(int(stop.signal is not None))  # in any process: all stop at the same step
+                    stopping = stop.asked()
                     if stopping or trainer.step % save_steps == 0:
                         files.save_step(trainer, log)
                     if stopping:

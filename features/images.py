@@ -8,6 +8,7 @@ are. Metadata, whatever its state, never costs a picture.
 import io
 import logging
 import os
+import re
 import stat
 import warnings
 
@@ -26,6 +27,13 @@ UPRIGHT = dict(zip(range(2, 9), (
 ), strict=True))  # fmt: skip  # the tag's values -> what puts the image right
 MAX_RATIO = 100  # of the sides: CLIP scales the shorter one to its input, so a line of pixels would fill the memory
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow itself refuses: 178,956,970
+
+# words in a decoder's error -> what a user is told; what has none of them is "damaged"
+REASONS = (
+    (re.compile("imagecodecs"), "a TIFF in a rare compression: convert it, or pip install imagecodecs"),
+    (re.compile("truncat|not enough|broken data|unexpected end|premature|end of file"), "truncated"),
+    (re.compile("support|unknown|unrecogni|not implemented"), "of a kind that is not known, or damaged"),
+)
 
 _max_pixels = MAX_PIXELS
 
@@ -88,13 +96,17 @@ def read_image(path):
 
 def _reason(error, path, head):
     """Say why a file that begins with `head` could not be read."""
-    if isinstance(error, OSError) and error.filename:
+    if isinstance(error, OSError) and error.errno:
         return f"cannot be opened: {os.strerror(error.errno).lower()}"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
     told = what_else(head)
     if not told and isinstance(error, Image.UnidentifiedImageError):
         told = "of no format that is known, or damaged"
-    told = told or str(error).split(str(path))[0].strip(" :'\"") or type(error).__name__
-    return f"not a readable image ({' '.join(told.split())[:100]})"
+    # decoders' own words may hold anything: bytes of the file, names and addresses of objects
+    words = str(error).lower()
+    told = told or next((reason for hint, reason in REASONS if hint.search(words)), "damaged")
+    return f"not a readable image ({told})"
 
 
 def _decode(path, file, head):

@@ -30,6 +30,9 @@ from utils.files import atomic_path, reason
 ROWS_MAPPED = 128  # rows gathered before their pages are given back: one page fault may map a megabyte around a row
 SHARDS = 64  # that a store is cut into, so that many processes have work, while a shard has between these many images
 MIN_ROWS, MAX_ROWS = 1 << 10, 1 << 17
+# bytes of embeddings that a fingerprint reads, a second or two; of more, as many in pieces spread over all shards: the
+# 100 GB of 100 million images would take minutes at every start
+FINGERPRINTED, PIECE = 1 << 30, 1 << 20
 STAMP = b"clipcap"  # key of the parquet's metadata: what the shard was made from
 
 
@@ -178,6 +181,18 @@ class MappedEmbeddings:
             self._give_pages_back()
         return torch.from_numpy(out)
 
+    def update(self, digest):
+        """Feed a hashlib digest with the numbers as they are stored; see FINGERPRINTED."""
+        digest.update(repr([(len(part), part.dtype.str) for part in self.parts]).encode())
+        size = self.shape[1] * self.parts[0].itemsize
+        rows = max(1, PIECE // size)
+        pieces = [(part, start) for part in self.parts for start in range(0, len(part), rows)]
+        number = min(len(pieces), max(1, FINGERPRINTED // (rows * size)))
+        for index in np.linspace(0, len(pieces) - 1, number).astype(int):
+            part, start = pieces[index]
+            digest.update(np.ascontiguousarray(part[start : start + rows]))
+            self._give_pages_back()
+
     def _give_pages_back(self):
         """Unmap what was read: the system keeps it cached, but it no longer counts as this process' memory."""
         self.gathered = 0
@@ -252,6 +267,15 @@ class MappedCaptions:
         caption = self.texts[part][int(number) - (self.ends[part] - len(self.texts[part]))].as_py()
         image_id = self.ids[part][row - int(self.starts_of_rows[part])].as_py()
         return {"image_id": image_id, "caption": caption, "clip_embedding": row}
+
+    def update(self, digest):
+        """Feed a hashlib digest with the row, the length and the bytes of every caption."""
+        digest.update(self.embedding_index)
+        for text in filter(len, self.texts):
+            text = text.cast(pa.large_string())
+            ends = np.frombuffer(text.buffers()[1], np.int64)[text.offset : text.offset + len(text) + 1]
+            digest.update(ends - ends[0])
+            digest.update(memoryview(text.buffers()[2] or b"")[ends[0] : ends[-1]])
 
 
 def _read_metadata(file, rows):

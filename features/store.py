@@ -21,7 +21,6 @@ from utils.files import atomic_path, read_json, reason, write_json
 from utils.outputs import STORE, belongs_to, check_folder, check_output, lock, overwritten
 
 PICKLES = (".pkl", ".pickle")
-SAMPLED = 4096  # rows of a folder of shards that its fingerprint is taken of
 
 
 @dataclass
@@ -55,20 +54,14 @@ class FeatureStore:
         return rows, np.fromiter(lengths, np.int64, len(self.captions))
 
     def fingerprint(self):
-        """Return a hash of what a run is trained on, wherever the store lies: embeddings, captions, rows.
-
-        Of a folder of shards, which may be too large to be read, SAMPLED rows stand for all.
-        """
+        """Return a hash of what a run is trained on, wherever the store lies: embeddings, captions, rows."""
         digest = hashlib.sha256(repr((tuple(self.clip_embedding.shape), len(self.captions))).encode())
         if isinstance(self.captions, MappedCaptions):
-            rows = np.linspace(0, len(self.clip_embedding) - 1, SAMPLED).astype(int)
-            numbers = np.linspace(0, len(self.captions) - 1, SAMPLED if len(self.captions) else 0).astype(int)
-            captions = [self.captions[int(number)] for number in numbers]
-            embedding = self.clip_embedding[np.unique(rows)]
-        else:
-            captions, embedding = self.captions, self.clip_embedding
-        digest.update(embedding.detach().contiguous().view(torch.uint8).numpy())
-        for record in captions:
+            self.clip_embedding.update(digest)
+            self.captions.update(digest)
+            return digest.hexdigest()
+        digest.update(self.clip_embedding.detach().contiguous().view(torch.uint8).numpy())
+        for record in self.captions:
             digest.update(f"{record['clip_embedding']} {record['caption']}\n".encode(errors="surrogatepass"))
         return digest.hexdigest()
 

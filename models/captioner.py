@@ -44,7 +44,7 @@ class Captioner:
             normalize_prefix = pretrained.normalize_prefix if normalize_prefix is None else normalize_prefix
         elif name == DEMO:
             checkpoint = DEMO_CHECKPOINT
-        elif not Path(checkpoint).is_file() and os.sep not in str(checkpoint) and "." not in str(checkpoint):
+        elif not Path(checkpoint).exists() and os.sep not in str(checkpoint) and "." not in str(checkpoint):
             raise FileNotFoundError(
                 f"--checkpoint {checkpoint} is neither a file nor one of {', '.join(NAMES)}{nearest(checkpoint, NAMES)}"
             )

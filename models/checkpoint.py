@@ -1,6 +1,6 @@
 """Checkpoints: a state dict (`.pt` or `.safetensors`) with a json beside it that says how to rebuild the captioner.
 
-A predecessor's bare `.pt`, which has no json, is recognised from its keys and shapes.
+A predecessor's bare `.pt`, which has no json, is recognised by models/bare.py.
 """
 
 import pickle
@@ -12,8 +12,10 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, GPT2Config, OPTConfig
+from transformers import AutoConfig
 
+from models import foreign
+from models.bare import guess_normalization, infer_config, infer_language_config
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import (
     build_language_model,
@@ -24,7 +26,6 @@ from models.language import (
 )
 from models.lora import add_lora, merge_lora
 from models.placement import whole
-from utils.cli import note
 from utils.distributed import is_main
 from utils.files import atomic_path, disk_errors, read_json, reason, save_torch
 
@@ -33,18 +34,9 @@ FORMAT = 1  # of a run's json; files of before it had a number are read too
 KEYS = {"format", "model", "language_model_config", "training", "decoding", "data", "contents", "versions"}
 # buffers that transformers stored before 4.31; no weights
 OLD_BUFFERS = re.compile(r"gpt\.transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+OUTPUT = "gpt.lm_head.weight"  # the output layer
 # the name of the run that `<prefix>-000.pt`, `<prefix>_latest.pt` and `<prefix>_best.pt` belong to
 RUN_SUFFIX = re.compile(r"(-\d{3,}|_latest|_best)$")
-# width of the language model's embeddings -> its name on the hub; heads are 64 wide in all of them
-GPT2_NAMES = {768: "gpt2", 1024: "gpt2-medium", 1280: "gpt2-large", 1600: "gpt2-xl"}
-OPT_NAMES = {
-    (768, 12): "facebook/opt-125m", (2048, 24): "facebook/opt-1.3b", (2560, 32): "facebook/opt-2.7b",
-    (4096, 32): "facebook/opt-6.7b", (5120, 40): "facebook/opt-13b",
-}  # fmt: skip
-# mapping network, P, K, D and layers of the published transformer weights, trained on normalised embeddings
-PUBLISHED_TRANSFORMER = ("transformer", 40, 40, 640, 8)
-# width of the CLIP embedding -> the encoder that the predecessors used for it
-CLIP_NAMES = {512: "ViT-B/32", 640: "RN50x4", 768: "ViT-L/14", 1024: "RN50"}
 
 
 def save_weights(path, state_dict):
@@ -87,20 +79,26 @@ def load_weights(path):
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"checkpoint {path} is a folder; pass a file in it")
+        raise ValueError(f"{path} is no captioner's weights but {foreign.describe_folder(path)}")
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path()
         there = sorted(p.name for p in folder.glob("*.pt"))[:8]
         raise FileNotFoundError(f"checkpoint {path} does not exist{'; there are ' + ', '.join(there) if there else ''}")
     try:
         state_dict = _read_weights(path)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} was not loaded: it is damaged, or holds more than tensors, which could run code; save its "
-            f"state_dict() where you trust it"
-        ) from None
     except Exception as error:  # what is no pickle makes the reader raise whatever its bytes happen to mean
+        known = foreign.describe_file(path)
+        if known:
+            raise ValueError(f"{path} is no captioner's weights but {known}") from None
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{path} was not loaded: it is damaged, or holds more than tensors, which could run code; save its "
+                f"state_dict() where you trust it"
+            ) from None
         raise ValueError(f"{path} is damaged or no checkpoint ({_cause(error)}); copy it again") from None
+    known = foreign.describe_value(state_dict)
+    if known:
+        raise ValueError(f"{path} is no captioner's weights but {known}")
     tensors = isinstance(state_dict, dict) and all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
     )
@@ -129,75 +127,6 @@ def config_path(checkpoint):
     """Return the json that belongs to a checkpoint file: `run-000.pt`, `run_latest.pt` -> `run.json`."""
     checkpoint = Path(checkpoint)
     return checkpoint.with_name(RUN_SUFFIX.sub("", checkpoint.stem) + ".json")
-
-
-def infer_config(state_dict, path="the checkpoint"):
-    """Read a captioner's configuration off the shapes of its weights.
-
-    Args:
-        state_dict: name -> tensor.
-        path: named in errors.
-    Returns: CaptionConfig; what shapes cannot tell (normalisation) has its default.
-    Raises: ValueError where there is no mapping network or language model.
-    """
-    embedding = state_dict.get("gpt.transformer.wte.weight")
-    if embedding is None:
-        embedding = state_dict.get("gpt.model.decoder.embed_tokens.weight")
-    if embedding is None:
-        raise ValueError(f"{path} has no gpt.* weights of GPT-2 or OPT, and no json beside it: it is no captioner")
-    width = embedding.shape[1]
-    common = {"language_model": _language_model_name(state_dict, width)}
-    if "clip_project.model.0.weight" in state_dict and "clip_project.model.2.weight" in state_dict:
-        prefix_dim = state_dict["clip_project.model.0.weight"].shape[1]
-        prefix_length = state_dict["clip_project.model.2.weight"].shape[0] // width
-        config = CaptionConfig(prefix_dim, prefix_length, prefix_length, "mlp", **common)
-    elif "clip_project.linear.weight" in state_dict and "clip_project.prefix_const" in state_dict:
-        projected, prefix_dim = state_dict["clip_project.linear.weight"].shape
-        config = CaptionConfig(
-            prefix_dim, len(state_dict["clip_project.prefix_const"]), projected // width, "transformer",
-            num_layers=_count(state_dict, "clip_project.transformer.layers."), only_prefix=True, **common,
-        )  # fmt: skip
-    else:
-        raise ValueError(f"{path} has no mapping network (clip_project.model.* or clip_project.transformer.*)")
-    config.clip_model_type = CLIP_NAMES.get(config.prefix_dim)
-    return config
-
-
-def _count(state_dict, stem):
-    """Return how many numbered layers there are under `stem`."""
-    return len({key[len(stem) :].split(".")[0] for key in state_dict if key.startswith(stem)})
-
-
-def _language_model_name(state_dict, width):
-    """Return the hub's name of the language model with these shapes, or '' where none has them."""
-    if "gpt.transformer.wte.weight" in state_dict:
-        return GPT2_NAMES.get(width, "")
-    return OPT_NAMES.get((width, _count(state_dict, "gpt.model.decoder.layers.")), "")
-
-
-def infer_language_config(state_dict):
-    """Build transformers' configuration of a GPT-2 or OPT of the published sizes from the shapes of its weights.
-
-    Returns: the configuration, or None for another architecture or unpublished sizes, whose number of heads the
-        weights do not tell.
-    """
-    embedding = state_dict.get("gpt.transformer.wte.weight")
-    if embedding is not None and embedding.shape[1] in GPT2_NAMES:
-        vocab_size, width = embedding.shape
-        return GPT2Config(
-            vocab_size=vocab_size, n_embd=width, n_head=width // 64,
-            n_layer=_count(state_dict, "gpt.transformer.h."),
-            n_positions=len(state_dict["gpt.transformer.wpe.weight"]),
-        )  # fmt: skip
-    embedding = state_dict.get("gpt.model.decoder.embed_tokens.weight")
-    if embedding is not None and embedding.shape[1] in {width for width, _ in OPT_NAMES}:
-        vocab_size, width = embedding.shape
-        return OPTConfig(
-            vocab_size=vocab_size, hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width,
-            num_attention_heads=width // (80 if width == 2560 else 128 if width in (4096, 5120) else 64),
-            num_hidden_layers=_count(state_dict, "gpt.model.decoder.layers."),
-        )  # fmt: skip
-    return None
 
 
 def read_config(checkpoint, state_dict):
@@ -257,7 +186,7 @@ def load_captioner(checkpoint, language_model=None, normalize_prefix=None, devic
             )
         config.normalize_prefix = normalize_prefix
     elif not described:
-        _guess_normalization(checkpoint, config, state_dict)
+        guess_normalization(checkpoint, config, state_dict)
     gpt_config = _language_config(checkpoint, config, language_config, language_model, state_dict)
     source = language_model or _tokenizer_source(config, described)
     tokenizer = load_tokenizer(source)
@@ -275,23 +204,6 @@ def load_captioner(checkpoint, language_model=None, normalize_prefix=None, devic
             model = build_captioner(config, build_language_model(gpt_config))
     _fill(model, state_dict, checkpoint)
     return model.eval(), tokenizer, described is not None
-
-
-def _guess_normalization(checkpoint, config, state_dict):
-    """Normalise for the published transformer, told by its shapes; say what a bare checkpoint leaves open."""
-    shape = (config.mapping_type, config.prefix_length, config.prefix_length_clip, config.prefix_dim, config.num_layers)
-    layers = _count(state_dict, "gpt.transformer.h.")
-    if shape == PUBLISHED_TRANSFORMER and (config.language_model, layers) == ("gpt2", 12):
-        config.normalize_prefix = True
-        note(
-            f"{checkpoint} has the shapes of the published transformer weights: "
-            f"embeddings of {config.clip_model_type}, normalised"
-        )
-    else:
-        note(
-            f"warning: {checkpoint} does not say whether it was trained on normalised embeddings: taken as they are; "
-            f"pass --normalize_prefix if it was"
-        )
 
 
 def _language_config(checkpoint, config, stored, language_model, state_dict):
@@ -343,8 +255,8 @@ def _fill(model, state_dict, path):
     """
     own = model.state_dict()
     # an output layer tied to the input embeddings may be stored once only
-    if "gpt.lm_head.weight" in own and "gpt.lm_head.weight" not in state_dict:
-        state_dict = {**state_dict, "gpt.lm_head.weight": state_dict.get(_tied_key(own), own["gpt.lm_head.weight"])}
+    if OUTPUT in own and OUTPUT not in state_dict and _is_tied(model):
+        state_dict = {**state_dict, OUTPUT: state_dict.get(_tied_key(own), own[OUTPUT])}
     missing = [key for key in own if key not in state_dict]
     extra = [key for key in state_dict if key not in own]
     misfit = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
@@ -357,6 +269,7 @@ def _fill(model, state_dict, path):
     if missing or extra:
         what = f"it lacks {missing[0]}" if missing else f"it holds {extra[0]}, which the captioner has not"
         raise ValueError(f"{path} does not fit: {what} ({len(missing)} missing, {len(extra)} unknown names)")
+    check_tied(model, state_dict, path)
     if not any(value.is_meta for value in own.values()):
         model.load_state_dict(state_dict)
         return
@@ -364,6 +277,30 @@ def _fill(model, state_dict, path):
     copies = {key: state_dict[key].to(own[key].dtype, copy=True) for key in own}
     model.load_state_dict(copies, assign=True)
     model.gpt.tie_weights()
+
+
+def check_tied(model, state_dict, path):
+    """Refuse weights with an output layer of its own for a language model whose input embeddings are its output layer.
+
+    Args:
+        model: captioner that they are to be loaded into, which has the same names and shapes.
+        state_dict: the weights, named `path` in the error.
+    Raises: ValueError.
+    """
+    if OUTPUT not in model.state_dict() or not _is_tied(model):
+        return
+    inputs, outputs = state_dict[_tied_key(model.state_dict())], state_dict[OUTPUT]
+    if inputs.data_ptr() != outputs.data_ptr() and not torch.equal(inputs, outputs.to(inputs.dtype)):
+        raise ValueError(
+            f"{path} holds input embeddings and an output layer ({OUTPUT}) that differ, and the language model has one "
+            f"for both: it is damaged, or was trained with tie_word_embeddings false, which then belongs into the "
+            f"language_model_config of its json, or the config.json of --language_model"
+        )
+
+
+def _is_tied(model):
+    """Tell whether a captioner's language model has one tensor for input embeddings and output layer."""
+    return getattr(model.gpt.config.get_text_config(), "tie_word_embeddings", False)
 
 
 def _tied_key(own):

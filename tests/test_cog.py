@@ -101,6 +101,14 @@ def test_an_unreadable_image_is_a_failed_prediction(port):
     assert request(port, "POST", "/predictions", {"input": {"image": IMAGE, "model": "demo"}})[1]["output"]
 
 
+@pytest.mark.parametrize("path", (str(SAMPLE), "demo/images/200002.jpg", SAMPLE.as_uri(), "/etc/passwd", "/none", ""))
+def test_files_of_the_server_are_not_read(port, path):
+    """Nor is it told whether they are there."""
+    answer = request(port, "POST", "/predictions", {"input": {"image": path, "model": "demo"}})[1]
+    assert answer["status"] == "failed" and "output" not in answer
+    assert answer["error"].endswith("image must be an address (https://...) or the data of an image (data:...)")
+
+
 def test_a_model_that_cannot_be_loaded_is_told_without_paths(monkeypatch):
     import cog_predict
 
@@ -109,7 +117,7 @@ def test_a_model_that_cannot_be_loaded_is_told_without_paths(monkeypatch):
     error = FileNotFoundError("download https://example.org/w and put it here as /home/me/w.pt")
     monkeypatch.setattr(predictor.predictor, "captioner", Mock(side_effect=error))
     with pytest.raises(ValueError, match="^the model coco cannot be loaded on this server: choose another$"):
-        predictor.run(str(SAMPLE), "coco", False)
+        predictor.run(cog_predict.Path(SAMPLE), "coco", False)
 
 
 def test_schema_has_the_predecessors_inputs(port):

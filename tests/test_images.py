@@ -105,6 +105,35 @@ def test_real_damage_is_named(tmp_path, kind):
         read_image(tmp_path / "x")
 
 
+class Unwell:
+    """A decoder that fails."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, *_):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    (
+        (OSError("cannot identify image file <_io.BytesIO object at 0x7f1>"), "not a readable image (damaged)"),
+        (RuntimeError(f"{Unwell(None)} failed"), "not a readable image (damaged)"),
+        (ValueError("invalid literal for int() with base 10: b'25("), "not a readable image (damaged)"),
+        (OSError("image file is truncated (4 bytes not processed)"), "not a readable image (truncated)"),
+        (MemoryError(), "there is not enough memory for it"),
+        (OSError(5, "Input/output error"), "cannot be opened: input/output error"),
+    ),
+)
+def test_a_decoders_own_words_are_not_shown(tmp_path, monkeypatch, error, said):
+    (tmp_path / "x.png").write_bytes(saved("PNG"))
+    monkeypatch.setattr(images, "decode_with_pillow", Unwell(error))
+    with pytest.raises(ImageError) as told:
+        read_image(tmp_path / "x.png")
+    assert str(told.value) == said
+
+
 def test_large_pictures(tmp_path, monkeypatch):
     """A phone's 108 megapixels are read; what is larger than the limit names the flag."""
     Image.new("1", (12000, 9000), 1).save(tmp_path / "x.png")
@@ -167,6 +196,89 @@ def test_grey_tiffs(tmp_path, dtype):
     assert np.array_equal(np.asarray(read_image(tmp_path / "white.tif")), 255 - grey)
     tifffile.imwrite(tmp_path / "pages.tif", np.stack([one] + [one * 0] * 7), photometric="minisblack")
     assert np.array_equal(np.asarray(read_image(tmp_path / "pages.tif")), grey)
+
+
+def smooth():
+    """A picture without edges, 40 x 32, so that colour may be stored coarsely."""
+    return Image.fromarray(bands(3, np.uint8, "contig"))
+
+
+def ycbcr_blocks(across, down):
+    """Return the uncompressed bytes of the smooth picture, its colour stored for blocks of pixels."""
+    pixels = np.asarray(smooth().convert("YCbCr"))
+    blocks = pixels.reshape(32 // down, down, 40 // across, across, 3).swapaxes(1, 2)
+    colour = blocks[..., 1:].mean((2, 3)).round().astype(np.uint8)
+    return np.concatenate([blocks[..., 0].reshape(*blocks.shape[:2], -1), colour], -1).tobytes()
+
+
+def tiff(data, tags):
+    """Return a TIFF file of one strip.
+
+    Args:
+        tags: {number: value, or two values of 16 bits}, beside the size.
+    """
+    size = {256: 40, 257: 32, 273: 8, 278: 32, 279: len(data)}
+    entries = b""
+    for number, value in sorted((size | tags).items()):
+        values = value if isinstance(value, tuple) else (value,)
+        packed = struct.pack("<HH", *values) if len(values) == 2 else struct.pack("<I", *values)
+        entries += struct.pack("<HHI", number, 3 if len(values) == 2 else 4, len(values)) + packed
+    count = struct.pack("<H", len(size | tags))
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + count + entries + bytes(4)
+
+
+def assert_close(path, expected, by=4):
+    difference = np.asarray(read_image(path)).astype(int) - np.asarray(expected.convert("RGB"))
+    assert np.abs(difference).mean() < by
+
+
+@pytest.mark.parametrize("compression", ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"))
+@pytest.mark.parametrize("mode", ("YCbCr", "CMYK", "LAB", "RGB", "L", "1"))
+def test_colours_of_tiffs(tmp_path, mode, compression):
+    if (mode, compression) == ("1", "jpeg"):
+        pytest.skip("JPEG has no single bits")
+    image = smooth().convert(mode)
+    for strips in ({}, {"strip_size": 960}):
+        image.save(tmp_path / "x.tif", compression=compression, **strips)
+        expected = smooth() if mode in ("YCbCr", "LAB") else image
+        assert_close(tmp_path / "x.tif", expected, 12 if compression == "jpeg" else 4)
+
+
+@pytest.mark.parametrize("blocks", ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4)))
+def test_coarse_colour_of_a_tiff(tmp_path, blocks):
+    data, tags = ycbcr_blocks(*blocks), {258: 8, 259: 1, 262: 6, 277: 3, 530: blocks}
+    (tmp_path / "x.tif").write_bytes(tiff(data, tags))
+    assert_close(tmp_path / "x.tif", smooth(), 8)
+    (tmp_path / "x.tif").write_bytes(tiff(data[:-100], tags))
+    with pytest.raises(ImageError, match="truncated"):
+        read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("layout", ({"tile": (16, 16)}, {"planarconfig": "separate"}, {}))
+@pytest.mark.parametrize("dtype", (np.uint8, np.uint16))
+@pytest.mark.parametrize("kind", ("ycbcr", "cielab", "icclab"))
+def test_rare_layouts_of_colour(tmp_path, kind, dtype, layout):
+    pixels = np.frombuffer(smooth().convert("YCbCr" if kind == "ycbcr" else "LAB").tobytes(), np.uint8)
+    pixels = pixels.reshape(32, 40, 3) ^ np.uint8([0, 128, 128] if kind == "icclab" else [0, 0, 0])
+    pixels = pixels.astype(dtype) * (257 if dtype == np.uint16 else 1)
+    pixels = np.moveaxis(pixels, -1, 0) if "planarconfig" in layout else pixels
+    options = {"subsampling": (1, 1)} if kind == "ycbcr" else {}
+    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric=kind, **layout, **options)
+    assert_close(tmp_path / "x.tif", smooth())
+
+
+def test_twelve_bits(tmp_path):
+    grey = np.asarray(smooth().convert("L")).astype(np.uint16) << 4
+    first, second = grey[:, ::2], grey[:, 1::2]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8)
+    (tmp_path / "x.tif").write_bytes(tiff(packed.tobytes(), {258: 12, 259: 1, 262: 1, 277: 1}))
+    assert_close(tmp_path / "x.tif", smooth().convert("L"), 1)
+
+
+def test_tiffs_that_are_no_pictures(tmp_path):
+    (tmp_path / "x.tif").write_bytes(tiff(bytes(40 * 32), {258: 8, 259: 1, 262: 32803, 277: 1}))
+    with pytest.raises(ImageError, match="a TIFF of kind CFA, not a picture: save it as RGB"):
+        read_image(tmp_path / "x.tif")
 
 
 # ---- files that are no pictures

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 
 import clip
@@ -16,10 +17,13 @@ from conftest import mean_loss, run_script, train
 from test_scripts import one_line_error
 from transformers import AutoConfig
 
+from features.store import read_store
 from models import checkpoint
+from models.bare import infer_config
 from models.captioner import encoder_source
-from models.checkpoint import config_path, infer_config, load_captioner, load_weights, save_weights
+from models.checkpoint import config_path, load_captioner, load_weights, save_weights
 from models.clip_caption import CaptionConfig, build_captioner
+from models.foreign import ENCODER, LANGUAGE_MODEL, STATE, STORE
 from models.language import build_language_model, load_language_model, load_tokenizer
 
 
@@ -152,6 +156,30 @@ def test_untied_output_layer_may_be_absent(language_model, tmp_path):
     assert torch.equal(loaded(tokens, embedding), model(tokens, embedding))
 
 
+@pytest.mark.parametrize("ending", (".pt", ".safetensors"))
+def test_tied_weights_that_differ_are_refused(trained, store, language_model, tmp_path, ending):
+    """The model has room for one of them; as an untied one it has room for both."""
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / f"run_latest{ending}"
+    weights = load_weights(trained / "run_latest.pt")
+    weights["gpt.lm_head.weight"] = weights["gpt.lm_head.weight"] + 0.1
+    save_weights(path, weights)
+    with pytest.raises(ValueError, match="that differ.*tie_word_embeddings false.*json"):
+        load_captioner(path)
+    one_line_error(
+        train(store, language_model, tmp_path / "out", "--init_from", path, check=2), str(path), "that differ"
+    )
+    stored = json.loads((trained / "run.json").read_text())
+    stored["language_model_config"]["tie_word_embeddings"] = False
+    (tmp_path / "run" / "run.json").write_text(json.dumps(stored))
+    model, _, _ = load_captioner(path)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    del weights["gpt.lm_head.weight"]
+    save_weights(path, weights)
+    with pytest.raises(ValueError, match="lacks gpt.lm_head.weight"):
+        load_captioner(path)
+
+
 def test_safetensors_round_trip(language_model, tmp_path):
     model = build(language_model)
     save_weights(tmp_path / "x.safetensors", model.state_dict())
@@ -217,6 +245,63 @@ def test_no_checkpoint_is_one_line_in_every_command(store, language_model, photo
         done = train(store, language_model, tmp_path / "out", "--init_from", tmp_path / name, check=2)
         one_line_error(done, name)
     assert not (tmp_path / "out").exists()
+
+
+def scripted(path):
+    with warnings.catch_warnings():  # torch announces that it will go
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+
+
+@pytest.fixture
+def foreign_files(trained, clip_file, language_model, store, photos, tmp_path):
+    """{what is given for a captioner's weights: words of what is said of it}."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(trained, folder)
+    scripted(folder / "script.pt")
+    clip_weights = torch.load(clip_file)
+    torch.save(clip_weights, folder / "old_clip.pt", _use_new_zipfile_serialization=False)
+    save_weights(folder / "clip.safetensors", clip_weights)
+    model = build(language_model)
+    torch.save(model.gpt.state_dict(), folder / "gpt.pt")
+    torch.save(model.gpt.transformer.state_dict(), folder / "pytorch_model.bin")
+    torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, folder / "ddp.pt")
+    torch.save({"epoch": 3, "state_dict": model.state_dict()}, folder / "lightning.ckpt")
+    torch.save(torch.optim.AdamW(model.parameters()).state_dict(), folder / "optimizer.pt")
+    torch.save(read_store(store).__dict__ | {"path": 0}, folder / "store.pt")
+    whole = (folder / "run_latest.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.pt").touch()
+    (tmp_path / "shards" / "img_emb").mkdir(parents=True)
+    return {
+        clip_file: ENCODER, folder / "old_clip.pt": ENCODER, folder / "clip.safetensors": ENCODER,
+        folder / "script.pt": "a TorchScript program, as those of OpenAI's CLIP",
+        folder / "run_state.pt": STATE, folder / "optimizer.pt": STATE, folder / "run.json": "the json of a training",
+        store: STORE, folder / "store.pt": STORE, tmp_path / "shards": STORE, store.with_suffix(".json"): "the json of",
+        folder: "a folder; pass a file in it, such as", language_model: "a language model's folder",
+        language_model / "model.safetensors": LANGUAGE_MODEL, folder / "gpt.pt": LANGUAGE_MODEL,
+        folder / "pytorch_model.bin": LANGUAGE_MODEL, folder / "ddp.pt": "without 'module.'",
+        folder / "lightning.ckpt": "under 'state_dict'", folder / "cut.pt": "cut short", folder / "empty.pt": "empty",
+        next(photos.glob("*.jpg")): "a picture",
+    }  # fmt: skip
+
+
+def test_other_files_are_told_for_what_they_are(foreign_files, store, photos, language_model, tmp_path):
+    for path, said in foreign_files.items():
+        done = run_script("predict.py", photos, "--checkpoint", path, "--device", "cpu", check=2)
+        one_line_error(done, f"{path} is no captioner's weights but ", said)
+    for path in list(foreign_files)[:5]:
+        done = train(store, language_model, tmp_path / "out", "--init_from", path, check=2)
+        one_line_error(done, "is no captioner's weights but ", foreign_files[path])
+
+
+def test_a_folder_in_this_place_is_told(photos, trained, monkeypatch):
+    """Its bare name is no captioner's name."""
+    monkeypatch.chdir(trained.parent)
+    done = run_script("predict.py", photos, "--checkpoint", trained.name, "--device", "cpu", check=2)
+    one_line_error(
+        done, f"{trained.name} is no captioner's weights but a folder; pass a file in it, such as run_latest.pt"
+    )
 
 
 def test_long_prefix_is_refused_before_anything_is_built(store, language_model, tmp_path, monkeypatch):
@@ -290,7 +375,7 @@ def test_published_transformer_by_path(tmp_path):
             weights = build_captioner(CaptionConfig(640, 40, 40, "transformer", layers), gpt).state_dict()
         config, said = infer_config(weights), io.StringIO()
         with contextlib.redirect_stderr(said):
-            checkpoint._guess_normalization("x.pt", config, weights)
+            checkpoint.guess_normalization("x.pt", config, weights)
         assert config.normalize_prefix == normalized and config.clip_model_type == "RN50x4"
         assert said.getvalue().count("\n") == 1
         assert ("normalised" if normalized else "warning: x.pt") in said.getvalue()

@@ -162,11 +162,13 @@ def test_what_is_done_is_kept(checkpoint, photos, tmp_path, monkeypatch, error, 
 
 
 def stop_after_two_batches(monkeypatch, number):
-    """Send the command a signal when two batches are captioned."""
+    """Send the command a signal when two batches are captioned; None: an error stops it."""
     plain = Captioner.caption_files
 
     def stopping(self, *words):
         for count, batch in enumerate(plain(self, *words)):
+            if count == 2 and number is None:
+                raise ChildProcessError("killed")
             if count == 2:
                 os.kill(os.getpid(), number)
             yield batch
@@ -184,11 +186,30 @@ def test_signals(checkpoint, photos, tmp_path, number):
         stop_after_two_batches(patch, number)
         done = predict(*words, check=128 + number)
     word = "terminated" if number == signal.SIGTERM else "interrupted"
-    assert done.stderr.splitlines()[-1] == f"{word}: 4 of 12 images are captioned"
+    assert done.stderr.splitlines()[-1] == f"{word}: 4 of 12 images are captioned, in {tmp_path / 'c.json'}"
     kept = json.loads((tmp_path / "c.json").read_text())
     assert len(kept) == 4 and os.listdir(tmp_path) == ["c.json"]
     predict(*words)
     assert json.loads((tmp_path / "c.json").read_text())[:4] == kept
+
+
+@pytest.mark.parametrize("ending", (".json", ".csv"))
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, None))
+def test_a_stopped_run_leaves_an_earlier_result(checkpoint, photos, tmp_path, number, ending):
+    """What is done stands beside it, each time under a name of its own; a run that ends well takes its place."""
+    out, words = tmp_path / f"c{ending}", (photos, "--checkpoint", checkpoint, "--batch_size", 2)
+    predict(*words, "--out", out)
+    whole = out.read_bytes()
+    for name in ("c.partial", "c.partial2"):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after_two_batches(patch, number)
+            done = predict(*words, "--out", out, check=128 + number if number else 2)
+        part = tmp_path / (name + ending)
+        said = f"4 of 12 images are captioned, in {part}; {out} stays as it was"
+        assert any(line.endswith(said) for line in done.stderr.splitlines()), done.stderr
+        assert whole == out.read_bytes() and whole.startswith(part.read_bytes().rstrip(b"\n]"))
+    predict(photos / "COCO_val2014_000000000001.jpg", "--checkpoint", checkpoint, "--out", out)
+    assert len(os.listdir(tmp_path)) == 3 and len(out.read_bytes()) < len(part.read_bytes())
 
 
 @SIGNALS
@@ -272,6 +293,14 @@ def test_nice_refuses_images_of_one_id(nice, tmp_path):
     folder = pictures(tmp_path / "p", "1.jpg", "1.png", "01.jpg", "2.jpg")
     one_line_error(nice(folder, check=2), "share a public_id", "1.jpg", "1.png", "01.jpg")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ("d.json", "d.csv", "d.CSV", "v1.2.json"))
+def test_nice_takes_an_ending_off(nice, tmp_path, name):
+    done = nice(pictures(tmp_path / "p", "a.jpg"), "--ofile", name)
+    stem = name.rsplit(".", 1)[0]
+    assert sorted(os.listdir(tmp_path / "out")) == [f"{stem}.csv", f"{stem}.json"]
+    assert f"{stem}.json and {stem}.csv: 1 captions" in done.stderr
 
 
 def test_nice_takes_pictures_only(nice, tmp_path):

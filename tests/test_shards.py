@@ -164,6 +164,48 @@ def test_damages_are_named(folder, language_model, name):
     assert re.search(message, done.stderr) and done.stderr.count("\n") == 1
 
 
+@pytest.fixture
+def large(tmp_path):
+    """9,000 rows in two shards, one caption each but for the first, and how to change one."""
+    embeddings = torch.randn(9000, 4, generator=torch.Generator().manual_seed(0))
+
+    def write(row=0, caption=None, number=None):
+        changed = embeddings.clone()
+        changed[row] += number or 0
+        texts = dict.fromkeys(range(9000), "a red star") | ({row: caption} if caption else {})
+        for shard, (start, end) in enumerate(((0, 5000), (5000, 9000))):
+            images = {
+                f"{i}.jpg": [{"image_id": i, "caption": texts[i]}] * (2 if i == 0 else 1) for i in range(start, end)
+            }
+            write_shard(tmp_path / "large", shard, "", changed[start:end], images, {})
+        (tmp_path / "large.json").write_text('{"shards": 2}')
+        return read_store(tmp_path / "large").fingerprint()
+
+    return write
+
+
+def test_fingerprint_notices_one_row(large, tmp_path, monkeypatch):
+    """Of whatever is in the folder, wherever it lies; only of very large ones are parts passed over."""
+    prints = [large()]
+    for row in (0, 3333, 4999, 5000, 7777, 8999):
+        prints += [large(row, caption="a red star."), large(row, number=0.01)]
+    prints.append(large(3333, caption="a red sta"))
+    assert len(set(prints)) == len(prints) and large() == prints[0]
+    shutil.move(tmp_path / "large", tmp_path / "moved")
+    shutil.move(tmp_path / "large.json", tmp_path / "moved.json")
+    assert read_store(tmp_path / "moved").fingerprint() == prints[0]
+    monkeypatch.setattr(features.shards, "PIECE", 80)  # ten rows
+    monkeypatch.setattr(features.shards, "FINGERPRINTED", 8000)
+    whole = large()
+    changes = [large(row, number=0.01) != whole for row in range(4000, 4090, 10)]
+    assert set(changes) == {True, False} and large(4444, caption="a blue star") != whole
+
+
+def test_fingerprint_of_clip_retrievals_folder(tmp_path):
+    write_foreign(tmp_path / "foreign", (5, 3))
+    assert len(read_store(tmp_path / "foreign").fingerprint()) == 64
+
+
 def test_nan_names_its_row(folder):
     rows = np.load(folder / "img_emb/img_emb_0002.npy")
     rows[1, 3] = np.nan

@@ -13,8 +13,8 @@ import transformers
 from models.checkpoint import FORMAT, captioner_weights, check_format, save_weights, tokenizer_folder
 from models.decoding import DecodingConfig
 from training.optimizers import BEFORE_THE_OPTION
-from utils.cli import VERSION, note, told_to_stop
-from utils.distributed import is_main, world_size
+from utils.cli import VERSION, agree_on_stop, note, told_to_stop
+from utils.distributed import all_gather, all_sum, is_main, world_size
 from utils.files import atomic_path, disk_errors, read_json, save_torch, write_json
 from utils.outputs import RUN, belongs_to, check_folder, overwritten, same_file
 
@@ -208,6 +208,16 @@ class StopRequest:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def asked(self):
+        """Tell whether any process was asked to stop: all stop at the same step, with the exit status of the first.
+
+        Every process must call it.
+        """
+        if not all_sum(int(self.signal is not None)):
+            return False
+        agree_on_stop(next(filter(None, all_gather(self.signal))))
+        return True
 
     def _ask(self, number, _frame):
         if self.signal == number == signal.SIGINT:

@@ -182,6 +182,11 @@ def told_to_stop(number):
     _stopped_by.append(number)
 
 
+def agree_on_stop(number):
+    """Let this process end with the exit status of a signal that asked any process of the command to stop."""
+    _stopped_by[:1] = [number]
+
+
 def _outcome(main):
     """Call `main`; returns the exit status, after the one line that says what was wrong.
 
