@@ -65,8 +65,8 @@ class SelfCritical:
         self.before = opening_tokens(tokenizer, decoding.prompt)
         room = context_room(model.gpt.config, model.config.prefix_length + len(self.before))
         self.decoding = DecodingConfig(
-            SAMPLE, entry_length=min(decoding.entry_length, room), stop_token=decoding.stop_token, prompt=decoding.prompt,
-            top_p=1.0, num_captions=samples, seed=seed,
+            SAMPLE, entry_length=min(decoding.entry_length, room), stop_token=decoding.stop_token,
+            prompt=decoding.prompt, top_p=1.0, num_captions=samples, seed=seed,
         )  # fmt: skip
         self.logged, self.divergence, self.counted = {}, 0.0, 0
         self.at_first, self.lately = [], deque(maxlen=WINDOW)  # (share distinct, share that ended) of a step
