@@ -181,7 +181,7 @@ def _put_plain(gpt):
 
 def _was_called(replacement):
     """Tell whether a layer of PlainLinear, or one in it, was called."""
-    return any(isinstance(part, PlainLinear) and part.given is not None for part in replacement.modules())
+    return any(isinstance(part, PlainLinear) and part.call for part in replacement.modules())
 
 
 @torch.no_grad()
@@ -201,7 +201,8 @@ def _packed(plain, layer):
     try:
         packed = layer(plain.packed, plain.bias)
         dtype = torch.int8 if layer is QuantizedLinear else plain.packed.dtype
-        same = _close(packed(plain.given), plain(plain.given), TOLERANCE[dtype])
+        given, expected = plain.call
+        same = _close(packed(given), expected, TOLERANCE[dtype])
     except RuntimeError:  # of a kernel that does not take these numbers
         same = False
     return packed if same else plain
@@ -250,13 +251,13 @@ def _convert_buffers(gpt, dtype):
 
 
 class PlainLinear(nn.Module):
-    """A linear layer that can be no more than a repacked one; remembers what it was given first."""
+    """A linear layer that can be no more than a repacked one; remembers its first call."""
 
     def __init__(self, weight, bias):
         """Keep a weight; arguments as those of PackedLinear."""
         super().__init__()
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
-        self.bias, self.packed, self.given = bias, weight.detach(), None
+        self.bias, self.packed, self.call = bias, weight.detach(), None
 
     @functools.cached_property
     def weight(self):
@@ -265,8 +266,9 @@ class PlainLinear(nn.Module):
 
     def forward(self, x):
         """Map [..., in] to [..., out]."""
-        self.given = x if self.given is None else self.given
-        return F.linear(x, self.packed, self.bias)
+        out = F.linear(x, self.packed, self.bias)
+        self.call = self.call or (x.clone(), out.clone())  # for a model may change them in place
+        return out
 
 
 class PackedLinear(nn.Module):
