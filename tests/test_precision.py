@@ -16,7 +16,7 @@ from models.clip_caption import CaptionConfig, build_captioner
 from tests.conftest import run_script
 from tests.test_OPT import FAMILIES, small
 from utils import precision
-from utils.precision import PackedLinear, QuantizedLinear, pick_dtype, prepare_for_inference
+from utils.precision import PackedLinear, PlainLinear, QuantizedLinear, pick_dtype, prepare_for_inference
 
 CPU = torch.device("cpu")
 
@@ -150,7 +150,7 @@ def test_bf16_that_a_model_cannot_compute_in(monkeypatch):
     """As a buffer of float32 that is added to what a norm is given."""
     gpt = small("gpt2")
     gpt.transformer.ln_f.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-    with pytest.raises(ValueError, match="--dtype bf16: this language model cannot compute in it .*use fp32"):
+    with pytest.raises(ValueError, match="--dtype bf16 does not suit this language model .*; use fp32"):
         prepare_for_inference(gpt, "bf16", CPU)
 
 
@@ -165,17 +165,18 @@ def test_layers_that_are_not_called_stay():
 @torch.no_grad()
 def test_weights_are_let_go_one_by_one(monkeypatch):
     """The old ones of a layer are gone before the next layer is repacked."""
-    gpt, kept = small("gpt2"), []
-    weights = [weakref.ref(block.mlp.c_fc.weight) for block in gpt.transformer.h]
-    init = PackedLinear.__init__
+    gpt, old, left = small("gpt2"), weakref.WeakSet(), []
+    for block in gpt.transformer.h:
+        old |= {block.mlp.c_fc, block.mlp.c_proj, block.attn.c_attn, block.attn.c_proj}
+    for kind, act in ((PlainLinear, old.add), (PackedLinear, lambda _: left.append(len(old)))):
 
-    def count_and_init(layer, *arguments):
-        kept.append(sum(weight() is not None for weight in weights))
-        init(layer, *arguments)
+        def init(layer, *arguments, act=act, plain=kind.__init__):
+            plain(layer, *arguments)
+            act(layer)
 
-    monkeypatch.setattr(PackedLinear, "__init__", count_and_init)
+        monkeypatch.setattr(kind, "__init__", init)
     prepare_for_inference(gpt, "fp32", CPU)
-    assert kept[-1] == 0
+    assert left == list(range(9, 0, -1))
 
 
 def test_packed_clip_is_equal(clip_file):
