@@ -25,7 +25,7 @@ from models.language import (
     load_tokenizer,
 )
 from models.lora import add_lora, merge_lora
-from models.placement import whole
+from models.placement import get_weights
 from utils.distributed import is_main
 from utils.files import atomic_path, disk_errors, read_json, reason, save_torch
 
@@ -55,14 +55,13 @@ def captioner_weights(model):
     A LoRA is added into its language model, so that the checkpoint is that of any captioner. Where the language model
     was loaded in fewer bits, only what was trained is kept.
     """
-    weights = whole(model.state_dict(keep_vars=True))
+    weights = get_weights(model)
     if model.config.load_in:
         weights = {name: value for name, value in weights.items() if _is_trained(name)}
-    elif any(value is not None and value.is_meta for value in weights.values()):  # kept in memory or on the disk
+    elif any(value.is_meta for value in weights.values()):  # kept in memory or on the disk
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
         weights |= {f"gpt.{name}": value for name, value in get_state_dict_offloaded_model(model.gpt).items()}
-    weights = {name: value.detach() for name, value in weights.items() if value is not None}
     return merge_lora(model, weights) if model.config.lora_rank and not model.config.load_in and is_main() else weights
 
 

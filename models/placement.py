@@ -2,7 +2,7 @@
 
 from models.language import checkpoint_layers, decoder_layers, offload, split_layers
 from utils.devices import split_devices
-from utils.distributed import is_main, world_size
+from utils.distributed import world_size
 
 
 def place(model, placement):
@@ -53,23 +53,71 @@ def is_sharded(model):
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
-def whole(tensors):
-    """Return a dictionary's tensors, those that are sharded (FSDP2) gathered on the CPU of process 0.
+def get_weights(model, trained_only=False):
+    """Return a captioner's weights by name; sharded ones gathered on the CPU of process 0, where the others get none.
 
-    Every process must call it; tensors that are shared, as tied weights are, stay shared.
+    Every process must call it. Tied weights stay one tensor.
+
+    Args:
+        trained_only: leave out those that do not learn.
     """
-    gathered = {}
-    for tensor in tensors.values():
-        if hasattr(tensor, "full_tensor") and id(tensor) not in gathered:
-            full = tensor.full_tensor()  # needs all processes
-            gathered[id(tensor)] = full.cpu() if is_main() else None
-    return {name: gathered.get(id(tensor), tensor) for name, tensor in tensors.items()}
+    if not is_sharded(model):
+        # torch's way has nothing to gather here, and finds each name in the model first, which it cannot do with
+        # those that bitsandbytes' layers put into a state dict besides
+        return model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    weights, names = get_model_state_dict(model, options=options), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in weights:  # torch gathers tied weights once for each of their names
+            weights[name] = weights[names.setdefault(id(parameter), name)]
+    return weights
 
 
-def laid_out_as(parameter, tensor):
-    """Return a whole tensor, which every process has, sharded as a parameter is."""
-    if not hasattr(parameter, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor  # a second that only sharded runs pay
+def set_weights(model, weights):
+    """Load weights by name, whole ones of process 0 where the model is sharded; those that are not named stay.
 
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    Every process must call it.
+    """
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+    set_model_state_dict(model, dict(weights), options=_loading(model))  # a copy: torch adds to it
+
+
+def get_optimizer_state(model, optimizer):
+    """Return an optimiser's state under the weights' names; gathered as by `get_weights`.
+
+    Every process must call it.
+    """
+    if not optimizer.state:  # torch's way would take a first step to make one
+        return optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    sharded = is_sharded(model)  # otherwise weights may lie on several devices, and are left there
+    options = StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
+    return get_optimizer_state_dict(model, optimizer, options=options)
+
+
+def set_optimizer_state(model, optimizer, state):
+    """Load what `get_optimizer_state` returned, before the weights: it takes a step of length 0 where there was none.
+
+    Every process must call it.
+    """
+    if not state["state"]:
+        optimizer.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    set_optimizer_state_dict(model, optimizer, state, options=_loading(model))
+    for name, parameter in model.named_parameters():
+        if name not in state["state"]:  # it had no gradient yet, and torch left it the state of that step
+            optimizer.state.pop(parameter, None)
+
+
+def _loading(model):
+    """Return torch's options to load what may name a part only, such as the weights that learn."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    sharded = is_sharded(model)  # then one process reads the file's tensors and sends the others their shares
+    return StateDictOptions(full_state_dict=sharded, broadcast_from_rank0=sharded, strict=False)

@@ -131,6 +131,7 @@ MODES = {
     "accumulation": ["--gradient_accumulation_steps", 2, "--group_by_length"],
     "lora": ["--lora_rank", 2, "--gradient_checkpointing"],
     "16 bit": ["--lora_rank", 2, "--load_in", "16bit", "--mixed_precision", "bf16"],
+    "fp16": ["--mixed_precision", "fp16"],
 }
 
 

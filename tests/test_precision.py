@@ -3,15 +3,20 @@
 import contextlib
 import copy
 import json
+import weakref
 
 import pytest
 import torch
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from features.clip_encoder import ClipEncoder
 from features.store import read_store
+from models.clip_caption import CaptionConfig, build_captioner
 from tests.conftest import run_script
 from tests.test_OPT import FAMILIES, small
-from utils.precision import PackedLinear, pick_dtype, prepare_for_inference
+from utils import precision
+from utils.precision import PackedLinear, PlainLinear, QuantizedLinear, pick_dtype, prepare_for_inference
 
 CPU = torch.device("cpu")
 
@@ -24,7 +29,8 @@ def test_packed_language_models_are_equal(family):
     expected = gpt(inputs_embeds=embeddings).logits
     packed = prepare_for_inference(copy.deepcopy(gpt), "fp32", CPU)
     assert any(isinstance(module, PackedLinear) for module in packed.modules())
-    assert not any(isinstance(module, torch.nn.Linear) for module in packed.modules())
+    left = [name for name, module in packed.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert all(name.endswith(("mixer.dt_proj", "mixer.out_proj")) for name in left)  # Mamba reads their weights itself
     assert torch.allclose(packed(inputs_embeds=embeddings).logits, expected, atol=1e-5)
     for dtype, tolerance in (("bf16", 0.05), ("int8", 0.1)):
         changed = prepare_for_inference(copy.deepcopy(gpt), dtype, CPU)
@@ -33,6 +39,144 @@ def test_packed_language_models_are_equal(family):
         assert 0 < difference.abs().max() < tolerance * expected.abs().max()
         assert changed.config.dtype == gpt.config.dtype
         assert {b.dtype for name, b in changed.named_buffers() if name.endswith("inv_freq")} <= {torch.float32}
+
+
+class Reads(torch.nn.Module):
+    """Reads its layer's weight itself, as GPT-2's lies: [in, out]."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return x @ self.layer.weight + self.layer.bias
+
+
+class Scaled(Conv1D):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Particular(Reads):
+    def forward(self, x):
+        if self.layer.nf != self.layer.weight.shape[1]:  # GPT-2's layers alone have it
+            raise ValueError
+        return self.layer(x)
+
+
+def scaled(layer):
+    layer.__class__ = Scaled
+    return layer
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda _, inputs, out: 2 * out)
+    return layer
+
+
+def patched(layer):
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    return layer
+
+
+class Dense(torch.nn.Module):
+    """Stands for PackedLinear in number types that this processor may not repack."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        self.weight, self.bias = weight.detach().clone(), bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+def repacked(model):
+    return sum(isinstance(module, PackedLinear | QuantizedLinear | Dense) for module in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", (Reads, scaled, Particular, hooked, patched))
+@pytest.mark.parametrize("dtype", ("fp32", "bf16", "int8"))
+def test_layers_that_are_more_than_linear(change, dtype, monkeypatch, capsys):
+    """A language model that computes otherwise by repacked layers keeps its own; the mapping network's are repacked."""
+    if dtype == "bf16":
+        monkeypatch.setattr(precision, "PackedLinear", Dense)
+        monkeypatch.setattr(precision, "_packs", lambda _: True)
+    gpt, same = small("gpt2"), small("gpt2")  # no copy, whose patched layer would be the first's
+    for block, other in zip(gpt.transformer.h, same.transformer.h, strict=True):
+        torch.nn.init.normal_(block.attn.c_proj.weight)
+        other.load_state_dict(block.state_dict())
+        block.attn.c_proj, other.attn.c_proj = change(block.attn.c_proj), change(other.attn.c_proj)
+    embeddings = torch.randn(3, 5, 16)
+    expected = gpt(inputs_embeds=embeddings).logits
+    model = build_captioner(CaptionConfig(12, prefix_length=3), same)
+    changed = prepare_for_inference(model, dtype, CPU)
+    found = changed.gpt(inputs_embeds=embeddings.to(changed.gpt.lm_head.weight.dtype)).logits.float()
+    assert (found - expected).abs().max() < (0.05 if dtype == "bf16" else 1e-5) * expected.abs().max()
+    assert capsys.readouterr().err.count("needs its own layers") == 1
+    assert [type(m) for m in changed.gpt.modules()] == [type(m) for m in gpt.modules()]
+    assert repacked(changed) == repacked(changed.clip_project) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ("fp32", "int8"))
+@pytest.mark.parametrize("fault", ("differs", "raises"))
+def test_layers_that_repacking_changes(dtype, fault, monkeypatch, capsys):
+    """They alone stay."""
+    kind = PackedLinear if dtype == "fp32" else QuantizedLinear
+    plain = kind.forward
+
+    def forward(layer, x):
+        if layer.out_features != 64:  # the width of the inner layer
+            return plain(layer, x)
+        if fault == "raises":
+            raise RuntimeError("from the library")
+        return -plain(layer, x)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    gpt = small("gpt2", vocab_size=60)
+    embeddings = torch.randn(3, 5, 16)
+    expected = gpt(inputs_embeds=embeddings).logits
+    changed = prepare_for_inference(gpt, dtype, CPU)
+    found = changed(inputs_embeds=embeddings).logits
+    assert (found - expected).abs().max() < (1e-5 if dtype == "fp32" else 0.1) * expected.abs().max()
+    assert "2 of the language model's 9 layers stay as they are" in capsys.readouterr().err
+    assert repacked(changed) == 7
+
+
+def test_bf16_that_a_model_cannot_compute_in(monkeypatch):
+    """As a buffer of float32 that is added to what a norm is given."""
+    gpt = small("gpt2")
+    gpt.transformer.ln_f.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    with pytest.raises(ValueError, match="--dtype bf16 does not suit this language model .*; use fp32"):
+        prepare_for_inference(gpt, "bf16", CPU)
+
+
+@torch.no_grad()
+def test_layers_that_are_not_called_stay():
+    """Mamba reads the weights of some of its layers itself: no second copy of them is made."""
+    packed = prepare_for_inference(small("mamba"), "int8", CPU)
+    mixer = packed.backbone.layers[0].mixer
+    assert type(mixer.dt_proj) is torch.nn.Linear and isinstance(mixer.in_proj, QuantizedLinear)
+
+
+@torch.no_grad()
+def test_weights_are_let_go_one_by_one(monkeypatch):
+    """The old ones of a layer are gone before the next layer is repacked."""
+    gpt, old, left = small("gpt2"), weakref.WeakSet(), []
+    for block in gpt.transformer.h:
+        old |= {block.mlp.c_fc, block.mlp.c_proj, block.attn.c_attn, block.attn.c_proj}
+    for kind, act in ((PlainLinear, old.add), (PackedLinear, lambda _: left.append(len(old)))):
+
+        def init(layer, *arguments, act=act, plain=kind.__init__):
+            plain(layer, *arguments)
+            act(layer)
+
+        monkeypatch.setattr(kind, "__init__", init)
+    prepare_for_inference(gpt, "fp32", CPU)
+    assert left == list(range(9, 0, -1))
 
 
 def test_packed_clip_is_equal(clip_file):
@@ -95,8 +239,6 @@ def test_int8_without_arithmetic_is_refused(monkeypatch):
 
 @torch.inference_mode()
 def test_repacked_weights_can_be_read():
-    from utils.precision import QuantizedLinear
-
     weight = torch.randn(24, 16)
     packed, quantized = PackedLinear(weight, None), QuantizedLinear(weight, None)
     assert torch.equal(packed.weight, weight)

@@ -12,6 +12,7 @@ import transformers
 
 from models.checkpoint import FORMAT, captioner_weights, check_format, save_weights, tokenizer_folder
 from models.decoding import DecodingConfig
+from models.placement import is_sharded
 from training.optimizers import BEFORE_THE_OPTION
 from utils.cli import VERSION, agree_on_stop, note, told_to_stop
 from utils.distributed import all_gather, all_sum, is_main, world_size
@@ -144,7 +145,8 @@ class RunFiles:
             note(f"nothing to resume: there is no {self.state}; beginning")
             return False
         try:
-            state = torch.load(self.state, map_location="cpu", weights_only=True)
+            # of sharded weights, process 0 alone reads the tensors
+            state = torch.load(self.state, "cpu", weights_only=True, mmap=is_sharded(trainer.model))
         except Exception as error:  # whatever a damaged file makes the reader raise
             raise ValueError(
                 f"{self.state} is damaged ({type(error).__name__}); remove it and pass --init_from {self.latest}"

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import get_linear_schedule_with_warmup
 
 from features.dataset import batches_per_epoch, epoch_batches
-from models.placement import is_sharded, laid_out_as, whole
+from models.placement import get_optimizer_state, get_weights, is_sharded, set_optimizer_state, set_weights
 from training.optimizers import WEIGHT_DECAY, make_optimizer
 from utils.distributed import all_gather, all_sum, check_shares, rank, share, world_size
 
@@ -151,11 +151,11 @@ class Trainer:
 
         Every process must call it; process 0 gets all of it.
         """
-        optimizer = self.optimizer.state_dict()
+        weights = get_weights(self.model, trained_only=True)
         cuda_states = [torch.cuda.get_rng_state(device) for device in self.cuda_devices()]
         return {
-            "trained": whole({name: p.detach() for name, p in self.trained.items()}),
-            "optimizer": optimizer | {"state": {i: whole(values) for i, values in optimizer["state"].items()}},
+            "trained": {name: weights[name] for name in self.trained if name in weights},
+            "optimizer": get_optimizer_state(self.model, self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": all_gather((torch.get_rng_state(), cuda_states)),
@@ -177,14 +177,16 @@ class Trainer:
                 f"the run to resume had {state['captions']:,} {self.dataset.unit} and --data has "
                 f"{len(self.dataset):,}; pass the same --data, or begin anew without --resume"
             )
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(laid_out_as(parameter, state["trained"][name]))
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # the run that was saved may have been sharded, or this one is
+        shapes = {name: value.shape for name, value in state["trained"].items()}
+        if shapes != {name: p.shape for name, p in self.trained.items()}:
+            raise ValueError(
+                "the run to resume trained other weights; pass the same options, or begin anew without --resume"
+            )
+        optimizer = by_name(state["optimizer"], list(shapes))
+        for group in optimizer["param_groups"]:  # the run that was saved may have been sharded, or this one is
             group["fused"] = not is_sharded(self.model)
-        for parameter, values in self.optimizer.state.items():
-            values.update({k: laid_out_as(parameter, v) for k, v in values.items() if v.ndim})  # `step` has none
+        set_optimizer_state(self.model, self.optimizer, optimizer)
+        set_weights(self.model, state["trained"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         if len(state["random"]) == world_size():
@@ -197,6 +199,20 @@ class Trainer:
         self.best = state.get("best")
         if "objective" in state:  # not in states of before there was more than one
             self.objective.load_state(state["objective"])
+
+
+def by_name(state, names):
+    """Return an optimiser's state under its weights' names; in files of earlier versions they are numbered.
+
+    Args:
+        state: as torch's or `get_optimizer_state` returns it.
+        names: of the weights, in the optimiser's order.
+    """
+    name = lambda key: names[key] if isinstance(key, int) else key  # noqa: E731
+    return {
+        "state": {name(key): values for key, values in state["state"].items()},
+        "param_groups": [group | {"params": [*map(name, group["params"])]} for group in state["param_groups"]],
+    }
 
 
 class TokenLogprobs(torch.nn.Module):
