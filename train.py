@@ -20,6 +20,7 @@ import torch
 
 from features.dataset import CaptionDataset
 from features.store import check_captions, info_path, read_store
+from features.text_only import AngleNoise
 from models.checkpoint import load_weights
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import (
@@ -35,6 +36,7 @@ from training.large_models import add_scale_flags, pick_placement
 from training.log import TrainingLog
 from training.optimizers import WEIGHT_DECAY
 from training.run_files import DivergedError, RunFiles, StopRequest, saved_on_error
+from training.text_only import add_text_flags, prepare_texts, read_match
 from training.trainer import DTYPES, Trainer, TrainingConfig
 from training.validation import Validation, show_samples
 from utils.cli import (
@@ -116,6 +118,7 @@ def get_parser():
     optimiser.add_argument(
         "--seed", type=non_negative_int, default=defaults.seed, help="of initial weights, shuffling, dropout"
     )
+    add_text_flags(parser)
     add_scale_flags(parser)
     return parser
 
@@ -269,7 +272,8 @@ def prepare(config, training, store, placement):
     tokenizer = load_tokenizer(config.language_model)
     check_tokenizer(tokenizer, language_config, config.language_model)
     model = build_model(config, training.init_from, placement.devices[0])
-    dataset = CaptionDataset(store, tokenizer, room and room - config.prefix_length)
+    noise = AngleNoise(training.noise_angle, training.seed) if training.noise_angle else None
+    dataset = CaptionDataset(store, tokenizer, room and room - config.prefix_length, noise)
     place(model, placement)
     return Trainer(model, dataset, training, placement.devices[0]), tokenizer
 
@@ -283,7 +287,7 @@ def train(config, training, store, files, placement, resuming=False, save_every=
         placement: Placement of the captioner.
         resuming: go on with the run in `files`, where there is one.
         save_every, save_steps, validation: see `fit`.
-        contents: {"data" and "val_data": the stores' fingerprints}, which a continuation is compared with.
+        contents: {"data", "val_data", "match": the stores' fingerprints}, which a continuation is compared with.
     Returns: the captioner.
     """
     contents = contents or {}
@@ -322,7 +326,8 @@ def main(argv=None, parser=None, decoding=None):
     """Train as the command line says; `parser` and `decoding` are those of a variant of this command."""
     args = (parser or get_parser()).parse_args(argv)
     placement, files = pick_placement(args), RunFiles(args.out_dir, args.prefix, decoding)
-    stores = {"--data": args.data} | ({"--val_data": args.val_data} if args.val_data else {})
+    stores = {"--data": args.data, "--val_data": args.val_data, "--match": args.match}
+    stores = {flag: path for flag, path in stores.items() if path}
     files.check(stores | {f"the json of {flag}'s store": info_path(path) for flag, path in stores.items()})
     with (
         connected(placement.devices[0]),
@@ -330,11 +335,16 @@ def main(argv=None, parser=None, decoding=None):
     ):
         store = read_store(args.data)
         check_captions("--data", store)
-        check_store(store, args.is_rn, args.normalize_prefix)
         val_store = read_store(args.val_data) if args.val_data else None
         if val_store:
             check_captions("--val_data", val_store)
-        contents = {"data": store.fingerprint()} | ({"val_data": val_store.fingerprint()} if val_store else {})
+        match = read_match(args.match, args.noise_angle, store, val_store)
+        contents = {"data": store, "val_data": val_store, "match": match}
+        contents = {name: one.fingerprint() for name, one in contents.items() if one}
+        if args.noise_angle is not None:
+            store, args.noise_angle = prepare_texts(store, args.noise_angle, match)
+            args.normalize_prefix = True  # as the texts are; predict.py reads it in the json and does so to images
+        check_store(store, args.is_rn, args.normalize_prefix)
         train(
             caption_config(args, store),
             training_config(args),

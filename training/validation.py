@@ -44,12 +44,7 @@ class Validation:
             trained: FeatureStore that is trained on.
         Raises: ValueError where their encoders differ.
         """
-        ours, theirs = (_encoder(s) for s in (store, trained))
-        if store.prefix_dim != trained.prefix_dim or (ours and theirs and ours != theirs):
-            raise ValueError(
-                f"--val_data {store.path} and --data {trained.path} are of different encoders ({ours or 'unknown'}, "
-                f"{store.prefix_dim} wide; {theirs or 'unknown'}, {trained.prefix_dim} wide); extract both with one"
-            )
+        check_encoders("--val_data", store, trained)
         self.clip_embedding, self.rows, self.references = store.clip_embedding, {}, {}
         for record in store.captions:
             if record["caption"].strip():
@@ -107,6 +102,21 @@ class Validation:
                 captions |= {i: group[0].text.strip() for i, group in zip(batch, groups, strict=True)}
                 bar.update(len(batch))
         return all_union(captions)
+
+
+def check_encoders(flag, store, trained):
+    """Refuse a store of another encoder than the one that is trained on.
+
+    Args:
+        flag: that names the FeatureStore `store`. trained: FeatureStore of --data.
+    Raises: ValueError.
+    """
+    ours, theirs = (_encoder(s) for s in (store, trained))
+    if store.prefix_dim != trained.prefix_dim or (ours and theirs and ours != theirs):
+        raise ValueError(
+            f"{flag} {store.path} and --data {trained.path} are of different encoders ({ours or 'unknown'}, "
+            f"{store.prefix_dim} wide; {theirs or 'unknown'}, {trained.prefix_dim} wide); extract both with one"
+        )
 
 
 def _encoder(store):
