@@ -272,7 +272,9 @@ def prepare(config, training, store, placement):
     tokenizer = load_tokenizer(config.language_model)
     check_tokenizer(tokenizer, language_config, config.language_model)
     model = build_model(config, training.init_from, placement.devices[0])
-    noise = AngleNoise(training.noise_angle, training.seed) if training.noise_angle else None
+    noise = None
+    if training.noise_angle:
+        noise = AngleNoise(training.noise_angle, training.seed, store.clip_embedding.directions)
     dataset = CaptionDataset(store, tokenizer, room and room - config.prefix_length, noise)
     place(model, placement)
     return Trainer(model, dataset, training, placement.devices[0]), tokenizer

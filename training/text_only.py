@@ -4,11 +4,12 @@ import argparse
 from dataclasses import replace
 
 from features.store import read_store
-from features.text_only import FEWEST, MatchedTexts, nearest_angle
+from features.text_only import FEWEST, MatchedTexts
 from training.validation import check_encoders
 from utils.cli import note
 
 AUTO = "auto"
+MOST_ANGLE = 80  # beyond which an image and its text have next to nothing in common
 
 
 def add_text_flags(parser):
@@ -16,12 +17,12 @@ def add_text_flags(parser):
     group = parser.add_argument_group("text-only training", "on a store of parse_coco.py --text_only")
     group.add_argument(
         "--noise_angle", type=noise_angle, metavar="DEGREES|auto",
-        help="turn each text this far, into a direction drawn anew in every epoch; auto: as far as the images "
-        "of --match are from the nearest text",
+        help="turn each text this far, into a direction drawn anew in every epoch; auto: as far as the images of "
+        "--match are from what the nearest texts tell",
     )  # fmt: skip
     group.add_argument(
         "--match", metavar="STORE",
-        help="store of a few images, captioned or not, whose mean and deviation the texts are given",
+        help="store of a few images, captioned or not, to where texts are moved, and in whose directions turned",
     )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def read_match(path, noise_angle, store, val_store=None):
         raise ValueError(f"--match {path} holds texts; it takes images (parse_coco.py --no_captions)")
     check_encoders("--match", match, store)
     if len(match.clip_embedding) < FEWEST:
-        raise ValueError(f"--match {path} holds {len(match.clip_embedding)} images; mean and deviation need {FEWEST}")
+        raise ValueError(f"--match {path} holds {len(match.clip_embedding)} images; {FEWEST} are needed")
     return match
 
 
@@ -92,11 +93,11 @@ def prepare_texts(store, noise_angle, match):
     """
     texts = MatchedTexts(store.clip_embedding, match and match.clip_embedding)
     if noise_angle == AUTO:
-        noise_angle = round(nearest_angle(texts, match.clip_embedding), 1)
-        if not 0 < noise_angle < 90:
+        noise_angle = round(texts.angle, 1)
+        if not 0 < noise_angle < MOST_ANGLE:
             raise ValueError(
-                f"--noise_angle auto: images of {match.path} are {noise_angle} degrees from the nearest text, as if "
-                "they had nothing in common; pass images of what the texts tell of"
+                f"--noise_angle auto: images of {match.path} are {noise_angle} degrees from what the texts tell; "
+                "pass images of what the texts tell of, or an angle"
             )
         note(f"--noise_angle auto: {noise_angle} degrees, from {len(match.clip_embedding):,} images of {match.path}")
     return replace(store, clip_embedding=texts), noise_angle

@@ -35,7 +35,7 @@ class TrainingConfig:
         group_by_length: batches hold captions of similar length.
         seed: of initial weights, shuffling, dropout and noise.
         noise_angle: degrees that texts' embeddings are turned by in training; None: they are of images.
-        match: feature store of images whose mean and deviation the texts are given, or None.
+        match: feature store of images to where the texts are moved, or None.
     """
 
     data: str
