@@ -10,7 +10,8 @@ record without encoding.
 
     python parse_coco.py --clip_model_type ViT-B/32 --images photos/ --no_captions --out data/photos.pkl
 
-makes a store of pictures alone, all of these folders, which train_scst.py --reward clip learns from.
+makes a store of pictures alone, all of these folders, which train_scst.py --reward clip learns from. With --text_only
+the captions alone are embedded, by the encoder's text tower, for train.py --noise_angle.
 """
 
 if __name__ == "__main__":
@@ -24,24 +25,22 @@ from pathlib import Path
 import torch
 import transformers
 
-from features.annotations import FORMATS, read_places
+from features.annotations import FORMATS
 from features.check import find_faults
 from features.clip_encoder import ClipEncoder, named_sha256
-from features.finder import ImageFinder, match_images
 from features.images import add_max_pixels_flag, set_max_pixels
-from features.listing import find_images as find_pictures
+from features.inputs import ANNOTATIONS, fill_inputs, gather
 from features.loader import prepare_readers
 from features.partial import PartialStore, collect_rows, partial_names
-from features.results import name_pictures
 from features.shards import finished_shards, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
 from features.store import check_store_output, info_path, is_folder, lock_store, write_store
+from features.texts import Sentence, TextEncoder
 from utils.cli import VERSION, Parser, non_negative_int, note, positive_int, progress_bar, run
 from utils.devices import pick_device
 from utils.distributed import all_union, connected, is_main, main_first, own_device, rank, share
 from utils.files import read_json, sha256, write_json
 from utils.precision import add_dtype_flag
 
-ANNOTATIONS = "data/coco/annotations/train_caption.json"
 SHOWN = 10  # skipped images that are listed on the terminal; the json beside the store lists all
 
 
@@ -51,12 +50,17 @@ def get_parser():
     data = parser.add_argument_group("data")
     data.add_argument("--annotations", metavar="F", help=f"{FORMATS} (default: {ANNOTATIONS})")
     data.add_argument(
-        "--images", nargs="+", default=["data/coco/train2014", "data/coco/val2014"], metavar="DIR",
+        "--images", nargs="+", metavar="DIR",
         help="folders of images, searched in this order (default: data/coco/train2014 and val2014)",
     )  # fmt: skip
-    data.add_argument(
+    alone = data.add_mutually_exclusive_group()
+    alone.add_argument(
         "--no_captions", action="store_true", help="take pictures alone: all of --images' folders, files or globs"
     )
+    alone.add_argument(
+        "--text_only", action="store_true",
+        help="embed the captions alone, a row each; --annotations may be a .txt of one sentence per line, too",
+    )  # fmt: skip
     data.add_argument("--split", default="train", help="split of a Karpathy file; train includes restval")
     data.add_argument(
         "--out", help="pickle to write, or DIR/ for shards (default: data/coco/oscar_split_{model}_{split}.pkl)"
@@ -81,40 +85,18 @@ def get_parser():
 
 
 def default_out(clip_model_type, split):
-    """Return the predecessors' name of the store of a model and split; "images" for pictures alone."""
+    """Return the predecessors' name of the store of a model and split; other ones for what stands alone."""
     model = Path(clip_model_type).stem if Path(clip_model_type).is_file() else clip_model_type.replace("/", "_")
     return f"data/coco/oscar_split_{model}_{split}.pkl"
 
 
-def find_images(places, finder, strict):
-    """Locate the image of every record that `--check` finds no fault in.
-
-    Args:
-        places: as of `read_places`.
-    Returns: ({image file: its records}, {image file, id or place: why it is skipped}).
-    Raises: ValueError where `strict` and one is skipped, or where all are, or have no caption.
-    """
-    found, skipped = {}, {place: error for place, _, error in places if error}
-    records = [record for _, record, error in places if not error]
-    for record, (path, reason) in zip(records, match_images(records, finder), strict=True):
-        if reason:
-            skipped[str(record.get("file_name") or path or record["image_id"])] = reason
-        else:
-            found.setdefault(path, []).append(record)
-    if found and not any(record["caption"].strip() for same in found.values() for record in same):
-        raise ValueError(f"all {sum(map(len, found.values())):,} captions are empty; see --check")
-    if skipped and (strict or not found):
-        name, reason = next(iter(skipped.items()))
-        raise ValueError(
-            f"{len(skipped)} of {len(skipped) + len(found)} images cannot be used, {name} the first ({reason}), in "
-            f"{', '.join(map(str, finder.folders))}; see --check, pass the right --images"
-            f"{', or leave out --strict' * bool(found)}"
-        )
-    return found, skipped
-
-
 def file_key(path):
-    """Return what tells whether an image file is still the one that was encoded: name, bytes, time in ns."""
+    """Return what tells whether an image file is still the one that was encoded: name, bytes, time in ns.
+
+    A Sentence is that itself.
+    """
+    if isinstance(path, Sentence):
+        return path
     status = os.stat(path)
     return str(path), status.st_size, status.st_mtime_ns
 
@@ -247,7 +229,13 @@ def summarize(read, skipped, captions, empty):
         report_skipped(skipped)
         what = "captions" if read else "images"
         raise ValueError(f"no {what} left: {len(skipped):,} images could not be read and {empty:,} captions are empty")
-    counts = {"images": len(read), "captions": captions, "empty_captions": empty, "images_skipped": len(skipped)}
+    texts = any(isinstance(path, Sentence) for path in read)
+    counts = {
+        "images": 0 if texts else len(read),
+        "captions": captions,
+        "empty_captions": empty,
+        "images_skipped": len(skipped),
+    }
     return counts | {"skipped": skipped}
 
 
@@ -299,25 +287,21 @@ def main(argv=None):
     """Extract the features of one split."""
     args = get_parser().parse_args(argv)
     set_max_pixels(args.max_pixels)
-    if args.no_captions and (args.annotations or args.check):
-        other = "--annotations" if args.annotations else "--check, which looks over annotations,"
-        raise ValueError(f"--no_captions and {other} contradict each other; leave out one")
-    args.annotations = None if args.no_captions else args.annotations or ANNOTATIONS
+    fill_inputs(args)
     if args.check:
         return check(args.annotations, args.split, args.images, args.num_workers)
-    out = args.out or default_out(args.clip_model_type, "images" if args.no_captions else args.split)
+    split = "images" if args.no_captions else f"{args.split}_text" if args.text_only else args.split
+    out = args.out or default_out(args.clip_model_type, split)
     inputs = {"the annotations": args.annotations, "the encoder": args.clip_model_type, "the images": args.images}
     check_store_output(out, inputs)
-    if args.no_captions:
-        found, skipped = name_pictures(find_pictures(args.images)), {}
-    else:
-        places = read_places(args.annotations, args.split)
-        found, skipped = find_images(places, ImageFinder(args.images, args.annotations), args.strict)
-    prepare_readers(len(found), args.num_workers)
+    found, skipped = gather(args)
+    prepare_readers(0 if args.text_only else len(found), args.num_workers)
     device = own_device([pick_device(args.device)])
     with connected(device), lock_store(out) if is_main() else contextlib.nullcontext():
         with main_first():
             encoder = ClipEncoder(args.clip_model_type, device, args.dtype)
+        if args.text_only:
+            encoder = TextEncoder(encoder)
         return make_store(encoder, found, out, args, skipped)
 
 
@@ -328,12 +312,18 @@ def make_store(encoder, found, out, args, skipped):
         "clip_model_type": args.clip_model_type, "clip_sha256": encoder.sha256, "embed_dim": encoder.embed_dim,
         "dtype": encoder.dtype, "normalized": False, "annotations": args.annotations,
         "annotations_sha256": args.annotations and sha256(args.annotations), "split": args.split,
-        "images_found": len(found), "modality": "image",
+        "images_found": 0 if args.text_only else len(found), "modality": "text" if args.text_only else "image",
         "made_of": stamp_of(encoder, found),
         "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     }  # fmt: skip
+    if args.text_only:
+        cut = encoder.count_cut(found)
+        info["texts_cut"] = cut
+        if cut:
+            note(f"warning: {cut:,} of {len(found):,} captions are longer than the text tower reads, and are cut")
     if not skipped and not folder and is_done(out, info):
-        note(f"{out} is complete: {len(found):,} images of {args.annotations or 'no annotations'}; nothing to do")
+        what = "captions" if args.text_only else "images"
+        note(f"{out} is complete: {len(found):,} {what} of {args.annotations or 'no annotations'}; nothing to do")
         return 0
     if folder:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -343,10 +333,9 @@ def make_store(encoder, found, out, args, skipped):
         raise KeyboardInterrupt("the same command goes on from here") from None
     report_skipped(done["skipped"])
     empty = f"{done['empty_captions']:,} empty captions left out, " if done["empty_captions"] else ""
-    note(
-        f"{out}: {done['images']:,} images, {done['captions']:,} captions, {empty}{done['images_skipped']:,} images "
-        "skipped"
-    )
+    images = "" if args.text_only else f"{done['images']:,} images, "
+    what = "records" if args.text_only else "images"
+    note(f"{out}: {images}{done['captions']:,} captions, {empty}{done['images_skipped']:,} {what} skipped")
     return 0
 
 

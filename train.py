@@ -20,6 +20,7 @@ import torch
 
 from features.dataset import CaptionDataset
 from features.store import check_captions, info_path, read_store
+from features.text_only import AngleNoise
 from models.checkpoint import check_tied, load_weights
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import (
@@ -36,6 +37,7 @@ from training.log import TrainingLog
 from training.objectives import CrossEntropy
 from training.optimizers import WEIGHT_DECAY
 from training.run_files import DivergedError, RunFiles, StopRequest, saved_on_error
+from training.text_only import add_text_flags, prepare_texts, read_match
 from training.trainer import DTYPES, Trainer, TrainingConfig
 from training.validation import Validation, show_samples
 from utils.cli import (
@@ -117,6 +119,7 @@ def get_parser():
     optimiser.add_argument(
         "--seed", type=non_negative_int, default=defaults.seed, help="of initial weights, shuffling, dropout"
     )
+    add_text_flags(parser)
     add_scale_flags(parser)
     return parser
 
@@ -276,7 +279,10 @@ def prepare(config, training, store, placement):
     tokenizer = load_tokenizer(config.language_model)
     check_tokenizer(tokenizer, language_config, config.language_model)
     model = build_model(config, training.init_from, placement.devices[0])
-    dataset = CaptionDataset(store, tokenizer, room and room - config.prefix_length)
+    noise = None
+    if training.noise_angle:
+        noise = AngleNoise(training.noise_angle, training.seed, store.clip_embedding.directions)
+    dataset = CaptionDataset(store, tokenizer, room and room - config.prefix_length, noise)
     place(model, placement)
     return Trainer(model, CrossEntropy(dataset), training, placement.devices[0]), tokenizer
 
@@ -290,7 +296,7 @@ def train(config, training, store, files, placement, resuming=False, save_every=
         placement: Placement of the captioner.
         resuming: go on with the run in `files`, where there is one.
         save_every, save_steps, validation: see `fit`.
-        contents: {"data" and "val_data": the stores' fingerprints}, which a continuation is compared with.
+        contents: {"data", "val_data", "match": the stores' fingerprints}, which a continuation is compared with.
         prepare: function of config, training, store and placement to (Trainer, tokenizer).
     Returns: the captioner.
     """
@@ -331,13 +337,20 @@ def main(argv=None, parser=None, decoding=None):
     run_training((parser or get_parser()).parse_args(argv), decoding)
 
 
-def configure(args, store):
-    """Return (CaptionConfig, TrainingConfig) that the command line and the store ask for.
+def configure(args, store, val_store):
+    """Check and prepare what the command line asks for.
 
-    Raises: ValueError for a store of pictures alone.
+    Args:
+        store: FeatureStore of --data. val_store: of --val_data, or None.
+    Returns: CaptionConfig, TrainingConfig, the store as it is trained on, {flag: further FeatureStore}.
+    Raises: ValueError where flags and stores do not fit each other.
     """
     check_captions("--data", store)
-    return caption_config(args, store), training_config(args)
+    match = read_match(args.match, args.noise_angle, store, val_store)
+    if args.noise_angle is not None:
+        store, args.noise_angle = prepare_texts(store, args.noise_angle, match)
+        args.normalize_prefix = True  # as the texts are; predict.py reads it in the json and does so to images
+    return caption_config(args, store), training_config(args), store, {"match": match}
 
 
 def run_training(args, decoding=None, configure=configure, prepare=prepare):
@@ -349,20 +362,21 @@ def run_training(args, decoding=None, configure=configure, prepare=prepare):
         configure: see the function of this name. prepare: see `train`.
     """
     placement, files = pick_placement(args), RunFiles(args.out_dir, args.prefix, decoding)
-    stores = {"--data": args.data} | ({"--val_data": args.val_data} if args.val_data else {})
+    stores = {"--data": args.data, "--val_data": args.val_data, "--match": args.match}
+    stores = {flag: path for flag, path in stores.items() if path}
     begun_from = {"--init_from": args.init_from} if args.init_from else {}
     files.check(stores | {f"the json of {flag}'s store": info_path(path) for flag, path in stores.items()} | begun_from)
     with (
         connected(placement.devices[0]),
         lock(files.config, "--prefix or --out_dir") if is_main() else contextlib.nullcontext(),
     ):
-        store = read_store(args.data)
-        config, training = configure(args, store)
-        check_store(store, args.is_rn, config.normalize_prefix)
-        val_store = read_store(args.val_data) if args.val_data else None
+        data, val_store = read_store(args.data), read_store(args.val_data) if args.val_data else None
         if val_store:
             check_captions("--val_data", val_store)
-        contents = {"data": store.fingerprint()} | ({"val_data": val_store.fingerprint()} if val_store else {})
+        config, training, store, further = configure(args, data, val_store)
+        check_store(store, args.is_rn, config.normalize_prefix)
+        contents = {"data": data, "val_data": val_store} | further
+        contents = {name: one.fingerprint() for name, one in contents.items() if one}
         train(
             config,
             training,

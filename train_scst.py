@@ -81,6 +81,7 @@ def check_flags(args):
         (not args.init_from, "--init_from FILE is needed: a reward can only teach a captioner that captions already"),
         (args.samples < 2, f"--samples {args.samples}: a caption is compared with the image's others; pass 2 or more"),
         (args.group_by_length, "--group_by_length groups captions of the data, and here they are drawn; leave it out"),
+        (args.noise_angle or args.match, "--noise_angle and --match are of train.py, for texts; leave them out"),
         (args.load_in, "--load_in: the checkpoint's language model stays as it is; leave it out"),
     ):
         if wrong:
@@ -112,7 +113,9 @@ def captioner_config(args):
 
 
 def check_data(store, config, described, checkpoint):
-    """Refuse a store of another encoder than the captioner's; raises ValueError."""
+    """Refuse a store of texts, or of another encoder than the captioner's; raises ValueError."""
+    if store.is_of_texts:
+        raise ValueError(f"--data {store.path} holds texts, and captions are drawn of images; pass a store of those")
     theirs, ours = known_encoder(store.info), known_encoder(config.to_dict()) if described else None
     if store.prefix_dim != config.prefix_dim or (ours and theirs and ours != theirs):
         raise ValueError(
@@ -182,9 +185,9 @@ def main(argv=None):
     if decoding is None:
         decoding = OPT_DECODING if "opt" in config.language_model.lower() else DecodingConfig()
 
-    def configure(args, store):
+    def configure(args, store, val_store):
         check_data(store, config, described, args.init_from)
-        return config, train.training_config(args, RewardConfig)
+        return config, train.training_config(args, RewardConfig), store, {}
 
     train.run_training(args, decoding, configure, functools.partial(prepare, args, decoding, described))
 

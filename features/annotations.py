@@ -13,7 +13,7 @@ import unicodedata
 from pathlib import Path
 
 from features.listing import IMAGE_SUFFIXES
-from features.tables import read_json_lines, read_table, read_text, undecoded
+from features.tables import NoHeaderError, read_json_lines, read_table, read_text, undecoded
 
 # COCO_val2014_000000060623.jpg, 000000060623.jpg (COCO 2017), 215268662.jpg (NICE)
 NUMBERED = re.compile(r"(?:COCO_[A-Za-z]+[0-9]{4}_)?([0-9]+)")
@@ -94,7 +94,8 @@ def read_places(path, split="train"):
         rows = ((place, record) for place, row in _rows(text, suffix, split) for record in _split(row))
         places = [(place, record, _error(record)) for place, record in rows]
     except ValueError as error:
-        raise ValueError(f"{path} {error}") from None
+        kind = NoHeaderError if isinstance(error, NoHeaderError) else ValueError
+        raise kind(f"{path} {error}") from None
     if not places:
         raise ValueError(f"{path} holds no captions")
     _tell_apart([record for _, record, error in places if not error])

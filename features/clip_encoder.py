@@ -16,6 +16,8 @@ from utils.cli import nearest, note
 from utils.files import reason, sha256
 from utils.precision import pick_dtype, prepare_for_inference
 
+CONTEXT = 77  # tokens of CLIP's text tower, the begin and the end token among them
+
 
 class ClipEncoder:
     """OpenAI's CLIP with its own preprocessing."""
@@ -75,6 +77,11 @@ class ClipEncoder:
         tokens = (self.tokenize(batch, truncate=True).to(self.device) for batch in batches)
         return torch.cat([self.model.encode_text(batch).float().cpu() for batch in tokens])
 
+    def count_cut(self, texts):
+        """Return how many texts are longer than CLIP's context, which `encode_texts` cuts them to."""
+        long = (text for text in texts if len(text.encode()) > CONTEXT - 2)  # a token is a byte at least
+        return sum(_is_cut(self.tokenize, text) for text in long)
+
     def identity(self):
         """Return what tells this encoder's embeddings from another's: name, sha256 of its file, width, numbers.
 
@@ -99,6 +106,15 @@ class ClipEncoder:
         for indices, pixels, errors in loader:
             embeddings = self.encode_images(pixels) if indices else torch.empty(0, self.embed_dim)
             yield indices, embeddings, errors
+
+
+def _is_cut(tokenize, text):
+    """Tell whether CLIP's tokenizer, which complains of it, finds a text too long."""
+    try:
+        tokenize(text)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _import_clip():

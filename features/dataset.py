@@ -3,6 +3,7 @@
 Axes: N captions, B batch, D CLIP width, T caption tokens.
 """
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,16 +23,17 @@ class CaptionDataset:
 
     unit = "captions"
 
-    def __init__(self, store, tokenizer, max_tokens=None):
+    def __init__(self, store, tokenizer, max_tokens=None, noise=None):
         """Index the store's captions.
 
         Args:
             store: FeatureStore.
             tokenizer: of the language model; it adds its own begin token where it has one, as OPT's does.
             max_tokens: longer captions are cut to this many tokens, with a warning.
+            noise: AngleNoise that embeddings are drawn with, or None.
         Raises: ValueError where no caption holds text.
         """
-        self.store, self.clip_embedding = store, store.clip_embedding
+        self.store, self.clip_embedding, self.noise = store, store.clip_embedding, noise
         self.tokenizer, self.max_tokens, self.cut = tokenizer, max_tokens, False
         rows, text_lengths = store.index()
         self.records = np.flatnonzero(text_lengths)  # caption number -> record number
@@ -47,11 +49,12 @@ class CaptionDataset:
     def __len__(self):
         return len(self.records)
 
-    def batch(self, indices):
+    def batch(self, indices, epoch=0):
         """Gather captions and pad them to the longest of them.
 
         Args:
             indices: [B] caption numbers.
+            epoch: that the noise, where there is some, is drawn of.
         Returns: tokens [B, T] padded on the right with 0, clip_embedding [B, D] float32, lengths [B].
         """
         indices = np.asarray(indices)
@@ -61,6 +64,8 @@ class CaptionDataset:
         for row, (start, length) in enumerate(zip(self.starts[indices], lengths, strict=True)):
             tokens[row, :length] = torch.from_numpy(self.tokens[start : start + length].astype(np.int64))
         embeddings = self.clip_embedding[torch.from_numpy(self.embedding_index[indices])].float()
+        if self.noise:
+            embeddings = self.noise(embeddings, indices, epoch)
         return tokens, embeddings, torch.from_numpy(lengths.astype(np.int64))
 
     def _tokenize(self, indices):
@@ -82,9 +87,9 @@ class CaptionDataset:
             self.starts[index], self.lengths[index] = self.used, len(ids)
             self.used += len(ids)
 
-    def batches(self, order, pin_memory=False):
-        """Yield the batches of `order`; see `gathered_ahead`."""
-        return gathered_ahead(self.batch, order, pin_memory)
+    def batches(self, order, pin_memory=False, epoch=0):
+        """Yield the batches of `order`; see `gathered_ahead`, and `batch` for `epoch`."""
+        return gathered_ahead(functools.partial(self.batch, epoch=epoch), order, pin_memory)
 
     def first_reference(self):
         """Return the first caption's text."""

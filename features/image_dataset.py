@@ -63,8 +63,8 @@ class ImageDataset:
         rows = torch.from_numpy(self.embedding_index[indices])
         return torch.from_numpy(indices), self.clip_embedding[rows].float()
 
-    def batches(self, order, pin_memory=False):
-        """Yield the batches of `order`; see `gathered_ahead`."""
+    def batches(self, order, pin_memory=False, epoch=0):
+        """Yield the batches of `order`, the same in every epoch; see `gathered_ahead`."""
         return gathered_ahead(self.batch, order, pin_memory)
 
     def first_reference(self):

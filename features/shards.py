@@ -2,7 +2,7 @@
 
     img_emb/img_emb_0000.npy         float16 [n, D], memory-mapped
     metadata/metadata_0000.parquet   n rows: image_path, caption, image_id; captions, where an image has several;
-                                     no caption, where the pictures have none
+                                     no caption, where the pictures have none; no image_path, where rows are of texts
 
 Row i of a parquet describes row i of the npy beside it. Folders written by clip-retrieval are read as they are; ours
 are read by the embedding-reader package.
@@ -24,6 +24,7 @@ import torch
 
 from features.images import ImageError, read_image
 from features.listing import as_text
+from features.texts import Sentence
 from utils.distributed import all_union, share
 from utils.files import atomic_path, reason
 
@@ -62,19 +63,20 @@ def write_shard(folder, number, stamp, embeddings, images, skipped):
         folder: of the store.
         stamp: see `shard_stamp`.
         embeddings: [n, D] float32 tensor.
-        images: {image file: its records, with `image_id` and, unless the pictures are alone, `caption`}, n of them.
+        images: {image file or Sentence: its records, with `caption`, unless pictures are alone, and `image_id`, unless
+            texts are}, n of them.
         skipped: {image file: why it is in no row}.
     """
     npy, parquet = shard_files(folder, number)
     parquet.unlink(missing_ok=True)
     with atomic_path(npy) as temporary, open(temporary, "wb") as file:
         np.save(file, embeddings.half().numpy())
-    ids = [same[0]["image_id"] for same in images.values()]
-    numbers = all(isinstance(i, int) and -(2**63) <= i < 2**63 for i in ids)
-    columns = {
-        "image_path": pa.array(map(as_text, images), pa.string()),
-        "image_id": pa.array(ids, pa.int64()) if numbers else pa.array(map(str, ids), pa.string()),
-    }
+    ids, columns = [same[0].get("image_id") for same in images.values()], {}
+    if not any(isinstance(path, Sentence) for path in images):
+        columns["image_path"] = pa.array(map(as_text, images), pa.string())
+    if None not in ids:
+        numbers = all(isinstance(i, int) and -(2**63) <= i < 2**63 for i in ids)
+        columns["image_id"] = pa.array(ids, pa.int64()) if numbers else pa.array(map(str, ids), pa.string())
     if all("caption" in record for same in images.values() for record in same):
         captions = [[text for record in same if (text := record["caption"]).strip()] for same in images.values()]
         columns["caption"] = pa.array((texts[0] if texts else "" for texts in captions), pa.string())
@@ -244,7 +246,7 @@ class MappedCaptions:
         """
         texts, ids, embedding_index, first, columns = [], [], [], 0, {}
         for file, expected in zip(files, rows, strict=True):
-            text, image_id, row, column = _read_metadata(file, expected)
+            text, image_id, row, column = _read_metadata(file, expected, first)
             columns.setdefault(column, file)
             texts.append(text)
             ids.append(image_id)
@@ -278,12 +280,13 @@ class MappedCaptions:
             digest.update(memoryview(text.buffers()[2] or b"")[ends[0] : ends[-1]])
 
 
-def _read_metadata(file, rows):
+def _read_metadata(file, rows, first):
     """Read one parquet.
 
     Args:
         file: parquet file.
         rows: how many the npy beside it has.
+        first: number of its first row, in the whole store.
     Returns: (texts of n captions, image ids of `rows` rows, [n] row of each caption, column of the captions; None where
         there is none, for pictures alone).
     Raises: ValueError.
@@ -298,7 +301,7 @@ def _read_metadata(file, rows):
     if len(table) != rows:
         raise ValueError(f"{file} has {len(table):,} rows and the npy of its number {rows:,}; extract this shard again")
     ids = next((table[name] for name in ("image_id", "image_path") if name in found), None)
-    ids = pa.array(range(rows)) if ids is None else ids.combine_chunks()
+    ids = pa.array(range(first, first + rows)) if ids is None else ids.combine_chunks()
     if not {"captions", "caption"} & set(found):
         return pa.array([], pa.string()), ids, np.arange(0), None
     column = table[found[0]].combine_chunks()

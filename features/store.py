@@ -3,7 +3,8 @@
 On disk a pickle in the predecessors' format, `{"clip_embedding": [N, D], "captions": [{"image_id", "caption",
 "clip_embedding": row, ...}]}`, or a folder of shards (features/shards.py), with a json beside it that says how it was
 made. Rows are one per image; the predecessors' files, one row per caption, are read as they are. A store of pictures
-alone has no captions, and in the pickle `"images": [{"image_id", "file_name"}]`, one per row.
+alone has no captions, and in the pickle `"images": [{"image_id", "file_name"}]`, one per row. A store of texts, whose
+json says `"modality": "text"`, has the row of the text tower for each caption.
 """
 
 import contextlib
@@ -39,6 +40,11 @@ class FeatureStore:
     captions: list
     info: dict
     path: Path
+
+    @property
+    def is_of_texts(self):
+        """Whether the json says that rows are of texts; of images, else."""
+        return self.info.get("modality") == "text"
 
     @property
     def prefix_dim(self):

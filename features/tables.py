@@ -33,6 +33,10 @@ QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')  # a field that a CSV write
 TRIED = 10  # first lines that show what a file without header is
 
 
+class NoHeaderError(ValueError):
+    """A text of lines whose first one names no columns of images and captions."""
+
+
 def read_text(path):
     """Read a text file, .gz too: UTF-8, or what its byte order mark says.
 
@@ -127,7 +131,7 @@ def read_table(text, suffix, is_header, starts_row):
             return
         names = max(headers.values(), key=len)
         shown = ", ".join(" ".join(name.split()) for name in names)[:120]
-        raise ValueError(f"has columns {shown}; it needs image and caption")
+        raise NoHeaderError(f"has columns {shown}; it needs image and caption")
     columns = [name.strip() for name in headers[delimiter]]
     cells = lines[top].rstrip("\r").split(delimiter)
     blanks = delimiter == "|" or any(cell != cell.strip() for cell in cells)  # "image, caption", and so are the rows

@@ -253,5 +253,5 @@ def saved_on_error(trainer, files, log):
 
 def _same_place(name, before, value):
     """Tell whether two values of an option that names a file or folder name the same one."""
-    paths = ("data", "val_data", "init_from", "language_model")
+    paths = ("data", "val_data", "match", "init_from", "language_model")
     return name in paths and None not in (before, value) and os.path.exists(value) and same_file(before, value)

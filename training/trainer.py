@@ -33,7 +33,9 @@ class TrainingConfig:
         gradient_accumulation_steps: batches per optimiser step.
         mixed_precision: key of DTYPES, the type that autocast uses.
         group_by_length: batches hold captions of similar length.
-        seed: of initial weights, shuffling and dropout.
+        seed: of initial weights, shuffling, dropout and noise.
+        noise_angle: degrees that texts' embeddings are turned by in training; None: they are of images.
+        match: feature store of images to where the texts are moved, or None.
     """
 
     data: str
@@ -49,6 +51,8 @@ class TrainingConfig:
     mixed_precision: str = "no"
     group_by_length: bool = False
     seed: int = 0
+    noise_angle: float | None = None
+    match: str | None = None
 
     def __post_init__(self):
         if self.weight_decay is None:
@@ -132,7 +136,7 @@ class Trainer:
         lengths = self.dataset.text_lengths if self.config.group_by_length else None
         order = epoch_batches(len(self.dataset), self.config.bs, self.config.seed, self.epoch, lengths)
         own = [share(batch) for batch in order[self.batch :]]
-        batches = self.dataset.batches(own, pin_memory=self.device.type == "cuda")
+        batches = self.dataset.batches(own, pin_memory=self.device.type == "cuda", epoch=self.epoch)
         group = []
         for done, batch in enumerate(batches, self.batch + 1):
             group.append(batch)

@@ -45,12 +45,7 @@ class Validation:
             trained: FeatureStore that is trained on.
         Raises: ValueError where their encoders differ.
         """
-        ours, theirs = (known_encoder(s.info) for s in (store, trained))
-        if store.prefix_dim != trained.prefix_dim or (ours and theirs and ours != theirs):
-            raise ValueError(
-                f"--val_data {store.path} and --data {trained.path} are of different encoders ({ours or 'unknown'}, "
-                f"{store.prefix_dim} wide; {theirs or 'unknown'}, {trained.prefix_dim} wide); extract both with one"
-            )
+        check_encoders("--val_data", store, trained)
         images = images_of(store)
         self.clip_embedding, self.rows = store.clip_embedding, {i: row for i, (row, _) in images.items()}
         self.references = {i: texts for i, (_, texts) in images.items()}
@@ -105,3 +100,18 @@ class Validation:
                 captions |= {i: group[0].text.strip() for i, group in zip(batch, groups, strict=True)}
                 bar.update(len(batch))
         return all_union(captions)
+
+
+def check_encoders(flag, store, trained):
+    """Refuse a store of another encoder than the one that is trained on.
+
+    Args:
+        flag: that names the FeatureStore `store`. trained: FeatureStore of --data.
+    Raises: ValueError.
+    """
+    ours, theirs = (known_encoder(s.info) for s in (store, trained))
+    if store.prefix_dim != trained.prefix_dim or (ours and theirs and ours != theirs):
+        raise ValueError(
+            f"{flag} {store.path} and --data {trained.path} are of different encoders ({ours or 'unknown'}, "
+            f"{store.prefix_dim} wide; {theirs or 'unknown'}, {trained.prefix_dim} wide); extract both with one"
+        )

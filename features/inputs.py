@@ -1,0 +1,61 @@
+"""What a feature store is made of: images with their captions, pictures alone, or captions alone."""
+
+from features.annotations import read_places
+from features.finder import ImageFinder, match_images
+from features.listing import find_images as find_pictures
+from features.results import name_pictures
+from features.texts import find_sentences
+
+ANNOTATIONS = "data/coco/annotations/train_caption.json"
+IMAGES = ["data/coco/train2014", "data/coco/val2014"]
+
+
+def fill_inputs(args):
+    """Set the defaults of --annotations and --images; None is what the command does not read.
+
+    Raises: ValueError where a flag is given that it does not read.
+    """
+    for alone, unread in (("no_captions", "annotations"), ("text_only", "images")):
+        if getattr(args, alone):
+            other = f"--{unread}" if getattr(args, unread) else "--check, which looks for images,"
+            if getattr(args, unread) or args.check:
+                raise ValueError(f"--{alone} and {other} contradict each other; leave out one")
+    args.annotations = None if args.no_captions else args.annotations or ANNOTATIONS
+    args.images = None if args.text_only else args.images or IMAGES
+
+
+def gather(args):
+    """Return ({image file or Sentence: its records}, {what is left out: why}) of what the command line names."""
+    if args.no_captions:
+        return name_pictures(find_pictures(args.images)), {}
+    if args.text_only:
+        return find_sentences(args.annotations, args.split, args.strict)
+    places = read_places(args.annotations, args.split)
+    return find_images(places, ImageFinder(args.images, args.annotations), args.strict)
+
+
+def find_images(places, finder, strict):
+    """Locate the image of every record that `--check` finds no fault in.
+
+    Args:
+        places: as of `read_places`.
+    Returns: ({image file: its records}, {image file, id or place: why it is skipped}).
+    Raises: ValueError where `strict` and one is skipped, or where all are, or have no caption.
+    """
+    found, skipped = {}, {place: error for place, _, error in places if error}
+    records = [record for _, record, error in places if not error]
+    for record, (path, reason) in zip(records, match_images(records, finder), strict=True):
+        if reason:
+            skipped[str(record.get("file_name") or path or record["image_id"])] = reason
+        else:
+            found.setdefault(path, []).append(record)
+    if found and not any(record["caption"].strip() for same in found.values() for record in same):
+        raise ValueError(f"all {sum(map(len, found.values())):,} captions are empty; see --check")
+    if skipped and (strict or not found):
+        name, reason = next(iter(skipped.items()))
+        raise ValueError(
+            f"{len(skipped)} of {len(skipped) + len(found)} images cannot be used, {name} the first ({reason}), in "
+            f"{', '.join(map(str, finder.folders))}; see --check, pass the right --images"
+            f"{', or leave out --strict' * bool(found)}"
+        )
+    return found, skipped

@@ -1,0 +1,103 @@
+"""Training on texts in the place of images: its flags, and what they ask for."""
+
+import argparse
+from dataclasses import replace
+
+from features.store import read_store
+from features.text_only import FEWEST, MatchedTexts
+from training.validation import check_encoders
+from utils.cli import note
+
+AUTO = "auto"
+MOST_ANGLE = 80  # beyond which an image and its text have next to nothing in common
+
+
+def add_text_flags(parser):
+    """Add the flags to train.py's parser."""
+    group = parser.add_argument_group("text-only training", "on a store of parse_coco.py --text_only")
+    group.add_argument(
+        "--noise_angle", type=noise_angle, metavar="DEGREES|auto",
+        help="turn each text this far, into a direction drawn anew in every epoch; auto: as far as the images of "
+        "--match are from what the nearest texts tell",
+    )  # fmt: skip
+    group.add_argument(
+        "--match", metavar="STORE",
+        help="store of a few images, captioned or not, to where texts are moved, and in whose directions turned",
+    )  # fmt: skip
+
+
+def noise_angle(text):
+    """Argparse type: an angle between 0 and 90 degrees, or `auto`."""
+    if text == AUTO:
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 90:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor an angle between 0 and 90 degrees")
+    return value
+
+
+def read_match(path, noise_angle, store, val_store=None):
+    """Read --match, after refusing what would train or score a captioner on what it does not meet later.
+
+    Args:
+        path, noise_angle: the flags' values, or None.
+        store: FeatureStore of --data. val_store: of --val_data, or None.
+    Returns: FeatureStore, or None.
+    Raises: ValueError where the stores and flags do not fit each other; else as `read_store`.
+    """
+    _check_modality(store, noise_angle, path, val_store)
+    if not path:
+        return None
+    match = read_store(path)
+    if match.is_of_texts:
+        raise ValueError(f"--match {path} holds texts; it takes images (parse_coco.py --no_captions)")
+    check_encoders("--match", match, store)
+    if len(match.clip_embedding) < FEWEST:
+        raise ValueError(f"--match {path} holds {len(match.clip_embedding)} images; {FEWEST} are needed")
+    return match
+
+
+def _check_modality(store, noise_angle, match, val_store):
+    """Refuse texts where images are needed, and the reverse."""
+    if match and noise_angle is None:
+        raise ValueError("--match is for text-only training: pass --noise_angle auto too, or leave it out")
+    if noise_angle == AUTO and not match:
+        raise ValueError("--noise_angle auto measures the images of --match: pass a store of a few, or an angle")
+    if store.is_of_texts and noise_angle is None:
+        raise ValueError(
+            f"--data {store.path} holds texts: pass --noise_angle auto --match STORE, with a store of a few images "
+            "(parse_coco.py --no_captions), else what is learned does not fit images"
+        )
+    if noise_angle is not None and store.info and not store.is_of_texts:
+        raise ValueError(
+            f"--noise_angle is for texts, and --data {store.path} holds images: leave it out, or make a store of texts "
+            "by parse_coco.py --text_only"
+        )
+    if val_store and val_store.is_of_texts:
+        raise ValueError(
+            f"--val_data {val_store.path} holds texts, and captions are scored of images; pass a store of those"
+        )
+
+
+def prepare_texts(store, noise_angle, match):
+    """Return (the store with its texts where images lie, the angle in degrees).
+
+    Args:
+        store: FeatureStore of texts.
+        noise_angle: in degrees, or AUTO.
+        match: FeatureStore of images, or None.
+    Raises: ValueError where AUTO finds images and texts unrelated.
+    """
+    texts = MatchedTexts(store.clip_embedding, match and match.clip_embedding)
+    if noise_angle == AUTO:
+        noise_angle = round(texts.angle, 1)
+        if not 0 < noise_angle < MOST_ANGLE:
+            raise ValueError(
+                f"--noise_angle auto: images of {match.path} are {noise_angle} degrees from what the texts tell; "
+                "pass images of what the texts tell of, or an angle"
+            )
+        note(f"--noise_angle auto: {noise_angle} degrees, from {len(match.clip_embedding):,} images of {match.path}")
+    return replace(store, clip_embedding=texts), noise_angle
