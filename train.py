@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import contextlib
 import os
-import time
 from dataclasses import fields
 
 import torch
@@ -34,12 +33,13 @@ from models.lora import add_lora
 from models.placement import place
 from training.large_models import add_scale_flags, pick_placement
 from training.log import TrainingLog
+from training.loop import fit
 from training.objectives import CrossEntropy
 from training.optimizers import WEIGHT_DECAY
-from training.run_files import DivergedError, RunFiles, StopRequest, saved_on_error
+from training.run_files import RunFiles
 from training.text_only import add_text_flags, prepare_texts, read_match
 from training.trainer import DTYPES, Trainer, TrainingConfig
-from training.validation import Validation, show_samples
+from training.validation import Validation
 from utils.cli import (
     Parser,
     non_negative_float,
@@ -47,7 +47,6 @@ from utils.cli import (
     note,
     positive_float,
     positive_int,
-    progress_bar,
     run,
 )  # fmt: skip
 from utils.distributed import barrier, connected, is_main, world_size
@@ -190,80 +189,6 @@ def build_model(config, init_from=None, device="cpu"):
     if config.lora_rank:
         add_lora(model.gpt, config.lora_rank)
     return model
-
-
-def fit(trainer, files, log, tokenizer, save_every, save_steps, validation=None):
-    """Run the epochs that are left.
-
-    Args:
-        save_every: epochs between checkpoints.
-        save_steps: optimiser steps between saves to resume from.
-        validation: Validation to run after every epoch.
-    Raises: KeyboardInterrupt after a stop was asked for and the state saved; ValueError where the loss is not finite.
-    """
-    epochs = trainer.config.epochs
-    with StopRequest() as stop, saved_on_error(trainer, files, log):
-        while trainer.epoch < epochs:
-            description = f"epoch {trainer.epoch + 1}/{epochs}"
-            with progress_bar(trainer.batches, description, "batch", initial=trainer.batch) as bar:
-                for group in trainer.epoch_batches():
-                    step_and_log(trainer, group, log, files)
-                    bar.set_postfix(loss=f"{log.last_loss:.3f}", refresh=False)
-                    bar.update(len(group))
-                    stopping = stop.asked()
-                    if stopping or trainer.step % save_steps == 0:
-                        files.save_step(trainer, log)
-                    if stopping:
-                        raise KeyboardInterrupt(f"step {trainer.step} is saved; the same command with --resume goes on")
-            finish_epoch(trainer, files, log, tokenizer, save_every, validation)
-
-
-def step_and_log(trainer, group, log, files):
-    """Take one step, count it and log it.
-
-    Raises: DivergedError naming step and last checkpoint where the loss is not finite or the captions collapse.
-    """
-    started = time.perf_counter()
-    try:
-        loss, rate = trainer.train_step(group)
-    except ArithmeticError as error:
-        last = files.last_checkpoint()
-        remedy = (
-            "lower --lr or use --mixed_precision bf16 or no"
-            if isinstance(error, FloatingPointError)
-            else "lower --lr, raise --kl, or use --reward cider+clip"
-        )
-        raise DivergedError(
-            f"{error} at step {trainer.step + 1}, epoch {trainer.epoch}; "
-            f"{f'the last good weights are {last}' if last else 'no checkpoint was written yet'}: {remedy}"
-        ) from None
-    trainer.step += 1
-    trainer.batch += len(group)
-    examples = sum(len(batch[0]) for batch in group) * world_size()
-    log.add(
-        trainer.step, trainer.epoch, loss, rate, examples / (time.perf_counter() - started), trainer.objective.metrics()
-    )
-
-
-def finish_epoch(trainer, files, log, tokenizer, save_every, validation):
-    """Save and show what an epoch ends with, and count it."""
-    epoch = trainer.epoch
-    random = torch.get_rng_state()  # samples must not change what training draws next
-    if validation:
-        log.flush()
-        files.save_state(trainer)  # a stop while validating loses no step
-        validation.run(trainer, tokenizer, files, log)
-    # in all processes: sharded ones need each other
-    show_samples(trainer.model, tokenizer, trainer.dataset, epoch, files.decoding)
-    torch.set_rng_state(random)
-    log.flush()
-    if is_main():
-        log.plot(files.plot)
-    trainer.epoch, trainer.batch = epoch + 1, 0
-    if epoch % save_every == 0 or trainer.epoch == trainer.config.epochs:
-        files.save_weights(trainer.model, epoch)
-    files.save_state(trainer)
-    note(f"epoch {epoch} done: step {trainer.step}, mean loss {log.mean_loss(epoch):.4f}")
 
 
 def prepare(config, training, store, placement):

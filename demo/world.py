@@ -34,10 +34,11 @@ UNSEEN_RELATIONS = frozenset(
         ("ring", "above", "circle"),
     }
 )
-FIRST_ID = {"train": 1, "val": 100001, "test": 200001}
-SPLIT_SEED = {"train": 11, "val": 12, "test": 13}
+FIRST_ID = {"train": 1, "val": 100001, "test": 200001, "adapt": 300001}
+SPLIT_SEED = {"train": 11, "val": 12, "test": 13, "adapt": 14}
 CAPTIONS_PER_IMAGE = 5
 SHARE_UNSEEN = 0.25  # of the test split
+SHARES_UNSEEN = {"train": 0, "val": 0, "test": SHARE_UNSEEN, "adapt": 0.5}  # "adapt": photos that nobody captioned
 JPEG_QUALITY = 92
 
 
@@ -161,13 +162,12 @@ def _edit(scene, what, rng):
 def split_scenes(split, number):
     """Return the scenes of a split, [(image_id, Scene, seed)].
 
-    A longer split begins with the shorter one. In "test" every fourth scene is unseen.
+    A longer split begins with the shorter one. In "test" every fourth scene is unseen, in "adapt" every other.
     """
-    rows = []
-    every = round(1 / SHARE_UNSEEN)
+    rows, share = [], SHARES_UNSEEN[split]
     for i in range(number):
         seed = (SPLIT_SEED[split], i)
-        unseen = split == "test" and i % every == every - 1
+        unseen = share > 0 and (i + 1) % round(1 / share) == 0
         rows.append((FIRST_ID[split] + i, sample_scene(np.random.default_rng(seed), unseen), seed))
     return rows
 
@@ -192,7 +192,7 @@ def write_split(split, number, out, processes=2):
     """Draw and caption a split; pictures that exist are kept.
 
     Args:
-        split: "train", "val" or "test".
+        split: "train", "val", "test" or "adapt".
         number: how many images.
         out: folder; see the module's docstring for what goes in.
         processes: how many to draw with.
@@ -228,6 +228,7 @@ def get_parser():
     parser.add_argument("--train", type=int, default=9000, help="train images")
     parser.add_argument("--val", type=int, default=400, help="validation images")
     parser.add_argument("--test", type=int, default=1000, help="test images")
+    parser.add_argument("--adapt", type=int, default=0, help="images to adapt to")
     parser.add_argument("--processes", type=int, default=2, help="processes that draw")
     return parser
 

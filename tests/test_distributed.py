@@ -21,11 +21,11 @@ from test_scripts import equal, one_line_error, parse, weights
 from torch.distributed import TCPStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import train as train_script
 from features import shards
 from features.partial import PartialStore
 from features.store import read_store, write_store
 from models import language
+from training import loop
 from training.trainer import Trainer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -173,13 +173,13 @@ def test_sharded_with_validation_and_resume_at_an_epochs_end(store, still, tmp_p
     assert close(weights(two), weights(one))
 
     def before(_rank):
-        finish = train_script.finish_epoch
+        finish = loop.finish_epoch
 
         def finish_and_die(trainer, *rest):
             finish(trainer, *rest)
             os._exit(9)
 
-        train_script.finish_epoch = finish_and_die
+        loop.finish_epoch = finish_and_die
 
     words = train_command(store, still, three, *flags, "--fsdp")
     launch(2, three, words, 9, before)

@@ -16,6 +16,7 @@ import train as train_script
 from features.dataset import CaptionDataset
 from features.store import read_store
 from models.language import load_tokenizer
+from training.objectives import CrossEntropy
 from training.trainer import Trainer
 
 
@@ -29,7 +30,7 @@ def make_trainer(store, language_model, *flags):
     args, loaded = train_script.get_parser().parse_args(words), read_store(store)
     model = train_script.build_model(train_script.caption_config(args, loaded))
     dataset = CaptionDataset(loaded, load_tokenizer(str(language_model)))
-    trainer = Trainer(model, dataset, train_script.training_config(args), torch.device("cpu"))
+    trainer = Trainer(model, CrossEntropy(dataset), train_script.training_config(args), torch.device("cpu"))
     return trainer, next(trainer.epoch_batches())
 
 
@@ -41,7 +42,7 @@ def stopped(store, still, tmp_path_factory):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         train(store, still, folder / "one", check=143)
-    launch(2, folder / "sharded", train_command(store, still, folder / "sharded", "--fsdp"), [130, 143], stop_after(4))
+    launch(2, folder / "sharded", train_command(store, still, folder / "sharded", "--fsdp"), 143, stop_after(4))
     return folder
 
 

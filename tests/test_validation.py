@@ -82,7 +82,9 @@ def test_stopped_while_validating(store, language_model, run, tmp_path, monkeypa
 
 def test_a_finished_epoch_is_not_scored_again(store, language_model, run, tmp_path, monkeypatch):
     """Stopped after an epoch was saved: its line stays, and its CIDEr still counts."""
-    monkeypatch.setattr("train.note", lambda line: (_ for _ in ()).throw(KeyboardInterrupt) if "done" in line else None)
+    monkeypatch.setattr(
+        "training.loop.note", lambda line: (_ for _ in ()).throw(KeyboardInterrupt) if "done" in line else None
+    )
     for _ in range(EPOCHS):
         train(store, language_model, tmp_path, "--val_data", store, "--epochs", EPOCHS, "--resume", check=130)
     assert without_rate(tmp_path) == without_rate(run)
