@@ -136,6 +136,14 @@ def test_resumed_it_draws_the_same_noise(texts, images, language_model, tmp_path
     )  # fmt: skip
 
 
+def test_pairs_after_texts(texts, images, store, language_model, tmp_path):
+    train(texts, language_model, tmp_path / "run", "--noise_angle", "30", "--match", images)
+    flags = ("--init_from", tmp_path / "run/run_latest.pt")
+    refused = train(store, language_model, tmp_path / "pairs", *flags, check=2)
+    one_line_error(refused, "--init_from", "--normalize_prefix")
+    train(store, language_model, tmp_path / "pairs", *flags, "--normalize_prefix")
+
+
 @pytest.mark.slow
 def test_two_processes_draw_the_same_noise(texts, images, language_model, tmp_path):
     flags = ("--noise_angle", "40", "--match", images, "--only_prefix")
