@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 GREEDY, BEAM, SAMPLE = "greedy", "beam", "sample"
+NO_RERANK, CLIP, MBR = "none", "clip", "mbr"  # how a caption is chosen among candidates; see models.rerank
 
 
 @dataclass
@@ -109,16 +110,20 @@ class Greedy(Search):
     count = 1  # N
 
     def _begin(self, logits):
-        """Let every image have its rows, which share what the step holds of it."""
+        """Let every image have its candidates, which share the step's row of it until they differ."""
         self.images = torch.arange(len(logits), device=logits.device).repeat_interleave(self.count)
-        self.rows = torch.arange(len(self.images), device=logits.device)  # as numbered at the beginning
+        self.nodes = self.images  # the step's row of each candidate
+        self.rows = torch.arange(len(self.images), device=logits.device)  # candidates as numbered at the beginning
         self.lengths = torch.zeros_like(self.rows)  # tokens so far
         self.captions = [Caption() for _ in self.rows]
         self.open = [self.count] * len(logits)  # captions that each image waits for
-        return self._go_on(logits[self.images] if self.count > 1 else logits, self.images if self.count > 1 else None)
+        return self._go_on(logits)
 
-    def _go_on(self, logits, sources=None):
-        """Extend every row by one token; `sources`: of the rows, where they are not the logits' own."""
+    def _go_on(self, logits):
+        """Extend every candidate by one token."""
+        number, vocabulary = logits.shape
+        if self.count > 1:
+            logits = logits[self.nodes]
         tokens = self._choose(logits)  # [R]
         logprobs = (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
         working = [self.captions[row] for row in self.rows.tolist()]
@@ -127,12 +132,21 @@ class Greedy(Search):
             caption.logprob += logprob
         self.lengths = self.lengths + 1
         going = ~self.stop(tokens, lambda row: working[row].tokens) & (self.lengths < self.limits[self.images])
-        if going.all():
-            return Move(tokens, sources, {})
-        finished = self._finish(self.images[~going].tolist())
-        kept = going.nonzero()[:, 0]
-        self.images, self.rows, self.lengths = self.images[kept], self.rows[kept], self.lengths[kept]
-        return Move(tokens[kept], kept if sources is None else sources[kept], finished)
+        finished = {}
+        if not going.all():
+            finished = self._finish(self.images[~going].tolist())
+            kept = going.nonzero()[:, 0]
+            tokens, self.nodes, self.images, self.rows, self.lengths = (
+                state[kept] for state in (tokens, self.nodes, self.images, self.rows, self.lengths)
+            )
+        sources = self.nodes
+        if self.count > 1:  # those that have said the same so far go on as one
+            alike, self.nodes = (self.nodes * vocabulary + tokens).unique(return_inverse=True)
+            sources, tokens = alike // vocabulary, alike % vocabulary
+        else:
+            self.nodes = torch.arange(len(tokens), device=tokens.device)
+        moved = len(sources) != number or (self.count > 1 and not sources.equal(torch.arange(number).to(sources)))
+        return Move(tokens, sources if moved else None, finished)
 
     def _choose(self, logits):
         """Return the next token of each row, [R], from logits [R, V]."""

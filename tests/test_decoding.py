@@ -233,12 +233,16 @@ def test_rows_of_different_prompts_share_a_batch(captioner, method, step_type):
 
 
 def test_candidates_share_their_image_s_prefix(captioner):
-    """The prefix is run once per image, however many candidates are drawn, and finished ones leave the batch."""
+    """The prefix is run once per image, candidates go on together until they differ, and finished ones leave."""
     model, tokenizer, embeddings = captioner
     seen = []
     handle = model.gpt.transformer.h[0].register_forward_hook(lambda m, i, o: seen.append(tuple(i[0].shape[:2])))
-    generate_captions(model, tokenizer, embeddings, METHODS[SAMPLE])
+    groups = generate_captions(model, tokenizer, embeddings, replace(METHODS[SAMPLE], temperature=3))
     handle.remove()
-    assert seen[:2] == [(9, 4), (27, 1)] and all(columns == 1 for _, columns in seen[1:])
-    rows = [rows for rows, _ in seen[1:]]
-    assert rows == sorted(rows, reverse=True) and rows[-1] < 27
+    said = [tuple(caption.tokens) for group in groups for caption in group]
+    image = [number for number, group in enumerate(groups) for _ in group]
+    wanted = [(9, 4)]
+    for length in range(1, max(map(len, said))):
+        going = {(i, tokens[:length]) for i, tokens in zip(image, said, strict=True) if len(tokens) > length}
+        wanted.append((len(going), 1))
+    assert seen == wanted and max(rows for rows, _ in seen) > 9
