@@ -12,18 +12,17 @@ otherwise.
 import traceback
 from collections import OrderedDict
 from dataclasses import astuple, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from features.images import read_image, set_max_pixels
-from metrics.clipscore import PROMPT, clip_scores
 from models.captioner import image_key
-from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, context_room
+from models.decoding import BEAM, CLIP, GREEDY, SAMPLE, DecodingConfig, context_room
 from models.explain import nearest_words, word_heat
 from models.pretrained import DEMO, NAMES
+from models.rerank import scores_by_clip
 from models.stopping import continuing_tokens, opening_tokens, spoken
 from pages.errors import Refused
 from predict import Predictor
@@ -32,6 +31,7 @@ from utils.cli import Parser, note, positive_int, run
 
 PICTURE_SIDE = 640  # pixels of the picture that words are shown on
 MAX_TEXT = 1000  # characters of a caption that a visitor writes
+CANDIDATES = 16  # of which the captions are chosen by the encoder's text tower
 BEAMS = 5  # or as many as there are captions to show
 ENTRY_LENGTH = 67  # tokens of a caption, written or decoded, at most
 REMEMBERED = 10_000  # captions whose tokens are kept for their explanation
@@ -76,6 +76,7 @@ class Service:
     """What the page and its endpoint answer; many may call at once."""
 
     methods = {"beam search": BEAM, "greedy": GREEDY, "sampling": SAMPLE}  # the first is the default
+    reranking = {f"best of {CANDIDATES}": CLIP}  # comes before them where the encoder has a text tower
 
     def __init__(self, models, device=None, batch_size=16):
         """Load the first captioner; the others are loaded when they are first asked for.
@@ -91,7 +92,9 @@ class Service:
         self.said = OrderedDict()  # {(image, model, text): tokens}; the text alone may be written with others
         self.predictor = Predictor()
         self.predictor.setup(models, device)
-        self.predictor.captioner()
+        first = self.predictor.captioner()
+        if hasattr(first.encoder, "encode_texts"):
+            self.methods = self.reranking | self.methods
 
     def decoding(self, method, num_captions, top_p, temperature, seed):
         """Return the DecodingConfig for a visitor's choices; those that the method has no use for do not count.
@@ -100,6 +103,10 @@ class Service:
         """
         try:
             count = 1 if method == GREEDY else int(num_captions)
+            if method == CLIP:
+                return DecodingConfig(
+                    rerank=CLIP, num_candidates=CANDIDATES, num_captions=count, entry_length=ENTRY_LENGTH
+                )
             sampling = {"top_p": top_p, "temperature": temperature, "seed": int(seed)} if method == SAMPLE else {}
             return DecodingConfig(
                 method, entry_length=ENTRY_LENGTH, num_captions=count, beam_size=max(BEAMS, count), **sampling
@@ -116,8 +123,9 @@ class Service:
             image: file.
             model: name of the captioner.
             decoding: DecodingConfig.
-        Returns: list of {"caption", "logprob", "clip_score"}, best first: by `logprob`, the mean log-probability per
-            token, whatever the method and its length penalty.
+        Returns: list of {"caption", "logprob", "clip_score"}, best first: by `clip_score` where it chose them among
+            candidates, else by `logprob`, the mean log-probability per token, whatever the method and its length
+            penalty. `clip_score` is None where the encoder has no text tower.
         Raises: Refused where the image cannot be read or the model not be loaded.
         """
         self._known(model)  # before it comes into a batch with others'
@@ -162,8 +170,11 @@ class Service:
         answers = {index: Refused(reason) for index, reason in errors.items()}
         if indices:
             keys = [image_key(images[index]) for index in indices]
+            encode_texts = getattr(captioner.encoder, "encode_texts", None)
+            if decoding.rerank == CLIP and not encode_texts:
+                raise Refused("this model's encoder has no text tower to choose with: take another decoding")
             groups = captioner.caption_embeddings(embeddings, as_trained(decoding, captioner.decoding), keys)
-            answers |= zip(indices, map(partial(_scored, captioner), embeddings, groups), strict=True)
+            answers |= zip(indices, _scored(embeddings, groups, decoding, encode_texts), strict=True)
             self._remember([images[index] for index in indices], model, groups)
         return [answers[index] for index in range(len(images))]
 
@@ -217,15 +228,21 @@ def as_trained(decoding, own):
     )  # fmt: skip
 
 
-def _scored(captioner, embedding, captions):
-    """Return captions of an image, whose embedding is [D], with their scores, as the endpoint gives them."""
-    captions = sorted(captions, key=lambda caption: -caption.mean_logprob)  # samples come as drawn
-    texts = [caption.text.strip() for caption in captions]
-    embedded = captioner.encoder.encode_texts([PROMPT + text for text in texts])
-    scores = clip_scores(embedding.expand(len(texts), -1), embedded)
+def _scored(embeddings, groups, decoding, encode_texts):
+    """Return the captions of images, whose embeddings are [B, D], with their scores, as the endpoint gives them."""
+    if decoding.rerank != CLIP:  # samples come as drawn
+        groups = [sorted(captions, key=lambda caption: -caption.mean_logprob) for captions in groups]
+    scores = scores_by_clip(embeddings, groups, encode_texts) if encode_texts else [[None] * len(g) for g in groups]
     return [
-        {"caption": text, "logprob": round(caption.mean_logprob, 4), "clip_score": round(float(score), 4)}
-        for text, caption, score in zip(texts, captions, scores, strict=True)
+        [
+            {
+                "caption": caption.text.strip(),
+                "logprob": round(caption.mean_logprob, 4),
+                "clip_score": None if score is None else round(float(score), 4),
+            }
+            for caption, score in zip(captions, own, strict=True)
+        ]
+        for captions, own in zip(groups, scores, strict=True)
     ]
 
 

@@ -10,12 +10,13 @@ import torch
 
 from models.language import context_length
 from models.library_search import library_search
-from models.searches import BEAM, GREEDY, SAMPLE, decode, image_keys, make_search
+from models.searches import BEAM, CLIP, GREEDY, MBR, NO_RERANK, SAMPLE, decode, image_keys, make_search
 from models.searches import Caption as Caption  # whoever decodes finds it here
 from models.steps import step_for
 from models.stopping import Stop, end_tokens, opening_tokens
 
 DECODERS = ("clipcap", "transformers")
+RERANKS = (NO_RERANK, CLIP, MBR)
 
 
 @dataclass
@@ -32,9 +33,12 @@ class DecodingConfig:
         top_p: probability mass that sampling draws from, in (0, 1].
         temperature: divides the logits.
         length_penalty: exponent of the length that a beam's log-probability is divided by; 1 is the mean.
-        num_captions: captions per image; at most `beam_size` of beam search.
+        num_captions: captions per image; at most `beam_size` of beam search, `num_candidates` of reranking.
         seed: of sampling.
         prompt: text that the caption goes on from; not part of the caption.
+        rerank: `none`, or how the best of many candidates are chosen: `clip` or `mbr`, see models.rerank. The captioner
+            with its encoder does it; `generate_captions` alone does not.
+        num_candidates: candidates per image: beams of beam search, else samples.
     """
 
     method: str = GREEDY
@@ -48,6 +52,8 @@ class DecodingConfig:
     num_captions: int = 1
     seed: int = 0
     prompt: str = ""
+    rerank: str = NO_RERANK
+    num_candidates: int = 16
 
     def __post_init__(self):
         if self.method not in (GREEDY, BEAM, SAMPLE):
@@ -56,14 +62,25 @@ class DecodingConfig:
             raise ValueError(f"--top_p {self.top_p} is not above 0 and at most 1")
         if not self.temperature > 0:  # nor is NaN
             raise ValueError(f"--temperature {self.temperature} is not above 0; leave --top_p out for greedy decoding")
+        if self.rerank not in RERANKS:
+            raise ValueError(f"--rerank {self.rerank!r} is not one of {', '.join(RERANKS)}")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"--decoder {self.decoder!r} is not one of {', '.join(DECODERS)}")
+        if self.rerank != NO_RERANK:
+            if self.num_captions > self.num_candidates:
+                raise ValueError(
+                    f"--num_captions {self.num_captions} is more than --num_candidates {self.num_candidates} to choose "
+                    "from; raise --num_candidates"
+                )
+            return
         if self.method == BEAM and self.num_captions > self.beam_size:
             raise ValueError(
                 f"--num_captions {self.num_captions} is more than --beam_size {self.beam_size}; raise --beam_size"
             )
         if self.method == GREEDY and self.num_captions > 1:
-            raise ValueError("--num_captions above 1 needs --use_beam_search or --top_p: greedy decoding gives one")
-        if self.decoder not in DECODERS:
-            raise ValueError(f"--decoder {self.decoder!r} is not one of {', '.join(DECODERS)}")
+            raise ValueError(
+                "--num_captions above 1 needs --use_beam_search, --top_p or --rerank: greedy decoding gives one"
+            )
 
     @classmethod
     def from_dict(cls, values, path):
@@ -83,7 +100,7 @@ class DecodingConfig:
                 )
             if isinstance(value, bool) or not isinstance(value, types[name]):
                 raise ValueError(f"{path}: decoding has {name} {value!r}, which is no such setting")
-            if name in ("beam_size", "entry_length", "num_captions") and value < 1:
+            if name in ("beam_size", "entry_length", "num_captions", "num_candidates") and value < 1:
                 raise ValueError(f"{path}: decoding has {name} {value}, which is not at least 1")
         try:
             return cls(**values)

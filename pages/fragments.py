@@ -64,7 +64,8 @@ def captions_html(captions):
     rows = [
         f"<li><b>{escape(c['caption']) or '(no words)'}</b>"
         f"<span>log-probability per token {_signed(c['logprob'])}</span>"
-        f"<span>CLIP score {c['clip_score']:.2f}</span></li>"
+        + ("" if c["clip_score"] is None else f"<span>CLIP score {c['clip_score']:.2f}</span>")
+        + "</li>"
         for c in captions
     ]
     return f'<div class="cc"><ol class="cc-captions">{"".join(rows)}</ol></div>'
