@@ -3,15 +3,16 @@
     python app.py
     python app.py --checkpoint coco_train/coco_prefix_latest.pt --port 8000
 
-serves http://127.0.0.1:7860: upload, paste or pick an image; several captions with their log-probability per token,
-which orders them, and CLIP score; the image regions that each word rests on; the prefix read back as words. Programs
-call the endpoint /caption, which answers concurrent requests in batches. Only this machine is served unless --host says
-otherwise.
+serves http://127.0.0.1:7860: upload, paste or pick an image; the best captions of several candidates, with the score
+that chose them, log-probability per token and CLIP score; the image regions that each word rests on; the prefix read
+back as words. Programs call the endpoint /caption, which answers concurrent requests in batches. Only this machine is
+served unless --host says otherwise.
 """
 
 import traceback
 from collections import OrderedDict
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from models.captioner import image_key
 from models.decoding import BEAM, CLIP, GREEDY, SAMPLE, DecodingConfig, context_room
 from models.explain import nearest_words, word_heat
 from models.pretrained import DEMO, NAMES
-from models.rerank import scores_by_clip
+from models.rerank import clip_value, scores_by_clip
 from models.stopping import continuing_tokens, opening_tokens, spoken
 from pages.errors import Refused
 from predict import Predictor
@@ -123,9 +124,9 @@ class Service:
             image: file.
             model: name of the captioner.
             decoding: DecodingConfig.
-        Returns: list of {"caption", "logprob", "clip_score"}, best first: by `clip_score` where it chose them among
-            candidates, else by `logprob`, the mean log-probability per token, whatever the method and its length
-            penalty. `clip_score` is None where the encoder has no text tower.
+        Returns: list of {"caption", "logprob", "clip_score"}, best first: by `logprob`, the mean log-probability per
+            token, whatever the method and its length penalty. Those that were chosen among candidates have a `score`
+            too, which made the choice and orders them. `clip_score` is None where the encoder has no text tower.
         Raises: Refused where the image cannot be read or the model not be loaded.
         """
         self._known(model)  # before it comes into a batch with others'
@@ -232,18 +233,20 @@ def _scored(embeddings, groups, decoding, encode_texts):
     """Return the captions of images, whose embeddings are [B, D], with their scores, as the endpoint gives them."""
     if decoding.rerank != CLIP:  # samples come as drawn
         groups = [sorted(captions, key=lambda caption: -caption.mean_logprob) for captions in groups]
-    scores = scores_by_clip(embeddings, groups, encode_texts) if encode_texts else [[None] * len(g) for g in groups]
-    return [
-        [
-            {
-                "caption": caption.text.strip(),
-                "logprob": round(caption.mean_logprob, 4),
-                "clip_score": None if score is None else round(float(score), 4),
-            }
-            for caption, score in zip(captions, own, strict=True)
-        ]
-        for captions, own in zip(groups, scores, strict=True)
-    ]
+    scores = scores_by_clip(embeddings, groups, encode_texts) if encode_texts else [None] * len(groups)
+    return list(map(partial(_entries, decoding), groups, scores))
+
+
+def _entries(decoding, captions, scores):
+    """Return one image's captions as the endpoint gives them; scores: their CLIPScores, or None."""
+    entries = [{"caption": c.text.strip(), "logprob": round(c.mean_logprob, 4), "clip_score": None} for c in captions]
+    if scores is not None:
+        values = clip_value(captions, scores)
+        for entry, score, value in zip(entries, scores.tolist(), values.tolist(), strict=True):
+            entry["clip_score"] = round(score, 4)
+            if decoding.rerank == CLIP:
+                entry["score"] = round(value, 4)
+    return entries
 
 
 def make_page(args):

@@ -1,6 +1,7 @@
 """Choosing among candidates: order, duplicates, batches, memory that runs out, flags."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import ROOT, run_script
 from test_scripts import one_line_error
 
+import app
 import predict
 import predict_nice
 import predict_OPT
@@ -16,6 +18,8 @@ from models.captioner import Captioner
 from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, generate_captions
 from models.rerank import Reranker, candidates_config, rank_by_clip, rank_by_consensus
 from models.searches import Caption
+from pages.errors import Refused
+from pages.fragments import captions_html
 
 IMAGES = sorted(map(str, (ROOT / "demo" / "images").iterdir()))[:5]
 CLIP = DecodingConfig(rerank="clip", num_captions=3)
@@ -127,6 +131,20 @@ def test_no_text_tower(demo):
     with pytest.raises(ValueError, match="--rerank clip needs an encoder with a text tower; use --rerank mbr"):
         ranker.caption(embeddings, CLIP)
     assert len(ranker.caption(embeddings, WAYS["mbr"])) == 5
+
+
+def test_page_without_text_tower(demo):
+    """It offers no choice by text, says so where it is asked for all the same, and shows no score of it."""
+    captioner, _ = demo
+    blind = SimpleNamespace(encode_files=captioner.encoder.encode_files)
+    service = app.Service({"demo": "demo"}, "cpu")
+    assert next(iter(service.methods.values())) == "clip"
+    stub = SimpleNamespace(encoder=blind, decoding=captioner.decoding, caption_embeddings=captioner.caption_embeddings)
+    service.predictor = SimpleNamespace(captioner=lambda model: stub)
+    with pytest.raises(Refused, match="no text tower"):
+        service.caption(IMAGES[0], "demo", service.decoding("clip", 3, 1, 1, 0))
+    answer = service.caption(IMAGES[0], "demo", service.decoding("beam", 3, 1, 1, 0))
+    assert [found["clip_score"] for found in answer] == [None] * 3 and "CLIP score" not in captions_html(answer)
 
 
 @pytest.mark.parametrize("parser", (predict.get_parser, predict_OPT.get_parser, predict_nice.get_parser))
