@@ -3,10 +3,10 @@
     python app.py
     python app.py --checkpoint coco_train/coco_prefix_latest.pt --port 8000
 
-serves http://127.0.0.1:7860: upload, paste or pick an image; several captions with their log-probability per token,
-which orders them, and CLIP score; the image regions that each word rests on; the prefix read back as words. Programs
-call the endpoint /caption, which answers concurrent requests in batches. Only this machine is served unless --host says
-otherwise.
+serves http://127.0.0.1:7860: upload, paste or pick an image; the best captions of several candidates, with the score
+that chose them, log-probability per token and CLIP score; the image regions that each word rests on; the prefix read
+back as words. Programs call the endpoint /caption, which answers concurrent requests in batches. Only this machine is
+served unless --host says otherwise.
 """
 
 import traceback
@@ -19,11 +19,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from features.images import read_image, set_max_pixels
-from metrics.clipscore import PROMPT, clip_scores
 from models.captioner import image_key
-from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, context_room
+from models.decoding import BEAM, CLIP, GREEDY, SAMPLE, DecodingConfig, context_room
 from models.explain import nearest_words, word_heat
 from models.pretrained import DEMO, NAMES
+from models.rerank import clip_value, scores_by_clip
 from models.stopping import continuing_tokens, opening_tokens, spoken
 from pages.errors import Refused
 from predict import Predictor
@@ -32,6 +32,7 @@ from utils.cli import Parser, note, positive_int, run
 
 PICTURE_SIDE = 640  # pixels of the picture that words are shown on
 MAX_TEXT = 1000  # characters of a caption that a visitor writes
+CANDIDATES = 16  # of which the captions are chosen by the encoder's text tower
 BEAMS = 5  # or as many as there are captions to show
 ENTRY_LENGTH = 67  # tokens of a caption, written or decoded, at most
 REMEMBERED = 10_000  # captions whose tokens are kept for their explanation
@@ -76,6 +77,7 @@ class Service:
     """What the page and its endpoint answer; many may call at once."""
 
     methods = {"beam search": BEAM, "greedy": GREEDY, "sampling": SAMPLE}  # the first is the default
+    reranking = {f"best of {CANDIDATES}": CLIP}  # comes before them where the encoder has a text tower
 
     def __init__(self, models, device=None, batch_size=16):
         """Load the first captioner; the others are loaded when they are first asked for.
@@ -91,7 +93,9 @@ class Service:
         self.said = OrderedDict()  # {(image, model, text): tokens}; the text alone may be written with others
         self.predictor = Predictor()
         self.predictor.setup(models, device)
-        self.predictor.captioner()
+        first = self.predictor.captioner()
+        if hasattr(first.encoder, "encode_texts"):
+            self.methods = self.reranking | self.methods
 
     def decoding(self, method, num_captions, top_p, temperature, seed):
         """Return the DecodingConfig for a visitor's choices; those that the method has no use for do not count.
@@ -100,6 +104,10 @@ class Service:
         """
         try:
             count = 1 if method == GREEDY else int(num_captions)
+            if method == CLIP:
+                return DecodingConfig(
+                    rerank=CLIP, num_candidates=CANDIDATES, num_captions=count, entry_length=ENTRY_LENGTH
+                )
             sampling = {"top_p": top_p, "temperature": temperature, "seed": int(seed)} if method == SAMPLE else {}
             return DecodingConfig(
                 method, entry_length=ENTRY_LENGTH, num_captions=count, beam_size=max(BEAMS, count), **sampling
@@ -117,7 +125,8 @@ class Service:
             model: name of the captioner.
             decoding: DecodingConfig.
         Returns: list of {"caption", "logprob", "clip_score"}, best first: by `logprob`, the mean log-probability per
-            token, whatever the method and its length penalty.
+            token, whatever the method and its length penalty. Those that were chosen among candidates have a `score`
+            too, which made the choice and orders them. `clip_score` is None where the encoder has no text tower.
         Raises: Refused where the image cannot be read or the model not be loaded.
         """
         self._known(model)  # before it comes into a batch with others'
@@ -162,8 +171,11 @@ class Service:
         answers = {index: Refused(reason) for index, reason in errors.items()}
         if indices:
             keys = [image_key(images[index]) for index in indices]
+            encode_texts = getattr(captioner.encoder, "encode_texts", None)
+            if decoding.rerank == CLIP and not encode_texts:
+                raise Refused("this model's encoder has no text tower to choose with: take another decoding")
             groups = captioner.caption_embeddings(embeddings, as_trained(decoding, captioner.decoding), keys)
-            answers |= zip(indices, map(partial(_scored, captioner), embeddings, groups), strict=True)
+            answers |= zip(indices, _scored(embeddings, groups, decoding, encode_texts), strict=True)
             self._remember([images[index] for index in indices], model, groups)
         return [answers[index] for index in range(len(images))]
 
@@ -217,16 +229,24 @@ def as_trained(decoding, own):
     )  # fmt: skip
 
 
-def _scored(captioner, embedding, captions):
-    """Return captions of an image, whose embedding is [D], with their scores, as the endpoint gives them."""
-    captions = sorted(captions, key=lambda caption: -caption.mean_logprob)  # samples come as drawn
-    texts = [caption.text.strip() for caption in captions]
-    embedded = captioner.encoder.encode_texts([PROMPT + text for text in texts])
-    scores = clip_scores(embedding.expand(len(texts), -1), embedded)
-    return [
-        {"caption": text, "logprob": round(caption.mean_logprob, 4), "clip_score": round(float(score), 4)}
-        for text, caption, score in zip(texts, captions, scores, strict=True)
-    ]
+def _scored(embeddings, groups, decoding, encode_texts):
+    """Return the captions of images, whose embeddings are [B, D], with their scores, as the endpoint gives them."""
+    if decoding.rerank != CLIP:  # samples come as drawn
+        groups = [sorted(captions, key=lambda caption: -caption.mean_logprob) for captions in groups]
+    scores = scores_by_clip(embeddings, groups, encode_texts) if encode_texts else [None] * len(groups)
+    return list(map(partial(_entries, decoding), groups, scores))
+
+
+def _entries(decoding, captions, scores):
+    """Return one image's captions as the endpoint gives them; scores: their CLIPScores, or None."""
+    entries = [{"caption": c.text.strip(), "logprob": round(c.mean_logprob, 4), "clip_score": None} for c in captions]
+    if scores is not None:
+        values = clip_value(captions, scores)
+        for entry, score, value in zip(entries, scores.tolist(), values.tolist(), strict=True):
+            entry["clip_score"] = round(score, 4)
+            if decoding.rerank == CLIP:
+                entry["score"] = round(value, 4)
+    return entries
 
 
 def make_page(args):

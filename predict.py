@@ -21,7 +21,7 @@ from features.listing import as_line, find_images
 from features.loader import prepare_readers
 from features.results import is_table, name_shared, record, shared_ids, write_results
 from models.captioner import Captioner, captioner_files, stored_decoding
-from models.decoding import BEAM, DECODERS, GREEDY, SAMPLE, DecodingConfig
+from models.decoding import BEAM, DECODERS, GREEDY, NO_RERANK, RERANKS, SAMPLE, DecodingConfig
 from models.pretrained import ALIASES, NAMES
 from utils.cli import (
     Parser,
@@ -102,6 +102,11 @@ def add_decoding_flags(parser, decoding):
     add("prompt", "text that captions go on from")
     add("decoder", "whose search: ours or the library's", choices=DECODERS)
     add("stop_token", "text that ends a caption")
+    add(
+        "rerank", "choose among candidates (samples, or beams), by CLIP's text tower or by what most of them agree on",
+        choices=RERANKS,
+    )  # fmt: skip
+    add("num_candidates", "candidates per image to choose among", type=positive_int)
 
 
 def decoding_config(args):
@@ -118,7 +123,10 @@ def decoding_config(args):
         given["method"] = BEAM
     elif args.top_p is not None or (base.method == GREEDY and given.get("temperature", 1) != 1):
         given = {"method": SAMPLE, "top_p": 1.0} | given
-    return replace(base, **given)
+    decoding = replace(base, **given)
+    if decoding.rerank == NO_RERANK and "num_candidates" in given:
+        raise ValueError(f"--num_candidates {args.num_candidates} needs --rerank clip or mbr, which chooses among them")
+    return decoding
 
 
 def check_out(args, paths, num_captions):

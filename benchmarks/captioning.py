@@ -9,7 +9,8 @@ import torch
 from benchmarks.measure import interleave, peak_memory
 from benchmarks.plain import beam_caption, greedy_caption
 from benchmarks.workload import PREFIX, language_model
-from models.decoding import BEAM, GREEDY, DecodingConfig, beam_search, greedy_search
+from models.decoding import BEAM, GREEDY, DecodingConfig
+from models.searches import decode, make_search
 from models.steps import CachedStep
 from utils.precision import pick_dtype, prepare_for_inference
 
@@ -32,8 +33,7 @@ def prefixes(gpt, batch, device):
 @torch.inference_mode()
 def ours(gpt, embeddings, config):
     """Return the token ids of each image's best caption."""
-    search = beam_search if config.method == BEAM else greedy_search
-    groups = search(CachedStep(gpt, embeddings), config, stop_never)
+    groups = decode(CachedStep(gpt, embeddings), make_search(config, stop_never))
     return [group[0].tokens for group in groups]
 
 

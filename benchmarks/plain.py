@@ -8,7 +8,7 @@ from PIL import Image
 from skimage import io
 from torch.nn import functional as F
 
-from models.decoding import beam_search
+from models.searches import Beam, decode
 from models.steps import UncachedStep
 
 
@@ -44,7 +44,7 @@ def greedy_caption(gpt, embeddings, length):
 def beam_caption(gpt, embeddings, config, stop):
     """The same for all beams of one image; returns token ids of the best."""
     with torch.no_grad():
-        return beam_search(UncachedStep(gpt, embeddings), config, stop)[0][0].tokens
+        return decode(UncachedStep(gpt, embeddings), Beam(config, stop))[0][0].tokens
 
 
 def training_step(model, optimizer, tokens, clip_embedding, mask, autocast):

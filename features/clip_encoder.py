@@ -72,10 +72,18 @@ class ClipEncoder:
 
     @torch.inference_mode()
     def encode_texts(self, texts, batch_size=256):
-        """Embed texts, cut to CLIP's context; returns [N, D] float32 on the CPU, not normalised."""
-        batches = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
-        tokens = (self.tokenize(batch, truncate=True).to(self.device) for batch in batches)
-        return torch.cat([self.model.encode_text(batch).float().cpu() for batch in tokens])
+        """Embed texts, cut to CLIP's context; returns [N, D] float32 on the CPU, not normalised.
+
+        Texts of like lengths share a batch, which is as long as its longest: no token sees the padding that follows.
+        """
+        tokens = self.tokenize(texts, truncate=True)  # [N, 77]
+        lengths = tokens.argmax(1) + 1  # the end token has the highest number
+        order = lengths.argsort()
+        embeddings = torch.empty(len(texts), self.embed_dim)
+        for rows in order.split(batch_size):
+            batch = tokens[rows, : lengths[rows].max()].to(self.device)
+            embeddings[rows] = self.model.encode_text(batch).float().cpu()
+        return embeddings
 
     def count_cut(self, texts):
         """Return how many texts are longer than CLIP's context, which `encode_texts` cuts them to."""

@@ -26,13 +26,14 @@ BLOCK = 1 << 20  # pairs of words that are compared at a time: a table that stay
 class CiderD:
     """Scores captions against the references of images that are known beforehand."""
 
-    def __init__(self, references, end_word=False):
+    def __init__(self, references, end_word=False, weigh=True):
         """Count the n-grams of all references.
 
         Args:
             references: per image, a list of texts whose words are separated by blanks, as metrics.ptb makes them.
             end_word: let END follow every caption and reference. Training needs it: without it a caption gains by
                 stopping in "with a", which many references hold, and loses nothing (ruotianluo/cider).
+            weigh: weigh n-grams by the images that have them; else all weigh 1, and images do not matter to each other.
         Raises: ValueError where there are fewer than two images, of which CIDEr is not defined, or one without text.
         """
         if len(references) < 2:
@@ -46,6 +47,8 @@ class CiderD:
         self.texts = self._numbers([text for texts in references for text in texts], self.words)
         self.base = len(self.words) + 1  # numbers from here on are of words that no reference has
         self._count_documents(np.repeat(np.arange(self.images), self.counts))
+        if not weigh:
+            self.weights = [np.ones_like(weights) for weights in self.weights]
         _, _, self.norms = self._weigh(self.texts)
 
     def write(self, path):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from features.clip_encoder import ClipEncoder, named_sha256
 from models.checkpoint import config_path, load_captioner
-from models.decoding import SAMPLE, DecodingConfig, generate_captions
+from models.decoding import NO_RERANK, DecodingConfig, generate_captions
 from models.placement import place
 from models.pretrained import ALIASES, DEMO, DEMO_CHECKPOINT, NAMES, PRETRAINED, fetch
+from models.rerank import Reranker, draws_samples
 from utils.cli import nearest
 from utils.devices import Placement, pick_devices
 from utils.files import read_json, sha256
@@ -65,6 +66,7 @@ class Captioner:
                 f"encoder {source} gives embeddings {self.encoder.embed_dim} wide and {checkpoint} was trained on "
                 f"{self.model.config.prefix_dim}; pass its own --clip_model_type"
             )
+        self.reranker = Reranker(self.model, self.tokenizer, getattr(self.encoder, "encode_texts", None))
 
     def caption_files(self, paths, decoding, batch_size=32, num_workers=0):
         """Caption image files, in order.
@@ -77,7 +79,7 @@ class Captioner:
         Yields: per batch ({path: list of Caption, best first}, {path: why it could not be read}).
         """
         for indices, embeddings, errors in self.encoder.encode_files(paths, batch_size, num_workers):
-            keys = [image_key(paths[index]) for index in indices] if decoding.method == SAMPLE else None
+            keys = [image_key(paths[index]) for index in indices] if draws_samples(decoding) else None
             captions = self.caption_embeddings(embeddings, decoding, keys) if indices else []
             read = {paths[index]: group for index, group in zip(indices, captions, strict=True)}
             yield read, {paths[index]: reason for index, reason in errors.items()}
@@ -88,6 +90,8 @@ class Captioner:
         `keys`: see `generate_captions`.
         """
         embeddings = clip_embedding.to(self.device)
+        if decoding.rerank != NO_RERANK:
+            return self.reranker.caption(embeddings, decoding, keys)
         return generate_captions(self.model, self.tokenizer, embeddings, decoding, keys=keys)
 
 

@@ -1,25 +1,22 @@
-"""Decoding: greedy, beam search and nucleus sampling on one cached step.
+"""Decoding: a captioner's prefix, a cached step and a search, put together.
 
-The decoders see a `step` only, never a model: `step(tokens)` appends one token to every row and returns the next
-logits, `step.select(rows)` keeps, drops, repeats or reorders rows. Finished captions leave the batch.
-
-Axes: B images, R rows at work, W beams, V vocabulary, T tokens so far.
+Axes: B images, P positions of prefix and prompt, E width.
 """
 
-import hashlib
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from models.language import context_length
-from models.steps import cache_argument, step_for
+from models.library_search import library_search
+from models.searches import BEAM, CLIP, GREEDY, MBR, NO_RERANK, SAMPLE, decode, image_keys, make_search
+from models.searches import Caption as Caption  # whoever decodes finds it here
+from models.steps import step_for
 from models.stopping import Stop, end_tokens, opening_tokens
 
-GREEDY, BEAM, SAMPLE = "greedy", "beam", "sample"
 DECODERS = ("clipcap", "transformers")
-SCORED_TOGETHER = 8  # captions of the library's search: their logits take T x V numbers each
+RERANKS = (NO_RERANK, CLIP, MBR)
 
 
 @dataclass
@@ -36,9 +33,12 @@ class DecodingConfig:
         top_p: probability mass that sampling draws from, in (0, 1].
         temperature: divides the logits.
         length_penalty: exponent of the length that a beam's log-probability is divided by; 1 is the mean.
-        num_captions: captions per image; at most `beam_size` of beam search.
+        num_captions: captions per image; at most `beam_size` of beam search, `num_candidates` of reranking.
         seed: of sampling.
         prompt: text that the caption goes on from; not part of the caption.
+        rerank: `none`, or how the best of many candidates are chosen: `clip` or `mbr`, see models.rerank. The captioner
+            with its encoder does it; `generate_captions` alone does not.
+        num_candidates: candidates per image: beams of beam search, else samples.
     """
 
     method: str = GREEDY
@@ -52,6 +52,8 @@ class DecodingConfig:
     num_captions: int = 1
     seed: int = 0
     prompt: str = ""
+    rerank: str = NO_RERANK
+    num_candidates: int = 16
 
     def __post_init__(self):
         if self.method not in (GREEDY, BEAM, SAMPLE):
@@ -60,14 +62,25 @@ class DecodingConfig:
             raise ValueError(f"--top_p {self.top_p} is not above 0 and at most 1")
         if not self.temperature > 0:  # nor is NaN
             raise ValueError(f"--temperature {self.temperature} is not above 0; leave --top_p out for greedy decoding")
+        if self.rerank not in RERANKS:
+            raise ValueError(f"--rerank {self.rerank!r} is not one of {', '.join(RERANKS)}")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"--decoder {self.decoder!r} is not one of {', '.join(DECODERS)}")
+        if self.rerank != NO_RERANK:
+            if self.num_captions > self.num_candidates:
+                raise ValueError(
+                    f"--num_captions {self.num_captions} is more than --num_candidates {self.num_candidates} to choose "
+                    "from; raise --num_candidates"
+                )
+            return
         if self.method == BEAM and self.num_captions > self.beam_size:
             raise ValueError(
                 f"--num_captions {self.num_captions} is more than --beam_size {self.beam_size}; raise --beam_size"
             )
         if self.method == GREEDY and self.num_captions > 1:
-            raise ValueError("--num_captions above 1 needs --use_beam_search or --top_p: greedy decoding gives one")
-        if self.decoder not in DECODERS:
-            raise ValueError(f"--decoder {self.decoder!r} is not one of {', '.join(DECODERS)}")
+            raise ValueError(
+                "--num_captions above 1 needs --use_beam_search, --top_p or --rerank: greedy decoding gives one"
+            )
 
     @classmethod
     def from_dict(cls, values, path):
@@ -87,250 +100,12 @@ class DecodingConfig:
                 )
             if isinstance(value, bool) or not isinstance(value, types[name]):
                 raise ValueError(f"{path}: decoding has {name} {value!r}, which is no such setting")
-            if name in ("beam_size", "entry_length", "num_captions") and value < 1:
+            if name in ("beam_size", "entry_length", "num_captions", "num_candidates") and value < 1:
                 raise ValueError(f"{path}: decoding has {name} {value}, which is not at least 1")
         try:
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"{path}: decoding: {error}") from None
-
-
-@dataclass
-class Caption:
-    """One decoded caption.
-
-    Args:
-        tokens: its token ids, up to the one that ended it.
-        logprob: sum of the tokens' log-probabilities under the language model (at the decoding temperature).
-        text: the tokens decoded, without special ones and what follows the stop text.
-    """
-
-    tokens: list = field(default_factory=list)
-    logprob: float = 0.0
-    text: str = ""
-
-    @property
-    def mean_logprob(self):
-        """The log-probability per token, by which captions of any length and method compare."""
-        return self.logprob / len(self.tokens)
-
-
-def decode_rows(step, choose, config, stop):
-    """Extend every row by one chosen token at a time, until it ends or has `entry_length` tokens.
-
-    Args:
-        step: CachedStep of R rows.
-        choose: function of logits [R', V] and row numbers [R'] to token ids [R'].
-        stop: Stop, or another function of the newest tokens [R'] and a row's tokens to which rows have ended, [R'].
-    Returns: R Captions without text.
-    """
-    captions = [Caption() for _ in range(len(step.first))]
-    rows = torch.arange(len(captions), device=step.first.device)  # rows still at work
-    logits = step.first / config.temperature
-    for length in range(1, config.entry_length + 1):
-        tokens = choose(logits, rows)  # [R']
-        logprobs = (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
-        working = [captions[row] for row in rows.tolist()]
-        for caption, token, logprob in zip(working, tokens.tolist(), logprobs, strict=True):
-            caption.tokens.append(token)
-            caption.logprob += logprob
-        going = ~stop(tokens, lambda row: working[row].tokens)  # noqa: B023  called at once
-        if length == config.entry_length or not going.any():
-            break
-        if not going.all():
-            kept = going.nonzero()[:, 0]
-            rows, tokens = rows[kept], tokens[kept]
-            step.select(kept)
-        logits = step(tokens) / config.temperature
-    return captions
-
-
-def greedy_search(step, config, stop):
-    """Take the likeliest token every time.
-
-    Args: see `decode_rows`.
-    Returns: per image, a list of one Caption.
-    Source: rmokady predict.py `generate2`, which filters by top_p and then takes the argmax all the same.
-    """
-    return [[caption] for caption in decode_rows(step, lambda logits, rows: logits.argmax(-1), config, stop)]
-
-
-def image_keys(clip_embedding):
-    """Return a key per image for the random numbers of sampling: its embedding's bytes, whatever shares its batch."""
-    return [row.cpu().numpy().tobytes() for row in clip_embedding.detach().half()]
-
-
-def _draws(keys, config):
-    """Return uniform random numbers [B, N, T], each row's from seed, image and candidate alone."""
-    generator, rows = torch.Generator(), []
-    for key in keys:
-        for candidate in range(config.num_captions):
-            digest = hashlib.sha256(f"{config.seed} {candidate} ".encode() + key).digest()
-            generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            rows.append(torch.rand(config.entry_length, generator=generator))
-    return torch.stack(rows).view(len(keys), config.num_captions, -1)
-
-
-def nucleus_sampling(step, config, stop, keys):
-    """Draw each token from the likeliest ones that hold `top_p` of the probability.
-
-    Random numbers come from seed, image and candidate: no image shares another's, and no batch changes them.
-
-    Args: see `decode_rows`.
-        keys: bytes that tell each image.
-    Returns: per image, `num_captions` Captions as drawn.
-    Source: Holtzman et al., The Curious Case of Neural Text Degeneration (arXiv 1904.09751).
-    """
-    images, count = len(step.first), config.num_captions
-    draws = _draws(keys, config).flatten(0, 1).to(step.first.device)  # [B·N, T]
-    repeated = torch.arange(images, device=step.first.device).repeat_interleave(count)
-    step.select(repeated)
-    step.first = step.first[repeated]
-    position = iter(range(config.entry_length))
-
-    def choose(logits, rows):
-        probabilities, ids = logits.softmax(-1).sort(descending=True)  # [R', V]
-        mass = probabilities.cumsum(-1)
-        # a token is in while the mass before it is below top_p, so the likeliest always is
-        nucleus = probabilities.masked_fill(mass - probabilities >= config.top_p, 0)
-        drawn = draws[rows, next(position)].to(logits) * nucleus.sum(-1)  # [R']
-        index = (nucleus.cumsum(-1) <= drawn[:, None]).sum(-1)
-        last = (nucleus > 0).sum(-1) - 1  # rounding must not step past the nucleus
-        return ids.gather(-1, index.minimum(last)[:, None])[:, 0]
-
-    captions = decode_rows(step, choose, config, stop)
-    return [captions[image * count : (image + 1) * count] for image in range(images)]
-
-
-def beam_search(step, config, stop):
-    """Keep the W hypotheses with the highest mean log-probability at every step.
-
-    A hypothesis that has ended stays as it is and goes on competing.
-
-    Args: see `decode_rows`.
-    Returns: per image, `num_captions` Captions, best first.
-    Source: rmokady predict.py `generate_beam`, here for many images at once and on a cache.
-    """
-    width, device = min(config.beam_size, step.first.shape[-1]), step.first.device
-    images = torch.arange(len(step.first), device=device)  # images still at work
-    results = [None] * len(images)
-    logprobs = (step.first / config.temperature).log_softmax(-1)  # [B, V]
-    scores, last = logprobs.topk(width)  # [B, W] sums of log-probabilities, newest tokens
-    tokens = last[..., None]  # [B, W, T]
-    lengths = torch.ones_like(scores)
-    stopped = _ended(stop, tokens)  # [B, W]
-    source = torch.arange(len(images), device=device)[:, None].expand(-1, width)  # cache rows
-    while True:
-        done = stopped.all(-1) | (tokens.shape[-1] == config.entry_length)  # [B]
-        for row in done.nonzero()[:, 0].tolist():
-            results[images[row]] = _ranked(tokens[row], scores[row], lengths[row], config)
-        going = (~done).nonzero()[:, 0]
-        if not len(going):
-            return results
-        images, scores, tokens, lengths, stopped, source = (
-            state[going] for state in (images, scores, tokens, lengths, stopped, source)
-        )
-        step.select(source.flatten())
-        logits = step(tokens[..., -1].flatten()) / config.temperature  # [B·W, V]
-        scores, beams, last, lengths = _extend(logits.unflatten(0, (-1, width)), scores, lengths, stopped, config)
-        tokens = torch.cat((tokens.gather(1, beams[..., None].expand_as(tokens)), last[..., None]), dim=-1)
-        stopped = stopped.gather(1, beams) | _ended(stop, tokens)
-        source = torch.arange(len(images), device=device)[:, None] * width + beams
-
-
-def _ended(stop, tokens):
-    """Return which hypotheses [B, W] their newest token ends; tokens: [B, W, T]."""
-    rows = tokens.flatten(0, 1)
-    return stop(rows[:, -1], lambda row: rows[row].tolist()).view(tokens.shape[:2])
-
-
-def _extend(logits, scores, lengths, stopped, config):
-    """Choose the W best continuations of each image's W hypotheses.
-
-    Args:
-        logits: [B, W, V]. scores, lengths, stopped: [B, W] of the hypotheses so far.
-    Returns: scores [B, W], the hypothesis each came from [B, W], its new token [B, W], lengths [B, W].
-    """
-    width = scores.shape[1]
-    # the W best tokens of a hypothesis are all that can be among the W best of the image
-    best, ids = logits.topk(width)  # [B, W, W]
-    best = best - logits.logsumexp(-1, keepdim=True)
-    # a stopped hypothesis goes on in one way only: unchanged, with a token that is never read
-    unchanged = torch.full_like(best, -torch.inf)
-    unchanged[..., 0] = 0
-    best = torch.where(stopped[..., None], unchanged, best)
-    sums = scores[..., None] + best
-    lengths = lengths + ~stopped
-    means = sums / lengths[..., None] ** config.length_penalty
-    _, chosen = means.flatten(1).topk(width)  # [B, W] of W·W
-    beams = chosen // width
-    return sums.flatten(1).gather(1, chosen), beams, ids.flatten(1).gather(1, chosen), lengths.gather(1, beams)
-
-
-def _ranked(tokens, scores, lengths, config):
-    """Return one image's Captions, best first. tokens: [W, T]; scores, lengths: [W]."""
-    order = (scores / lengths**config.length_penalty).argsort(descending=True)[: config.num_captions]
-    return [Caption(tokens[i, : int(lengths[i])].tolist(), scores[i].item()) for i in order.tolist()]
-
-
-SEARCHES = {GREEDY: greedy_search, BEAM: beam_search}
-
-
-class _StopCriterion(StoppingCriteria):
-    """Stop, as transformers' `generate` asks for it."""
-
-    def __init__(self, stop):
-        self.stop = stop
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return self.stop(input_ids[:, -1], lambda row: input_ids[row].tolist())
-
-
-def library_search(gpt, embeddings, tokenizer, config, stop):
-    """Decode with transformers' `generate`, whose beam search is another one than ClipCap's.
-
-    Args:
-        embeddings: [B, P, E] prefix and prompt.
-    Returns: per image, `num_captions` Captions, best first.
-    Raises: ValueError where the language model takes no cache, without which `generate` forgets the prefix.
-    Source: Jhryu30/cvpr2023_challenge_clipcap predict.py `generate`.
-    """
-    if not cache_argument(gpt):
-        raise ValueError(f"--decoder transformers needs a cache, which {type(gpt).__name__} has not; use clipcap")
-    count = config.num_captions
-    options = {"length_penalty": config.length_penalty} if config.method == BEAM else {}
-    mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
-    sequences = gpt.generate(
-        inputs_embeds=embeddings, attention_mask=mask, do_sample=False,
-        num_beams=config.beam_size if config.method == BEAM else 1, num_return_sequences=count,
-        max_new_tokens=config.entry_length, min_length=1, eos_token_id=None, pad_token_id=_pad_id(tokenizer),
-        stopping_criteria=StoppingCriteriaList([_StopCriterion(stop)]), **options,
-    )  # fmt: skip
-    captions = [Caption(stop.cut(tokens)) for tokens in sequences.tolist()]
-    _score(gpt, embeddings.repeat_interleave(count, 0), captions)
-    return [captions[start : start + count] for start in range(0, len(captions), count)]
-
-
-def _score(gpt, embeddings, captions):
-    """Set the captions' log-probabilities, a few at a time; `generate` would keep [V] scores of every step.
-
-    Args:
-        embeddings: [B, P, E] before each caption.
-    """
-    for start in range(0, len(captions), SCORED_TOGETHER):
-        group = captions[start : start + SCORED_TOGETHER]
-        tokens = [torch.tensor(caption.tokens, device=embeddings.device) for caption in group]
-        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)  # [R, T]
-        inputs = torch.cat((embeddings[start : start + len(group)], gpt.get_input_embeddings()(padded[:, :-1])), dim=1)
-        logits = gpt(inputs_embeds=inputs, use_cache=False, logits_to_keep=padded.shape[1]).logits.float()
-        logprobs = logits.gather(-1, padded[..., None])[..., 0] - logits.logsumexp(-1)  # [R, T]
-        for caption, row in zip(group, logprobs, strict=True):
-            caption.logprob = row[: len(caption.tokens)].sum().item()
-
-
-def _pad_id(tokenizer):
-    """Return the id that fills up finished captions."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def context_room(config, positions):
@@ -345,8 +120,29 @@ def context_room(config, positions):
     return room
 
 
+def prompted_prefix(model, tokenizer, clip_embedding, prompts):
+    """Return what the language model reads before captions.
+
+    Args:
+        prompts: per image a text; or one for all.
+    Returns: [B, P, E], and the lengths [B] of its rows, which are padded on the right; None where all are full.
+    """
+    embed = model.gpt.get_input_embeddings()
+    embeddings = model.prefix(clip_embedding).to(embed.weight.dtype)
+    if isinstance(prompts, str):
+        prompts = [prompts] * len(embeddings)
+    before = [opening_tokens(tokenizer, prompt) for prompt in prompts]
+    longest = max(map(len, before), default=0)
+    if longest:
+        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in before], device=embeddings.device)
+        embeddings = torch.cat((embeddings, embed(padded)), dim=1)
+    if all(len(ids) == longest for ids in before):
+        return embeddings, None
+    return embeddings, torch.tensor([embeddings.shape[1] - longest + len(ids) for ids in before])
+
+
 @torch.inference_mode()
-def generate_captions(model, tokenizer, clip_embedding, config, step_type=step_for, keys=None):
+def generate_captions(model, tokenizer, clip_embedding, config, step_type=step_for, keys=None, prompts=None):
     """Caption a batch of images.
 
     Args:
@@ -356,26 +152,27 @@ def generate_captions(model, tokenizer, clip_embedding, config, step_type=step_f
         config: DecodingConfig.
         step_type: step_for, or UncachedStep to check it.
         keys: per image, what its random numbers come from; None: see `image_keys`.
-    Returns: per image, a list of Captions, best (or first drawn) first.
+        prompts: per image, the text its captions go on from; None: `config.prompt` for all.
+    Returns: per image, a list of Captions, best (or first drawn) first. Their tokens hold the one that ended them.
     Raises: ValueError where prefix and prompt leave no room in the language model's context; where they leave less
         than `entry_length`, captions end there.
     """
     gpt = model.gpt
-    embed = gpt.get_input_embeddings()
-    embeddings = model.prefix(clip_embedding).to(embed.weight.dtype)  # [B, P, E]
-    before = opening_tokens(tokenizer, config.prompt)
-    if before:
-        tokens = torch.tensor(before, device=embeddings.device).expand(len(embeddings), -1)
-        embeddings = torch.cat((embeddings, embed(tokens)), dim=1)
-    room = context_room(gpt.config, embeddings.shape[1])
-    config = replace(config, entry_length=min(config.entry_length, room))
-    stop = Stop(tokenizer, config.stop_token, len(embed.weight), end_tokens(tokenizer, gpt), embeddings.device)
+    prompts = config.prompt if prompts is None else prompts
+    embeddings, lengths = prompted_prefix(model, tokenizer, clip_embedding, prompts)
+    positions = [embeddings.shape[1]] if lengths is None else lengths.tolist()
+    limits = [min(config.entry_length, context_room(gpt.config, number)) for number in positions]
+    config = replace(config, entry_length=max(limits))
+    vocabulary = len(gpt.get_input_embeddings().weight)
+    stop = Stop(tokenizer, config.stop_token, vocabulary, end_tokens(tokenizer, gpt), embeddings.device)
     if config.decoder == "transformers" and config.method != SAMPLE:
+        if lengths is not None:
+            raise ValueError("--decoder transformers takes one prompt for all images")
         captions = library_search(gpt, embeddings, tokenizer, config, stop)
-    elif config.method == SAMPLE:
-        captions = nucleus_sampling(step_type(gpt, embeddings), config, stop, keys or image_keys(clip_embedding))
     else:
-        captions = SEARCHES[config.method](step_type(gpt, embeddings), config, stop)
+        limits = None if lengths is None else torch.tensor(limits)
+        keys = keys or (image_keys(clip_embedding) if config.method == SAMPLE else None)
+        captions = decode(step_type(gpt, embeddings, lengths), make_search(config, stop, keys, limits))
     for caption in (caption for group in captions for caption in group):
         caption.text = stop.text_until(caption.tokens)
     return captions

@@ -1,5 +1,7 @@
 """A language model as a function from one token per row to the next logits, with a cache and without.
 
+Rows may differ in length: each has positions of its own and sees none of the padding.
+
 Axes: B images, P positions of prefix and prompt, R rows at work, V vocabulary, T positions so far, E width.
 """
 
@@ -18,51 +20,85 @@ def cache_argument(gpt):
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)  # transformers 5 renamed
 
 
-def step_for(gpt, embeddings):
-    """Return a CachedStep, or an UncachedStep where the language model takes no cache; arguments as of CachedStep."""
-    return (CachedStep if cache_argument(gpt) else UncachedStep)(gpt, embeddings)
+def step_for(gpt, embeddings, lengths=None):
+    """Return a CachedStep, or an UncachedStep where a cache would be wrong; arguments as of CachedStep.
+
+    It would be for models that take none, and for rows of several lengths in models that carry a state through padding.
+    """
+    padded_state = lengths is not None and getattr(gpt, "_is_stateful", False)
+    return (CachedStep if cache_argument(gpt) and not padded_state else UncachedStep)(gpt, embeddings, lengths)
 
 
 class CachedStep:
     """The language model as a function from one token per row to the next logits, with a key-value cache."""
 
-    def __init__(self, gpt, embeddings):
+    def __init__(self, gpt, embeddings, lengths=None):
         """Run the prefix.
 
         Args:
             gpt: causal language model.
-            embeddings: [B, P, E], the same length for every row, so that nothing is padded.
+            embeddings: [B, P, E], shorter rows padded on the right.
+            lengths: [B] of each row without padding; None: nothing is padded.
         """
         self.gpt, self.cache = gpt, DynamicCache(config=gpt.config)
         self.argument = cache_argument(gpt)
+        self.mask = None  # [R, T], 1 where a row has something
+        if lengths is not None:
+            # in the cache, padding stands on the left: all rows' newest tokens share a column
+            places = torch.arange(embeddings.shape[1]) - (embeddings.shape[1] - lengths[:, None])  # [B, P]
+            self.mask = (places >= 0).long().to(embeddings.device)
+            places = places.clamp(0).to(embeddings.device)
+            embeddings = embeddings.gather(1, places[..., None].expand_as(embeddings))
         self.first = self._run(inputs_embeds=embeddings)  # [B, V]
 
     def __call__(self, tokens):
         """Append `tokens` [R]; return the logits of the next, [R, V] float32."""
+        if self.mask is not None:
+            self.mask = torch.cat((self.mask, torch.ones_like(self.mask[:, :1])), dim=1)
         return self._run(input_ids=tokens[:, None])
 
     def _run(self, **inputs):
+        if self.mask is not None:
+            inputs["attention_mask"] = self.mask
+            if "position_ids" in inspect.signature(self.gpt.forward).parameters:  # others count in the mask
+                new = next(iter(inputs.values())).shape[1]
+                inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp(0)[:, -new:]
         out = self.gpt(**inputs, **{self.argument: self.cache}, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].float()
 
     def select(self, rows):
         """Let row i become what row `rows[i]` was; `rows` is [R'] of indices."""
         self.cache.reorder_cache(rows)
+        if self.mask is not None:
+            self.mask = self.mask[rows]
 
 
 class UncachedStep:
     """The same by running the whole sequence again for every token: what a cached step is checked against."""
 
-    def __init__(self, gpt, embeddings):
-        self.gpt, self.embeddings = gpt, embeddings  # [R, T, E]
-        self.first = gpt(inputs_embeds=embeddings, use_cache=False).logits[:, -1].float()
+    def __init__(self, gpt, embeddings, lengths=None):
+        self.gpt, self.embeddings = gpt, embeddings  # [R, T, E], padded on the right, where no token sees it
+        self.lengths = None if lengths is None else lengths.to(embeddings.device)  # [R]
+        self.first = self._run()
 
     def __call__(self, tokens):
         """Append `tokens` [R]; return the logits of the next, [R, V] float32."""
         embedded = self.gpt.get_input_embeddings()(tokens)[:, None].to(self.embeddings)  # [R, 1, E]
         self.embeddings = torch.cat((self.embeddings, embedded), dim=1)
-        return self.gpt(inputs_embeds=self.embeddings, use_cache=False).logits[:, -1].float()
+        if self.lengths is not None:
+            self.embeddings[torch.arange(len(tokens)), self.lengths] = embedded[:, 0]
+            self.lengths = self.lengths + 1
+            self.embeddings = self.embeddings[:, : self.lengths.max()]
+        return self._run()
+
+    def _run(self):
+        logits = self.gpt(inputs_embeds=self.embeddings, use_cache=False).logits  # [R, T, V]
+        if self.lengths is None:
+            return logits[:, -1].float()
+        return logits[torch.arange(len(logits)), self.lengths - 1].float()
 
     def select(self, rows):
         """Let row i become what row `rows[i]` was; `rows` is [R'] of indices."""
         self.embeddings = self.embeddings[rows]
+        if self.lengths is not None:
+            self.lengths = self.lengths[rows]

@@ -5,14 +5,12 @@ The server's log gets the whole of it.
 
 import traceback
 
-import torch
-
 from features.images import ImageError
+from utils.devices import is_out_of_memory
 
 OUT_OF_MEMORY = "the server is out of memory: ask for fewer captions, or try again later"
 MALFORMED = "the request is malformed; the page's API says what it takes"
 FAILED = "the server could not do this; its log says why"
-ALLOCATION = ("out of memory", "can't allocate memory", "alloc_cpu")  # what torch's RuntimeErrors say
 
 
 class Refused(ValueError):
@@ -24,8 +22,4 @@ def told(error):
     if isinstance(error, Refused | ImageError):
         return " ".join(str(error).split())
     traceback.print_exception(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return OUT_OF_MEMORY
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION):
-        return OUT_OF_MEMORY
-    return FAILED
+    return OUT_OF_MEMORY if is_out_of_memory(error) else FAILED

@@ -59,12 +59,14 @@ def captions_html(captions):
     """Return captions with their scores, the first of them large.
 
     Args:
-        captions: list of {"caption", "logprob", "clip_score"}, best first.
+        captions: list of {"caption", "logprob", "clip_score"}, best first; those chosen among candidates have "score".
     """
     rows = [
         f"<li><b>{escape(c['caption']) or '(no words)'}</b>"
-        f"<span>log-probability per token {_signed(c['logprob'])}</span>"
-        f"<span>CLIP score {c['clip_score']:.2f}</span></li>"
+        + (f"<span>score {c['score']:.2f}</span>" if "score" in c else "")
+        + f"<span>log-probability per token {_signed(c['logprob'])}</span>"
+        + ("" if c["clip_score"] is None else f"<span>CLIP score {c['clip_score']:.2f}</span>")
+        + "</li>"
         for c in captions
     ]
     return f'<div class="cc"><ol class="cc-captions">{"".join(rows)}</ol></div>'

@@ -22,7 +22,7 @@ from models.checkpoint import load_captioner
 from models.clip_caption import CaptionConfig, build_captioner
 from models.decoding import BEAM, SAMPLE, DecodingConfig, generate_captions
 from models.language import build_language_model, load_language_model, load_tokenizer, split_layers
-from models.steps import UncachedStep
+from models.steps import UncachedStep, step_for
 from utils.devices import layer_cuts, pick_devices, split_devices
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -64,6 +64,26 @@ def small(family, **changes):
         pytest.skip(f"this version of transformers has no {name}")
     torch.manual_seed(0)
     return build_language_model(AutoConfig.for_model(name, **{**FAMILIES.get(family, {}), **changes}))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_own_lengths(family):
+    """Padded rows give the logits they have alone, from the prefix on and after some have left."""
+    gpt = small(family)
+    lengths = torch.tensor([3, 7, 5, 7])
+    embeddings = torch.randn(4, 7, gpt.get_input_embeddings().embedding_dim)
+    step = step_for(gpt, embeddings, lengths)
+    alone = [step_for(gpt, row[None, :length]) for row, length in zip(embeddings, lengths, strict=True)]
+    assert torch.allclose(step.first, torch.cat([one.first for one in alone]), atol=1e-5)
+    rows = [0, 1, 2, 3]
+    for column in range(4):
+        if column == 2:
+            step.select(torch.tensor([2, 0]))
+            rows = [2, 0]
+        tokens = torch.tensor([3 + row + column for row in rows])
+        wanted = [alone[row](token[None]) for row, token in zip(rows, tokens, strict=True)]
+        assert torch.allclose(step(tokens), torch.cat(wanted), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,6 +10,7 @@ from conftest import mean_loss, run_script
 from models.clip_caption import CaptionConfig, build_captioner
 from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, generate_captions
 from models.language import load_language_model, load_tokenizer
+from models.searches import Beam, Greedy, Nucleus, decode
 from models.steps import CachedStep, UncachedStep
 
 METHODS = {
@@ -116,18 +117,16 @@ class FixedStep:
         self.first = torch.tensor(probabilities).log().expand(rows, -1)
 
     def __call__(self, tokens):
-        return self.first[: len(tokens)]
+        return self.first[:1].expand(len(tokens), -1)
 
     def select(self, rows):
         self.kept = len(rows)
 
 
 def test_sampling_draws_from_the_nucleus_in_proportion():
-    from models.decoding import nucleus_sampling
-
     step = FixedStep([0.5, 0.3, 0.15, 0.05], 1)
     config = DecodingConfig(method=SAMPLE, top_p=0.79, num_captions=500, entry_length=20)
-    captions = nucleus_sampling(step, config, lambda tokens, caption: tokens < 0, [b"image"])[0]
+    captions = decode(step, Nucleus(config, lambda tokens, caption: tokens < 0, [b"image"]))[0]
     drawn = torch.tensor([caption.tokens for caption in captions]).flatten()
     shares = drawn.bincount(minlength=4) / len(drawn)
     assert shares[2:].sum() == 0
@@ -199,11 +198,9 @@ def test_bad_settings_are_refused(options):
 
 def test_first_token_may_stop():
     step = FixedStep([0.1, 0.9], 3)
-    from models.decoding import beam_search, greedy_search
-
     stop = lambda tokens, caption: tokens == 1  # noqa: E731
-    assert [group[0].tokens for group in greedy_search(step, DecodingConfig(), stop)] == [[1]] * 3
-    beams = beam_search(FixedStep([0.1, 0.9], 3), DecodingConfig(method=BEAM, beam_size=1), stop)
+    assert [group[0].tokens for group in decode(step, Greedy(DecodingConfig(), stop))] == [[1]] * 3
+    beams = decode(FixedStep([0.1, 0.9], 3), Beam(DecodingConfig(method=BEAM, beam_size=1), stop))
     assert [group[0].tokens for group in beams] == [[1]] * 3
 
 
@@ -216,3 +213,36 @@ def test_cached_step_is_one_prefill(captioner):
     step(torch.zeros(9, dtype=torch.long))
     handle.remove()
     assert seen == [4, 1]
+
+
+@pytest.mark.parametrize("step_type", (CachedStep, UncachedStep))
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_different_prompts_share_a_batch(captioner, method, step_type):
+    model, tokenizer, embeddings = captioner
+    prompts = ["", "large red", "a", "", "green star on the snow a blue", "star", "a large", "", "circle " * 20]
+    assert len({len(tokenizer(prompt)["input_ids"]) for prompt in prompts}) > 5
+    config = replace(METHODS[method], stop_token="", entry_length=40) if method == GREEDY else METHODS[method]
+    together = generate_captions(model, tokenizer, embeddings, config, step_type, prompts=prompts)
+    for group, embedding, prompt in zip(together, embeddings, prompts, strict=True):
+        [alone] = generate_captions(model, tokenizer, embedding[None], replace(config, prompt=prompt), step_type)
+        assert [caption.tokens for caption in group] == [caption.tokens for caption in alone]
+        assert [c.logprob for c in group] == pytest.approx([c.logprob for c in alone], abs=1e-4)
+    if method == GREEDY:  # the longest prompt leaves less room than the others have
+        lengths = {len(group[0].tokens) for group in together}
+        assert lengths == {40, 61 - len(tokenizer(prompts[-1])["input_ids"])} and min(lengths) < 40
+
+
+def test_candidates_share_their_image_s_prefix(captioner):
+    """The prefix is run once per image, candidates go on together until they differ, and finished ones leave."""
+    model, tokenizer, embeddings = captioner
+    seen = []
+    handle = model.gpt.transformer.h[0].register_forward_hook(lambda m, i, o: seen.append(tuple(i[0].shape[:2])))
+    groups = generate_captions(model, tokenizer, embeddings, replace(METHODS[SAMPLE], temperature=3))
+    handle.remove()
+    said = [tuple(caption.tokens) for group in groups for caption in group]
+    image = [number for number, group in enumerate(groups) for _ in group]
+    wanted = [(9, 4)]
+    for length in range(1, max(map(len, said))):
+        going = {(i, tokens[:length]) for i, tokens in zip(image, said, strict=True) if len(tokens) > length}
+        wanted.append((len(going), 1))
+    assert seen == wanted and max(rows for rows, _ in seen) > 9

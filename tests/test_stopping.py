@@ -12,8 +12,9 @@ from demo.train_gpt2 import train_bpe
 from features.dataset import CaptionDataset
 from features.store import read_store
 from models.clip_caption import CaptionConfig, build_captioner
-from models.decoding import BEAM, SAMPLE, DecodingConfig, beam_search, generate_captions, nucleus_sampling
+from models.decoding import BEAM, SAMPLE, DecodingConfig, generate_captions
 from models.language import load_language_model, load_tokenizer
+from models.searches import Beam, Nucleus, decode
 from models.stopping import Stop, begin_tokens, end_tokens, text_of
 from training.run_files import RunFiles
 from training.validation import Validation
@@ -73,10 +74,10 @@ def test_stop_text_whatever_tokens_make_it(pieces, text, said, shown):
     going_on = pieces.convert_tokens_to_ids("▁red")
     stop = Stop(pieces, text, len(pieces))
     for search in (
-        lambda step: beam_search(step, DecodingConfig(method=BEAM, beam_size=2, entry_length=9), stop),
-        lambda step: nucleus_sampling(step, DecodingConfig(method=SAMPLE, entry_length=9), stop, [b"x", b"y"]),
+        Beam(DecodingConfig(method=BEAM, beam_size=2, entry_length=9), stop),
+        Nucleus(DecodingConfig(method=SAMPLE, entry_length=9), stop, [b"x", b"y"]),
     ):
-        for group in search(Script([*ids, going_on], 2, len(pieces))):
+        for group in decode(Script([*ids, going_on], 2, len(pieces)), search):
             assert group[0].tokens == ids[:end]
             assert stop.text_until(group[0].tokens) == shown
     assert stop.cut([*ids, going_on]) == ids[:end]
@@ -98,9 +99,8 @@ def test_begin_and_end_tokens(pieces, language_model):
 def test_end_token_ends_and_is_not_shown(pieces):
     ids = [*pieces.convert_tokens_to_ids(["▁a", "▁red", "</s>"])]
     stop = Stop(pieces, ".", len(pieces), [2])
-    [[caption]] = beam_search(
-        Script([*ids, ids[0]], 1, len(pieces)), DecodingConfig(method=BEAM, beam_size=1, entry_length=9), stop
-    )
+    search = Beam(DecodingConfig(method=BEAM, beam_size=1, entry_length=9), stop)
+    [[caption]] = decode(Script([*ids, ids[0]], 1, len(pieces)), search)
     assert caption.tokens == ids and stop.text_until(ids) == "a red"
 
 

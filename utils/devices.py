@@ -7,6 +7,15 @@ import torch
 from utils.cli import note
 from utils.files import reason
 
+ALLOCATION = ("out of memory", "can't allocate memory", "alloc_cpu")  # what torch's RuntimeErrors say
+
+
+def is_out_of_memory(error):
+    """Tell whether an error says that memory ran out, a device's or this machine's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION)
+
 
 def add_device_flags(parser):
     """Add --device and --pn to a command's parser."""
