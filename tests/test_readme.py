@@ -205,3 +205,11 @@ def test_links_and_files_exist(page):
 
 def test_published_weights_are_named():
     assert set(pretrained.PRETRAINED) == {"coco", "conceptual", "coco-transformer"}
+
+
+def test_commands_of_the_training_page_are_understood():
+    """They need trained captioners; that their flags exist and go together is what can be told in a second."""
+    found = [words for kind, block in blocks("docs/training.md") if kind == "bash" for words in commands(block)]
+    assert {words[0] for words in found} >= {"train_scst.py", "parse_coco.py", "train.py", "predict.py"}
+    for script, *words in found:
+        importlib.import_module(script.removesuffix(".py")).get_parser().parse_args(words)
