@@ -42,11 +42,14 @@ class Scenes:
         self.embeddings = torch.cat([embeddings for _, embeddings, _ in batches])
         self.keys = [image_key(file) for file in self.files]
         self.unseen = np.array([record["unseen"] for record in self.records])
-        self.scenes = [Scene.from_json(record) for record in self.records]
+        self.scenes, self.judged = [Scene.from_json(record) for record in self.records], {}
 
     def right(self, number, caption):
         """Tell whether a Caption says everything right of a scene."""
-        return bool(judge(caption.text.strip(), self.scenes[number])["all"])
+        asked = number, caption.text.strip()
+        if asked not in self.judged:
+            self.judged[asked] = bool(judge(asked[1], self.scenes[number])["all"])
+        return self.judged[asked]
 
     def shares(self, captions):
         """Return the percentages (seen, unseen) of scenes whose Caption says everything right."""

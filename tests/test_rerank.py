@@ -13,6 +13,7 @@ import app
 import predict
 import predict_nice
 import predict_OPT
+from demo import rerank as experiment
 from models import rerank
 from models.captioner import Captioner
 from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, generate_captions
@@ -20,6 +21,7 @@ from models.rerank import Reranker, candidates_config, rank_by_clip, rank_by_con
 from models.searches import Caption
 from pages.errors import Refused
 from pages.fragments import captions_html
+from utils.files import read_json
 
 IMAGES = sorted(map(str, (ROOT / "demo" / "images").iterdir()))[:5]
 CLIP = DecodingConfig(rerank="clip", num_captions=3)
@@ -183,3 +185,18 @@ def test_command_reranks():
     done = run_script("predict.py", *IMAGES[:2], *flags, "--rerank", "clip", "--num_captions", 2)
     assert len({line.split("\t")[1] for line in done.stdout.splitlines()}) == 4
     one_line_error(run_script("predict.py", IMAGES[0], *flags, "--num_candidates", 4, check=2), "--rerank")
+
+
+def test_experiment_runs(tmp_path, monkeypatch, capsys):
+    """Few scenes and candidates: shares, times, the picture."""
+    for name, value in (("TEST", 4), ("TUNE", 4), ("TIMED", 2), ("BATCH", 3)):
+        monkeypatch.setattr(experiment, name, value)
+    flags = ["--out", str(tmp_path), "--picture", str(tmp_path / "x.png"), "--seeds", "2", "--candidates", "1", "5"]
+    experiment.main(flags)
+    results = read_json(tmp_path / "rerank.json")
+    one, five = results["frontier"]
+    assert one["candidates"] == 1 and all(one[name] == one["clip"] for name in experiment.PICKS)
+    assert all(np.all(np.array(five["a perfect judge"]) >= five[name]) for name in experiment.PICKS)
+    assert results["different"]["1"] == 1 < results["different"]["5"] and (tmp_path / "x.png").stat().st_size > 5000
+    experiment.main([*flags, "--tune"])
+    assert capsys.readouterr().out.count("5 candidates, by weight") == 3
