@@ -21,6 +21,7 @@ import torch
 import train
 from features.clip_encoder import ClipEncoder, known_encoder
 from features.image_dataset import ImageDataset
+from models.bare import guess_normalization
 from models.captioner import encoder_source, stored_decoding
 from models.checkpoint import load_captioner, load_weights, read_config
 from models.clip_caption import build_captioner
@@ -93,9 +94,12 @@ def captioner_config(args):
 
     Raises: ValueError where a flag contradicts it; FileNotFoundError.
     """
-    config, _, described = read_config(args.init_from, load_weights(args.init_from))
-    if not described:  # shapes do not tell
-        config.normalize_prefix = bool(args.normalize_prefix)
+    weights = load_weights(args.init_from)
+    config, _, described = read_config(args.init_from, weights)
+    if not described and args.normalize_prefix is None:
+        guess_normalization(args.init_from, config, weights)
+    elif not described:
+        config.normalize_prefix = args.normalize_prefix
     for name in OF_THE_CHECKPOINT:
         given, own = getattr(args, name), getattr(config, name)
         if given not in (None, own):
@@ -127,7 +131,7 @@ def check_data(store, config, described, checkpoint):
 
 def starting_captioner(args, config, device):
     """Return (captioner of --init_from as `config` has it, its tokenizer)."""
-    model, tokenizer, _ = load_captioner(args.init_from, args.language_model, args.normalize_prefix, device)
+    model, tokenizer, _ = load_captioner(args.init_from, args.language_model, config.normalize_prefix, device)
     mapping = model.clip_project
     model = build_captioner(config, model.gpt)  # which may be frozen here and was not there
     model.clip_project = mapping

@@ -1,5 +1,7 @@
 """Training on a reward: what is sampled, how it is weighed, what a run keeps and refuses."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from models.decoding import DecodingConfig, generate_captions
 from training import rewards, self_critical
 from training.rewards import CiderReward
 from training.self_critical import SelfCritical
+from utils.files import read_json
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +184,32 @@ def test_counts_are_read_back(cache, monkeypatch):
     assert len(list(cache.iterdir())) == 1
     CiderReward([["A dog.", "a brown dog"], ["the cat sat"], ["a cat", "no dog, no cat"]])
     assert len(list(cache.iterdir())) == 2  # the same captions of other images
+
+
+def test_counts_that_cannot_be_kept_are_counted_again(cache, capsys):
+    cache.rmdir()
+    cache.write_text("a file in the place of the folder")
+    scorer = CiderReward([["a dog runs"], ["the cat sat"]])
+    assert scorer(["a dog runs"], [0], None, [True])[0] > 9
+    assert "warning: the counts were not kept" in capsys.readouterr().err
+
+
+def test_a_bare_checkpoint_is_taken_as_predict_takes_it(taught, store, tmp_path, language_model, monkeypatch):
+    """Also the published transformer's, which is known to want normalised embeddings."""
+    bare = tmp_path / "weights.pt"
+    shutil.copy(taught, bare)
+    flags = ("--language_model", language_model)
+
+    def guess(checkpoint, config, state_dict):
+        config.normalize_prefix = True
+
+    monkeypatch.setattr("train_scst.guess_normalization", guess)
+    scst(bare, store, tmp_path / "run", *flags, "--epochs", 1)
+    assert read_json(tmp_path / "run" / "run.json")["model"]["normalize_prefix"]
+    monkeypatch.undo()
+    done = scst(bare, store, tmp_path / "plain", *flags, "--epochs", 1)
+    assert "does not say whether it was trained on normalised embeddings" in done.stderr
+    assert not read_json(tmp_path / "plain" / "run.json")["model"]["normalize_prefix"]
 
 
 def test_a_caption_that_was_cut_has_no_end():

@@ -12,6 +12,7 @@ from metrics.clipscore import PROMPT, clip_scores
 from metrics.ptb import tokenize
 from models.pretrained import cache_folder
 from utils.cli import note
+from utils.files import reason
 
 CIDER, CLIP = "cider", "clip"
 REWARDS = (CIDER, CLIP, f"{CIDER}+{CLIP}")
@@ -38,7 +39,10 @@ class CiderReward:
             note(f"counting the n-grams of {sum(map(len, references)):,} references")
             tokens = iter(tokenize([text for texts in references for text in texts]))
             self.scorer = CiderD([[next(tokens) for _ in texts] for texts in references], end_word=True)
-            self.scorer.write(path)
+            try:
+                self.scorer.write(path)
+            except OSError as error:  # they are counted again next time
+                note(f"warning: the counts were not kept in {path} ({reason(error)})")
 
     def __call__(self, texts, images, clip_embedding, ended):
         """Score captions.
