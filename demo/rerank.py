@@ -161,6 +161,8 @@ def draw(results, path):
             place = row["ms"] + encoding, np.mean(row["clip"], 0)[side]
             axes.annotate(row["candidates"], place, (0, -12), textcoords="offset points", fontsize=7, ha="center")
         axes.set(xscale="log", xlabel="ms of one core per image, encoding included", ylabel="all right, %", title=title)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.xaxis.set_minor_formatter("{x:.0f}")
         axes.legend(fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
