@@ -73,7 +73,7 @@ def best(captions, values):
     return captions[int(np.argmax(values))]
 
 
-def pick(scenes, captioner, groups, counts):
+def pick(scenes, captioner, groups, counts, picks):
     """Return {(pick, candidates): (seen, unseen)} of choosing among the first candidates of every scene."""
     scores, found = scores_by_clip(scenes.embeddings, groups, captioner.encoder.encode_texts), {}
     for count in counts:
@@ -83,12 +83,13 @@ def pick(scenes, captioner, groups, counts):
             "clip": [own[:count] + LOGPROB_WEIGHT * mean for own, mean in zip(scores, means, strict=True)],
             "clip alone": [own[:count] for own in scores],
             "log-probability": means,
-            "a perfect judge": [[scenes.right(i, caption) for caption in group] for i, group in enumerate(cut)],
+            # only where it is asked for: it takes longer than the captions
+            "a perfect judge": ([scenes.right(i, caption) for caption in group] for i, group in enumerate(cut)),
         }
         chosen = {name: map(best, cut, rows) for name, rows in values.items()}
-        chosen["mbr"] = (group[0] for start in range(0, len(cut), BATCH)
-                         for group in rank_by_consensus(cut[start : start + BATCH], False))  # fmt: skip
-        found |= {(name, count): scenes.shares(list(chosen[name])) for name in PICKS}
+        batches = (cut[start : start + BATCH] for start in range(0, len(cut), BATCH))
+        chosen["mbr"] = (group[0] for batch in batches for group in rank_by_consensus(batch, False))
+        found |= {(name, count): scenes.shares(list(chosen[name])) for name in picks}
     return found
 
 
@@ -128,14 +129,14 @@ def measure(scenes, captioner, args):
     found, counts = [], args.candidates
     for seed in range(args.seeds):
         groups = scenes.groups(captioner, sampling(max(counts), args.temperature, seed))
-        found.append(pick(scenes, captioner, groups, counts))
+        found.append(pick(scenes, captioner, groups, counts, args.picks))
         print(f"seed {seed} is done", flush=True)
     results["different"] = {n: float(np.mean([len(distinct(group[:n])) for group in groups])) for n in counts}
     frontier = results["frontier"] = []
     for count in counts:
         reranking = DecodingConfig(rerank="clip", num_candidates=count, temperature=args.temperature)
         spent, _ = milliseconds(scenes, captioner, reranking)
-        shares = {name: np.array([one[name, count] for one in found]) for name in PICKS}
+        shares = {name: np.array([one[name, count] for one in found]) for name in args.picks}
         frontier.append({"candidates": count, "ms": spent} | {name: rows.tolist() for name, rows in shares.items()})
         said = "; ".join(f"{name} {rows.mean(0)[0]:.1f} ± {rows.std(0)[0]:.1f} / {rows.mean(0)[1]:.1f} ± "
                          f"{rows.std(0)[1]:.1f}" for name, rows in shares.items())  # fmt: skip
@@ -151,14 +152,17 @@ def draw(results, path):
         figure.subplots(1, 2), (0, 1), ("seen combinations", "unseen combinations"), strict=True
     ):
         axes.plot(spent + encoding, (seen, unseen)[side], "k*", markersize=11, label="greedy")
-        for name, style in (("a perfect judge", ":"), ("clip", "o-"), ("mbr", "s--")):
+        styles = {"a perfect judge": ":", "clip": "o-", "mbr": "s--"}
+        for name, style in ((n, s) for n, s in styles.items() if n in results["frontier"][0]):
             rows = [(r["ms"] + encoding, np.array(r[name])[:, side]) for r in results["frontier"]]
             axes.errorbar([x for x, _ in rows], [y.mean() for _, y in rows], [y.std() for _, y in rows], fmt=style,
                           markersize=4, capsize=2, label=name)  # fmt: skip
-        for row in results["frontier"]:
+        for row in (r for r in results["frontier"] if "clip" in r):
             place = row["ms"] + encoding, np.mean(row["clip"], 0)[side]
             axes.annotate(row["candidates"], place, (0, -12), textcoords="offset points", fontsize=7, ha="center")
         axes.set(xscale="log", xlabel="ms of one core per image, encoding included", ylabel="all right, %", title=title)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.xaxis.set_minor_formatter("{x:.0f}")
         axes.legend(fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
@@ -173,6 +177,7 @@ def get_parser():
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="how many")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling")
     parser.add_argument("--seeds", type=int, default=3, help="how often candidates are drawn")
+    parser.add_argument("--picks", nargs="+", choices=PICKS, default=list(PICKS), help="ways of choosing")
     parser.add_argument("--tune", action="store_true", help="try weights of the log-probability on other scenes")
     return parser
 
