@@ -175,8 +175,9 @@ def prepare(args, decoding, described, config, training, store, placement):
     objective = SelfCritical(
         model, tokenizer, dataset, made, training.samples, decoding, training.seed, training.kl, reference
     )
+    trainer = Trainer(model, objective, training, device)  # before captioning, which leaves sharded weights whole
     objective.check_trained()
-    return Trainer(model, objective, training, device), tokenizer
+    return trainer, tokenizer
 
 
 def main(argv=None):

@@ -63,7 +63,7 @@ def make_ours(variant, dtype, device, grouped=False, load_in=None):
     precision = "bf16" if dtype == "bf16" else "no"
     config = TrainingConfig(data="", bs=BATCH, mixed_precision=precision, group_by_length=grouped, warmup_steps=0)
     dataset = MadeCaptions()
-    dataset.batches = lambda order, pin_memory: map(dataset.batch, order)
+    dataset.batches = lambda order, pin_memory, epoch: map(dataset.batch, order)
     trainer = Trainer(model, CrossEntropy(dataset), config, device)
     groups = trainer.epoch_batches()
     return lambda: trainer.train_step(next(groups))[0]

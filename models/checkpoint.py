@@ -255,7 +255,7 @@ def _fill(model, state_dict, path):
     own = model.state_dict()
     # an output layer tied to the input embeddings may be stored once only
     if OUTPUT in own and OUTPUT not in state_dict and _is_tied(model):
-        state_dict = {**state_dict, OUTPUT: state_dict.get(_tied_key(own), own[OUTPUT])}
+        state_dict = {**state_dict, OUTPUT: state_dict.get(_tied_key(model), own[OUTPUT])}
     missing = [key for key in own if key not in state_dict]
     extra = [key for key in state_dict if key not in own]
     misfit = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
@@ -288,7 +288,7 @@ def check_tied(model, state_dict, path):
     """
     if OUTPUT not in model.state_dict() or not _is_tied(model):
         return
-    inputs, outputs = state_dict[_tied_key(model.state_dict())], state_dict[OUTPUT]
+    inputs, outputs = state_dict[_tied_key(model)], state_dict[OUTPUT]
     if inputs.data_ptr() != outputs.data_ptr() and not torch.equal(inputs, outputs.to(inputs.dtype)):
         raise ValueError(
             f"{path} holds input embeddings and an output layer ({OUTPUT}) that differ, and the language model has one "
@@ -302,8 +302,7 @@ def _is_tied(model):
     return getattr(model.gpt.config.get_text_config(), "tie_word_embeddings", False)
 
 
-def _tied_key(own):
+def _tied_key(model):
     """Return the name of the input embeddings among a captioner's weights."""
-    return next(
-        k for k in own if k.endswith(("wte.weight", "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight"))
-    )
+    embeddings = model.gpt.get_input_embeddings()
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is embeddings)

@@ -193,14 +193,18 @@ class Nucleus(Greedy):
 
     def _choose(self, logits):
         self.draws = self.draws.to(logits.device)
-        probabilities, ids = logits.softmax(-1).sort(descending=True)  # [R, V]
+        probabilities = logits.softmax(-1)  # [R, V]
+        if self.config.top_p < 1:
+            falling, ids = probabilities.sort(descending=True)
+            # a token is in while the mass before it is below top_p, so the likeliest always is
+            falling = falling.masked_fill(falling.cumsum(-1) - falling >= self.config.top_p, 0)
+            probabilities = torch.zeros_like(falling).scatter(-1, ids, falling)
+        # by number, not by rank: two tokens as likely as each other would change places with the last digit
         mass = probabilities.cumsum(-1)
-        # a token is in while the mass before it is below top_p, so the likeliest always is
-        nucleus = probabilities.masked_fill(mass - probabilities >= self.config.top_p, 0)
-        drawn = self.draws[self.rows, self.lengths].to(logits) * nucleus.sum(-1)  # [R]
-        index = (nucleus.cumsum(-1) <= drawn[:, None]).sum(-1)
-        last = (nucleus > 0).sum(-1) - 1  # rounding must not step past the nucleus
-        return ids.gather(-1, index.minimum(last)[:, None])[:, 0]
+        drawn = self.draws[self.rows, self.lengths].to(logits) * mass[:, -1]  # [R]
+        index = (mass <= drawn[:, None]).sum(-1)
+        last = (mass < mass[:, -1:]).sum(-1)  # rounding must not step past the nucleus
+        return index.minimum(last)
 
 
 class Beam(Search):
