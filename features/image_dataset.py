@@ -18,9 +18,14 @@ def images_of(store):
     images = {}
     for record in store.captions:
         if record["caption"].strip():
-            row = record["clip_embedding"]
-            images.setdefault(record.get("image_id", row), (row, []))[1].append(record["caption"])
+            images.setdefault(_id(record), (record["clip_embedding"], []))[1].append(record["caption"])
     return images
+
+
+def _id(record):
+    """Return what tells a caption's image: its id, or its row where it has none."""
+    image_id = record.get("image_id")
+    return ("row", record["clip_embedding"]) if image_id is None else image_id
 
 
 class ImageDataset:
@@ -41,7 +46,7 @@ class ImageDataset:
         images = images_of(store)
         rows = [row for row, _ in images.values()]
         self.references = [texts for _, texts in images.values()]  # [N] lists of captions
-        named = {record["clip_embedding"] for record in store.captions}
+        named = {record["clip_embedding"] for record in store.captions if _id(record) in images}
         lacking = [row for row in range(len(store.clip_embedding)) if row not in named]
         if not with_references:
             rows += lacking

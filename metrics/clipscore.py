@@ -27,6 +27,20 @@ def add_clip_scores(scores, captions, references, image_embeddings, encode_texts
     scores.keep("RefCLIPScore", ref_clip_scores(image_embeddings, told, np.split(np.asarray(flat), ends[:-1])))
 
 
+def text_scores(image_embeddings, texts, encode_texts):
+    """Score texts against their images without references; each different text is embedded once, in one call.
+
+    Args:
+        image_embeddings: [N, D].
+        texts: N captions.
+        encode_texts: function of a list of texts to [number, D].
+    Returns: [N], see `clip_scores`.
+    """
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    embedded = np.asarray(encode_texts([PROMPT + text for text in number]))
+    return clip_scores(image_embeddings, embedded[[number[text] for text in texts]])
+
+
 def clip_scores(image_embeddings, caption_embeddings):
     """Score captions against their images without references.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from metrics.cider_d import CiderD
-from metrics.clipscore import PROMPT, clip_scores
+from metrics.clipscore import text_scores
 from metrics.ptb import tokenize
 from models.decoding import generate_captions
 from models.searches import BEAM, CLIP, MBR, NO_RERANK, SAMPLE
@@ -115,13 +115,9 @@ def scores_by_clip(clip_embedding, groups, encode_texts):
         groups: per image a list of Captions.
         encode_texts: as of Reranker.
     """
-    texts = list(dict.fromkeys(caption.text.strip() for group in groups for caption in group))
-    number = {text: i for i, text in enumerate(texts)}
-    embedded = np.asarray(encode_texts([PROMPT + text for text in texts]))
-    rows = [number[caption.text.strip()] for group in groups for caption in group]
-    counts = [len(group) for group in groups]
+    texts, counts = [caption.text.strip() for group in groups for caption in group], [len(group) for group in groups]
     images = np.repeat(np.asarray(clip_embedding.float().cpu()), counts, 0)
-    return np.split(clip_scores(images, embedded[rows]), np.cumsum(counts)[:-1])
+    return np.split(text_scores(images, texts, encode_texts), np.cumsum(counts)[:-1])
 
 
 def rank_by_clip(clip_embedding, groups, encode_texts):

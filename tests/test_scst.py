@@ -10,13 +10,14 @@ from test_distributed import launch, losses
 from test_scripts import one_line_error, weights
 
 import train_scst
+from features.clip_encoder import ClipEncoder
 from features.image_dataset import ImageDataset
-from features.store import read_store, write_store
+from features.store import FeatureStore, read_store, write_store
 from metrics.cider_d import CiderD
 from models.checkpoint import load_captioner
 from models.decoding import DecodingConfig, generate_captions
 from training import rewards, self_critical
-from training.rewards import CiderReward
+from training.rewards import CiderReward, ClipReward
 from training.self_critical import SelfCritical
 from utils.files import read_json
 
@@ -73,6 +74,18 @@ def objective(taught, store, rewards=(), **options):
     model, tokenizer, _ = load_captioner(taught)
     dataset = ImageDataset(read_store(store), with_references=True)
     return SelfCritical(model, tokenizer, dataset, list(rewards), 3, DecodingConfig(), **options)
+
+
+def test_images_whose_captions_are_empty_are_images_without_captions(tmp_path, capsys):
+    records = [(1, " ", 0), (2, "a dog", 1), (2, "", 2), (None, "a cat", 3), (None, "a cow", 4)]
+    keys = ("image_id", "caption", "clip_embedding")
+    captions = [dict(zip(keys, record, strict=True)) for record in records]
+    store = FeatureStore(torch.randn(6, 4), captions, {}, tmp_path / "made.pkl")
+    dataset = ImageDataset(store, with_references=True)
+    assert dataset.embedding_index.tolist() == [1, 3, 4] and dataset.references == [["a dog"], ["a cat"], ["a cow"]]
+    assert "warning: 2 images without captions are left out" in capsys.readouterr().err
+    # row 2 is another row of image 2, as predecessors' stores have one per caption
+    assert ImageDataset(store, with_references=False).embedding_index.tolist() == [1, 3, 4, 0, 5]
 
 
 # ---- the objective
@@ -184,6 +197,21 @@ def test_counts_are_read_back(cache, monkeypatch):
     assert len(list(cache.iterdir())) == 1
     CiderReward([["A dog.", "a brown dog"], ["the cat sat"], ["a cat", "no dog, no cat"]])
     assert len(list(cache.iterdir())) == 2  # the same captions of other images
+
+
+def test_counts_are_of_references_as_they_are_divided(cache):
+    for references in ([["a dog\nruns"], ["a cat"]], [["a dog", "runs"], ["a cat"]], [["a dog"], ["runs\0a cat"]]):
+        CiderReward(references)
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_clip_scores_are_of_full_precision(clip_file):
+    """Whatever the captioner computes in: a caption's advantage is a small difference."""
+    encoder = ClipEncoder(clip_file)
+    texts, images = captions_of(6), torch.randn(6, EMBED_DIM)
+    expected = ClipReward(encoder)(texts, range(6), images, [True] * 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(ClipReward(encoder)(texts, range(6), images, [True] * 6), expected)
 
 
 def test_counts_that_cannot_be_kept_are_counted_again(cache, capsys):

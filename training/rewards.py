@@ -6,12 +6,15 @@ Axes: H captions, N images, D CLIP width.
 """
 
 import hashlib
+import json
+
+import torch
 
 from metrics.cider_d import CiderD
-from metrics.clipscore import PROMPT, clip_scores
+from metrics.clipscore import text_scores
 from metrics.ptb import tokenize
 from models.pretrained import cache_folder
-from utils.cli import note
+from utils.cli import VERSION, note
 from utils.files import reason
 
 CIDER, CLIP = "cider", "clip"
@@ -32,7 +35,7 @@ class CiderReward:
         Args:
             references: per image a list of captions.
         """
-        digest = hashlib.sha256("\0".join("\n".join(texts) for texts in references).encode(errors="surrogatepass"))
+        digest = hashlib.sha256(json.dumps([VERSION, references]).encode())  # a later version may cut words otherwise
         path = cache_folder() / f"cider-{digest.hexdigest()[:24]}.npz"
         self.scorer = CiderD.read(path)
         if self.scorer is None:
@@ -68,6 +71,6 @@ class ClipReward:
 
     def __call__(self, texts, images, clip_embedding, ended):
         """Score captions; arguments as of CiderReward, returns [H] float64, 0 to 2.5."""
-        distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        embeddings = self.encoder.encode_texts([PROMPT + text for text in distinct])
-        return clip_scores(clip_embedding.cpu(), embeddings[[distinct[text] for text in texts]])
+        # not in the captioner's --mixed_precision: what tells two captions apart is a small difference
+        with torch.autocast(self.encoder.device.type, enabled=False):
+            return text_scores(clip_embedding.cpu(), texts, self.encoder.encode_texts)
