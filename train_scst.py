@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 
 import train
-from features.clip_encoder import ClipEncoder, known_encoder
+from features.clip_encoder import ClipEncoder
 from features.image_dataset import ImageDataset
-from models.bare import guess_normalization
+from models.bare import OPT_EMBEDDINGS, guess_normalization
 from models.captioner import encoder_source, stored_decoding
-from models.checkpoint import load_captioner, load_weights, read_config
+from models.checkpoint import beside, load_captioner, load_weights, read_config
 from models.clip_caption import build_captioner
 from models.decoding import DecodingConfig
 from models.lora import add_lora
@@ -32,6 +32,7 @@ from train_OPT import DECODING as OPT_DECODING
 from training.rewards import CIDER, CLIP, REWARDS, CiderReward, ClipReward
 from training.self_critical import SelfCritical
 from training.trainer import Trainer, TrainingConfig
+from training.validation import check_encoders
 from utils.cli import non_negative_float, positive_int, run
 
 # flags of train.py that the checkpoint answers: CaptionConfig's of the same names
@@ -89,12 +90,13 @@ def check_flags(args):
             raise ValueError(message)
 
 
-def captioner_config(args):
+def captioner_config(args, weights):
     """Return (CaptionConfig, json or None) of the checkpoint to start from, as this run's.
 
-    Raises: ValueError where a flag contradicts it; FileNotFoundError.
+    Args:
+        weights: its state dict.
+    Raises: ValueError where a flag contradicts it.
     """
-    weights = load_weights(args.init_from)
     config, _, described = read_config(args.init_from, weights)
     if not described and args.normalize_prefix is None:
         guess_normalization(args.init_from, config, weights)
@@ -107,12 +109,8 @@ def captioner_config(args):
     if not config.load_in:  # else it holds the LoRA that goes on learning; elsewhere one was added into the weights
         config.lora_rank = args.lora_rank
         config.only_prefix = not args.lora_rank and (config.only_prefix or bool(args.only_prefix))
-    config.language_model = args.language_model or config.language_model
-    if described:  # which may name files beside it
-        for name in ("language_model", "clip_model_type"):
-            beside = described.parent / (getattr(config, name) or "")
-            if getattr(config, name) and beside.exists():
-                setattr(config, name, str(beside))
+    config.language_model = args.language_model or beside(config.language_model, described)
+    config.clip_model_type = beside(config.clip_model_type, described)
     return config, described
 
 
@@ -120,13 +118,8 @@ def check_data(store, config, described, checkpoint):
     """Refuse a store of texts, or of another encoder than the captioner's; raises ValueError."""
     if store.is_of_texts:
         raise ValueError(f"--data {store.path} holds texts, and captions are drawn of images; pass a store of those")
-    theirs, ours = known_encoder(store.info), known_encoder(config.to_dict()) if described else None
-    if store.prefix_dim != config.prefix_dim or (ours and theirs and ours != theirs):
-        raise ValueError(
-            f"--data {store.path} is of the encoder {store.info.get('clip_model_type') or 'unknown'}, "
-            f"{store.prefix_dim} wide, and {checkpoint} was trained on {config.clip_model_type or 'unknown'}, "
-            f"{config.prefix_dim} wide; extract it with that"
-        )
+    known = config.to_dict() if described else {}  # of a bare checkpoint, the encoder is a guess by its width
+    check_encoders(f"--data {store.path}", store, f"--init_from {checkpoint}", config.prefix_dim, known)
 
 
 def starting_captioner(args, config, device):
@@ -184,11 +177,10 @@ def main(argv=None):
     """Train as the command line says."""
     args = get_parser().parse_args(argv)
     check_flags(args)
-    config, described = captioner_config(args)
+    weights = load_weights(args.init_from)
+    config, described = captioner_config(args, weights)
     args.only_prefix = config.only_prefix
-    decoding = stored_decoding(args.init_from)
-    if decoding is None:
-        decoding = OPT_DECODING if "opt" in config.language_model.lower() else DecodingConfig()
+    decoding = stored_decoding(args.init_from) or (OPT_DECODING if OPT_EMBEDDINGS in weights else DecodingConfig())
 
     def configure(args, store, val_store):
         check_data(store, config, described, args.init_from)

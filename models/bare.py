@@ -5,6 +5,7 @@ from transformers import GPT2Config, OPTConfig
 from models.clip_caption import CaptionConfig
 from utils.cli import note
 
+OPT_EMBEDDINGS = "gpt.model.decoder.embed_tokens.weight"
 # width of the language model's embeddings -> its name on the hub; heads are 64 wide in all of them
 GPT2_NAMES = {768: "gpt2", 1024: "gpt2-medium", 1280: "gpt2-large", 1600: "gpt2-xl"}
 OPT_NAMES = {
@@ -28,7 +29,7 @@ def infer_config(state_dict, path="the checkpoint"):
     """
     embedding = state_dict.get("gpt.transformer.wte.weight")
     if embedding is None:
-        embedding = state_dict.get("gpt.model.decoder.embed_tokens.weight")
+        embedding = state_dict.get(OPT_EMBEDDINGS)
     if embedding is None:
         raise ValueError(f"{path} has no gpt.* weights of GPT-2 or OPT, and no json beside it: it is no captioner")
     width = embedding.shape[1]
@@ -75,7 +76,7 @@ def infer_language_config(state_dict):
             n_layer=_count(state_dict, "gpt.transformer.h."),
             n_positions=len(state_dict["gpt.transformer.wpe.weight"]),
         )  # fmt: skip
-    embedding = state_dict.get("gpt.model.decoder.embed_tokens.weight")
+    embedding = state_dict.get(OPT_EMBEDDINGS)
     if embedding is not None and embedding.shape[1] in {width for width, _ in OPT_NAMES}:
         vocab_size, width = embedding.shape
         return OPTConfig(

@@ -193,7 +193,9 @@ def load_captioner(checkpoint, language_model=None, normalize_prefix=None, devic
     if language_model:
         config.language_model = language_model
     if config.load_in:  # the checkpoint holds only what was trained beside the language model
-        model = build_captioner(config, load_language_model(_beside(config, described), config.load_in, device))
+        model = build_captioner(
+            config, load_language_model(beside(config.language_model, described), config.load_in, device)
+        )
         if config.lora_rank:
             add_lora(model.gpt, config.lora_rank)
         own = model.state_dict()
@@ -232,13 +234,18 @@ def _architecture(config):
 def _tokenizer_source(config, described):
     """Return where the tokenizer is: the folder saved beside the checkpoint, else the language model."""
     folder = described and tokenizer_folder(described)
-    return str(folder) if folder and folder.is_dir() else _beside(config, described)
+    return str(folder) if folder and folder.is_dir() else beside(config.language_model, described)
 
 
-def _beside(config, described):
-    """Return the language model's folder beside the checkpoint, where there is one, else its name."""
-    folder = described and described.parent / config.language_model
-    return str(folder) if folder and folder.is_dir() else config.language_model
+def beside(name, described):
+    """Return the file or folder of this name beside a checkpoint's json, where there is one, else the name.
+
+    Args:
+        name: of a language model or an encoder; "" or None stays.
+        described: the json, or None.
+    """
+    path = described and name and described.parent / name
+    return str(path) if path and path.exists() else name
 
 
 def tokenizer_folder(config_json):

@@ -30,7 +30,7 @@ def cache(monkeypatch, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def store(store, tmp_path_factory):
     """The twelve images as an encoder would see them that tells them apart."""
     loaded, path = read_store(store), tmp_path_factory.mktemp("apart") / "photos.pkl"
@@ -39,7 +39,7 @@ def store(store, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def taught(store, language_model, tmp_path_factory):
     """A captioner that tells its images apart and ends its sentences."""
     folder, loaded = tmp_path_factory.mktemp("taught"), read_store(store)
@@ -240,6 +240,14 @@ def test_a_bare_checkpoint_is_taken_as_predict_takes_it(taught, store, tmp_path,
     assert not read_json(tmp_path / "plain" / "run.json")["model"]["normalize_prefix"]
 
 
+def test_opt_is_told_by_its_weights_not_by_its_name(taught, store, tmp_path, language_model):
+    """A GPT-2 in a folder of this name is decoded as GPT-2 is."""
+    shutil.copytree(language_model, tmp_path / "adopted")
+    shutil.copy(taught, tmp_path / "weights.pt")
+    scst(tmp_path / "weights.pt", store, tmp_path / "run", "--language_model", tmp_path / "adopted", "--epochs", 1)
+    assert read_json(tmp_path / "run" / "run.json")["decoding"]["prompt"] == ""
+
+
 def test_a_caption_that_was_cut_has_no_end():
     scorer = CiderReward([["a dog runs"], ["the cat sat with a dog"]])
     whole, cut = scorer(["a dog runs", "a dog runs"], [0, 0], None, [True, False])
@@ -302,7 +310,7 @@ def test_images_without_captions(taught, store, tmp_path):
     assert "reward_clip" in read_log(tmp_path / "run")[0]
 
 
-def test_flags_that_cannot_be(taught, store, language_model, tmp_path, trained):
+def test_flags_that_cannot_be(taught, store, tmp_path):
     for flags, *words in (
         (["--samples", 1], "--samples 1", "pass 2 or more"),
         (["--group_by_length"], "--group_by_length"),

@@ -15,7 +15,7 @@ import torch
 from models.decoding import GREEDY, SAMPLE, DecodingConfig, context_room, generate_captions
 from models.placement import is_sharded
 from models.steps import step_for
-from models.stopping import opening_tokens
+from models.stopping import end_tokens, opening_tokens
 from training.objectives import Example
 from utils.distributed import all_gather, all_sum, all_union, rank
 
@@ -62,7 +62,7 @@ class SelfCritical:
         """
         self.model, self.tokenizer, self.dataset, self.rewards = model, tokenizer, dataset, rewards
         self.samples, self.kl, self.reference = samples, kl, reference
-        self.before = opening_tokens(tokenizer, decoding.prompt)
+        self.before, self.ends = opening_tokens(tokenizer, decoding.prompt), end_tokens(tokenizer, model.gpt)
         room = context_room(model.gpt.config, model.config.prefix_length + len(self.before))
         self.decoding = DecodingConfig(
             SAMPLE, entry_length=min(decoding.entry_length, room), stop_token=decoding.stop_token,
@@ -140,7 +140,8 @@ class SelfCritical:
     def _ended(self, caption):
         """Tell whether a caption ended by itself, not for want of room."""
         stop = self.decoding.stop_token
-        return len(caption.tokens) < self.decoding.entry_length or bool(stop and stop in caption.text)
+        said_so = caption.tokens[-1] in self.ends or bool(stop and stop in caption.text)
+        return len(caption.tokens) < self.decoding.entry_length or said_so
 
     def _advantage(self, texts, images, embeddings, ended):
         """Return how much better than its image's other captions each one is, [R] float32, by the step's deviation."""

@@ -54,7 +54,7 @@ def read_match(path, noise_angle, store, val_store=None):
     match = read_store(path)
     if match.is_of_texts:
         raise ValueError(f"--match {path} holds texts; it takes images (parse_coco.py --no_captions)")
-    check_encoders("--match", match, store)
+    check_encoders(f"--match {path}", match, f"--data {store.path}", store.prefix_dim, store.info)
     if len(match.clip_embedding) < FEWEST:
         raise ValueError(f"--match {path} holds {len(match.clip_embedding)} images; {FEWEST} are needed")
     return match

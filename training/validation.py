@@ -45,7 +45,7 @@ class Validation:
             trained: FeatureStore that is trained on.
         Raises: ValueError where their encoders differ.
         """
-        check_encoders("--val_data", store, trained)
+        check_encoders(f"--val_data {store.path}", store, f"--data {trained.path}", trained.prefix_dim, trained.info)
         images = images_of(store)
         self.clip_embedding, self.rows = store.clip_embedding, {i: row for i, (row, _) in images.items()}
         self.references = {i: texts for i, (_, texts) in images.items()}
@@ -102,16 +102,17 @@ class Validation:
         return all_union(captions)
 
 
-def check_encoders(flag, store, trained):
+def check_encoders(name, store, other, prefix_dim, described):
     """Refuse a store of another encoder than the one that is trained on.
 
     Args:
-        flag: that names the FeatureStore `store`. trained: FeatureStore of --data.
+        name: of the FeatureStore `store`, with its flag. other: of what it must fit, such as the store of --data.
+        prefix_dim, described: the width of that one's encoder and what is known of it; see `known_encoder`.
     Raises: ValueError.
     """
-    ours, theirs = (known_encoder(s.info) for s in (store, trained))
-    if store.prefix_dim != trained.prefix_dim or (ours and theirs and ours != theirs):
+    ours, theirs = known_encoder(store.info), known_encoder(described)
+    if store.prefix_dim != prefix_dim or (ours and theirs and ours != theirs):
         raise ValueError(
-            f"{flag} {store.path} and --data {trained.path} are of different encoders ({ours or 'unknown'}, "
-            f"{store.prefix_dim} wide; {theirs or 'unknown'}, {trained.prefix_dim} wide); extract both with one"
+            f"{name} and {other} are of different encoders ({ours or 'unknown'}, {store.prefix_dim} wide; "
+            f"{theirs or 'unknown'}, {prefix_dim} wide); extract both with one"
         )
