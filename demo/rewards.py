@@ -3,39 +3,39 @@
     python -m demo.rewards --out demo/out/rewards --seeds 0 1 2
 
 Input: demo/weights, whose captioner every run begins with. Trains it by train_scst.py on the train split's references;
-on those of them that begin with a thing, half of the phrasings, so that a captioner that only learned to please its
+on those of them that do not begin with the place, about half, so that a captioner that only learned to please its
 references would show; and by CLIP alone on pictures without captions, half of them of unseen combinations. Each
 captions the test split, whose references have all phrasings. Prints a table over the seeds and writes results.json. A
-stage that was finished with the same command is skipped on a rerun. A seed takes about 20 minutes on one core.
+stage that was finished with the same command is skipped on a rerun.
 """
 
-import argparse
-import os
 import statistics
-from pathlib import Path
 
 from demo.captions import parse_caption
+from demo.experiment import get_parser, mean_and_spread, table
 from demo.report import PARTS, judge_variant, read_captions, read_references
-from demo.run import CLIP, ROOT, Stages, draw_world
+from demo.run import CLIP, ROOT, draw_world, stages_in
 from demo.world import write_split
 from metrics.coco import coco_scores
 from models.pretrained import DEMO_CHECKPOINT
 from utils.files import read_json, write_json
 
 UNCAPTIONED = 1500  # pictures to adapt to
-BEGINNINGS = ("There", "On", "In")  # of the phrasings that are kept out
+BEGINNINGS = ("On", "In")  # of the phrasings that are kept out: those that begin with the place, four of nine
 SEARCHES = {"greedy": (), "beam 5": ("--use_beam_search",)}
 SCST = ("--bs", 20, "--lr", "1e-4")
 REWARDS = {  # method -> store, flags; 450 and 600 steps of 20 images
     "cider": ("pairs", ("--epochs", 1)),
+    "cider+clip": ("pairs", ("--epochs", 1, "--reward", "cider+clip")),
     "cider, half the phrasings": ("half", ("--epochs", 1)),
     "clip, no captions": ("adapt", ("--reward", "clip", "--kl", 0.05, "--samples", 8, "--epochs", 8)),
 }
 START = "the captioner at the start"
+COLUMNS = (*PARTS, "grammatical", "CIDEr")
 
 
 def write_half(captions, path):
-    """Write the annotations of a split that begin with a thing."""
+    """Write the annotations of a split that do not begin with the place."""
     value = read_json(captions)
     own = [record for record in value["annotations"] if record["caption"].split()[0] not in BEGINNINGS]
     write_json(path, {"images": value["images"], "annotations": own})
@@ -85,50 +85,33 @@ def train(stages, name, store, flags, seed):
     return checkpoint
 
 
-def table(results):
-    """Return the lines of the table, mean and deviation over the runs of {method: [what `measure` returns]}."""
-    columns = (*PARTS, "CIDEr", "grammatical")
-    lines = [f"{'':40}" + "".join(f"{column:>22}" for column in columns)]
+def rows_of(results):
+    """Return the rows of the table; `results`: {method: [what `measure` returns, one per seed]}."""
+    rows = {}
     for method, runs in results.items():
         for search in SEARCHES:
-            cells = []
-            for column in columns:
-                values = [run[search][column] for run in runs]
-                digits, unit = (3, "") if column == "CIDEr" else (1, " %")
-                spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.{digits}f}{spread}{unit}")
-            lines.append(f"{f'{method}, {search}':40}" + "".join(f"{cell:>22}" for cell in cells))
-    return lines
-
-
-def get_parser():
-    """Return the command line's parser."""
-    parser = argparse.ArgumentParser(description="Measure training on rewards in the made world.")
-    parser.add_argument("--out", type=Path, default=Path("demo/out/rewards"), help="folder to write")
-    parser.add_argument("--scenes", type=int, default=9000, help="training scenes")
-    parser.add_argument("--test", type=int, default=1000, help="test scenes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run of each reward per seed")
-    parser.add_argument("--methods", nargs="+", choices=REWARDS, default=list(REWARDS), help="rewards to measure")
-    return parser
+            shares = [mean_and_spread([run[search][name] for run in runs]) for name in COLUMNS[:-1]]
+            rows[f"{method}, {search}"] = [*(f"{share} %" for share in shares),
+                                           mean_and_spread([run[search]["CIDEr"] for run in runs], 3)]  # fmt: skip
+    return rows
 
 
 def main(argv=None):
     """Measure what the command line asks for."""
-    args = get_parser().parse_args(argv)
-    out = Path(os.path.relpath(args.out.resolve(), ROOT))  # commands and files name no absolute path
-    os.chdir(ROOT)
-    out.mkdir(parents=True, exist_ok=True)
-    stages = Stages(out)
-    world, stores = make_stores(stages, args.scenes, args.test)
-    results = {START: [measure(stages, world, "start", "demo")]}
-    for seed in args.seeds:
-        for method in args.methods:
-            store, flags = REWARDS[method]
-            name = method.replace(", ", "_").replace(" ", "_")
-            checkpoint = train(stages, name, stores[store], flags, seed)
-            results.setdefault(method, []).append(measure(stages, world, f"{name}_{seed}", checkpoint))
-            write_json(out / "results.json", results)
-    print("\n".join(table(results)))
+    parser = get_parser("Measure training on rewards in the made world.", "rewards")
+    parser.add_argument("--methods", nargs="+", choices=REWARDS, default=list(REWARDS), help="rewards to measure")
+    args = parser.parse_args(argv)
+    with stages_in(args.out, (DEMO_CHECKPOINT,)) as stages:
+        world, stores = make_stores(stages, args.scenes, args.test)
+        results = {START: [measure(stages, world, "start", "demo")]}
+        for seed in args.seeds:
+            for method in args.methods:
+                store, flags = REWARDS[method]
+                name = method.replace(", ", "_").replace(" ", "_")
+                checkpoint = train(stages, name, stores[store], flags, seed)
+                results.setdefault(method, []).append(measure(stages, world, f"{name}_{seed}", checkpoint))
+                write_json(stages.out / "results.json", results)
+    print("\n".join(table(COLUMNS, rows_of(results))))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ command; a stage that was finished with the same command is skipped on a rerun.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import shlex
@@ -46,20 +47,22 @@ VARIANTS = (
 TRAINING = ("--bs", "100", "--warmup_steps", "100", "--prefix_length", "10", "--prefix_length_clip", "10")
 
 
-def weights_digest():
-    """Return a short digest of the weights: with other weights every stage runs again."""
+def weights_digest(files=()):
+    """Return a short digest of the weights, and of further files: with other ones every stage runs again."""
     digest = hashlib.sha256((ROOT / CLIP).read_bytes())
-    digest.update((ROOT / LANGUAGE_MODEL / "model.safetensors").read_bytes())
+    for file in (Path(LANGUAGE_MODEL) / "model.safetensors", *files):
+        digest.update((ROOT / file).read_bytes())
     return digest.hexdigest()[:12]
 
 
 class Stages:
     """Runs stages in order, times them, and skips those whose stamp shows the same command."""
 
-    def __init__(self, out):
+    def __init__(self, out, files=()):
+        """Go on with what was done in a folder; `files`: of weights that stages rest on, besides CLIP and GPT-2."""
         self.out, self.seconds = Path(out), {}
         self.stamps = self.out / "stages.json"
-        self.weights = weights_digest()
+        self.weights = weights_digest(files)
         self.done = read_json(self.stamps) if self.stamps.exists() else {}
 
     def run(self, name, command, outputs, work):
@@ -94,6 +97,22 @@ class Stages:
         shown = shlex.join(["python", *map(str, arguments)])
         command = [sys.executable, *map(str, arguments)]
         self.run(name, shown, outputs, lambda: subprocess.run(command, cwd=ROOT, check=True))
+
+
+@contextlib.contextmanager
+def stages_in(out, files=()):
+    """Give the body the Stages of a folder, in the repository's root; a command that fails has said why.
+
+    Args:
+        out, files: as of Stages.
+    """
+    out = Path(os.path.relpath(out.resolve(), ROOT))  # commands and files name no absolute path
+    os.chdir(ROOT)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield Stages(out, files)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: {shlex.join(error.cmd[1:])} failed")
 
 
 def draw_world(stages, scenes, test):
@@ -141,18 +160,17 @@ def save_weights(out, variant, folder):
     print(f"{folder / 'demo_latest.pt'}: {(folder / 'demo_latest.pt').stat().st_size / 1e6:.2f} MB")
 
 
-def run_demo(out, scenes, test, epochs):
+def run_demo(stages, scenes, test, epochs):
     """Run everything.
 
     Args:
-        out: Path of the folder to write.
+        stages: Stages of the folder to write.
         scenes: training scenes.
         test: test scenes.
         epochs: of every variant, or None for its own.
     Returns: the figures of report.json.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    began, stages = time.monotonic(), Stages(out)
+    began, out = time.monotonic(), stages.out
     world, store = draw_world(stages, scenes, test), out / "train.pkl"
     stages.script("parse", [
         "parse_coco.py", "--clip_model_type", CLIP, "--annotations", world / "captions_train.json",
@@ -179,16 +197,12 @@ def get_parser():
 def main(argv=None):
     """Run the demo the command line asks for."""
     args = get_parser().parse_args(argv)
-    args.out = Path(os.path.relpath(args.out.resolve(), ROOT))  # commands and files name no absolute path
-    os.chdir(ROOT)
     scenes = args.scenes or (600 if args.short else 9000)
     test = args.test or (80 if args.short else 1000)
-    try:
-        run_demo(args.out, scenes, test, epochs=2 if args.short else None)
-    except subprocess.CalledProcessError as error:  # the command has said why
-        sys.exit(f"error: {shlex.join(error.cmd[1:])} failed")
+    with stages_in(args.out) as stages:
+        run_demo(stages, scenes, test, epochs=2 if args.short else None)
     if args.save_weights:
-        save_weights(args.out, VARIANTS[0], (ROOT / CLIP).parent)
+        save_weights(stages.out, VARIANTS[0], (ROOT / CLIP).parent)
 
 
 if __name__ == "__main__":

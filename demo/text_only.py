@@ -9,16 +9,12 @@ of the scenes that are all right, over the seeds, and writes results.json. A sta
 command is skipped on a rerun. A captioner and epoch take about four minutes on one core.
 """
 
-import argparse
-import os
-import statistics
-from pathlib import Path
-
 import numpy as np
 
 from demo.captions import write_captions
+from demo.experiment import get_parser, mean_and_spread, table
 from demo.report import PARTS, judge_variant, read_captions
-from demo.run import CLIP, LANGUAGE_MODEL, ROOT, TRAINING, VARIANTS, Stages, draw_world
+from demo.run import CLIP, LANGUAGE_MODEL, TRAINING, VARIANTS, draw_world, stages_in
 from demo.world import CAPTIONS_PER_IMAGE, SHARE_UNSEEN, sample_scene, write_split
 from utils.files import read_json, write_json, write_text
 
@@ -114,48 +110,27 @@ def measure(stages, world, stores, seed, epochs, angles):
     return {method: {part: figures[part]["all"]["share"] for part in PARTS} for method, figures in judged.items()}
 
 
-def table(results):
-    """Return the lines of the table: scenes all right, mean and deviation over the seeds.
-
-    Args:
-        results: {seed: what `measure` returns}.
-    """
-    lines = [f"{'all right':32}" + "".join(f"{part:>24}" for part in PARTS)]
-    for method in next(iter(results.values())):
-        cells = []
-        for part in PARTS:
-            shares = [100 * result[method][part] for result in results.values()]
-            spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
-            cells.append(f"{statistics.mean(shares):.1f}{spread} %")
-        lines.append(f"{method:32}" + "".join(f"{cell:>24}" for cell in cells))
-    return lines
-
-
-def get_parser():
-    """Return the command line's parser."""
-    parser = argparse.ArgumentParser(description="Measure text-only training on the made world.")
-    parser.add_argument("--out", type=Path, default=Path("demo/out/text_only"), help="folder to write")
-    parser.add_argument("--scenes", type=int, default=9000, help="training scenes")
-    parser.add_argument("--test", type=int, default=1000, help="test scenes")
-    parser.add_argument("--epochs", type=int, default=VARIANTS[0].epochs, help="passes over the captions")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a captioner of each method per seed")
-    parser.add_argument("--angles", type=float, nargs="*", default=[], help="noise angles to compare `auto` with")
-    return parser
+def rows_of(results):
+    """Return the rows of the table: scenes all right, over the seeds; `results`: {seed: what `measure` returns}."""
+    return {
+        method: [f"{mean_and_spread([100 * shares[method][part] for shares in results.values()])} %" for part in PARTS]
+        for method in next(iter(results.values()))
+    }
 
 
 def main(argv=None):
     """Measure what the command line asks for."""
-    args = get_parser().parse_args(argv)
-    out = Path(os.path.relpath(args.out.resolve(), ROOT))  # commands and files name no absolute path
-    os.chdir(ROOT)
-    out.mkdir(parents=True, exist_ok=True)
-    stages = Stages(out)
-    world, stores = make_stores(stages, args.scenes, args.test)
-    results = {}
-    for seed in args.seeds:
-        results[seed] = measure(stages, world, stores, seed, args.epochs, args.angles)
-        write_json(out / "results.json", results)
-    print("\n".join(table(results)))
+    parser = get_parser("Measure text-only training on the made world.", "text_only")
+    parser.add_argument("--epochs", type=int, default=VARIANTS[0].epochs, help="passes over the captions")
+    parser.add_argument("--angles", type=float, nargs="*", default=[], help="noise angles to compare `auto` with")
+    args = parser.parse_args(argv)
+    with stages_in(args.out) as stages:
+        world, stores = make_stores(stages, args.scenes, args.test)
+        results = {}
+        for seed in args.seeds:
+            results[seed] = measure(stages, world, stores, seed, args.epochs, args.angles)
+            write_json(stages.out / "results.json", results)
+    print("\n".join(table(PARTS, rows_of(results))))
 
 
 if __name__ == "__main__":

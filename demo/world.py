@@ -236,7 +236,7 @@ def get_parser():
 def main(argv=None):
     """Draw what the command line asks for."""
     args = get_parser().parse_args(argv)
-    for split in FIRST_ID:
+    for split in (split for split in FIRST_ID if getattr(args, split)):
         paths = write_split(split, getattr(args, split), args.out, args.processes)
         print(f"{split}: {getattr(args, split)} images in {paths['images']}")
 
