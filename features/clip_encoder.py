@@ -80,7 +80,7 @@ class ClipEncoder:
         lengths = tokens.argmax(1) + 1  # the end token has the highest number
         order = lengths.argsort()
         embeddings = torch.empty(len(texts), self.embed_dim)
-        for rows in order.split(batch_size):
+        for rows in order.split(batch_size) if texts else ():
             batch = tokens[rows, : lengths[rows].max()].to(self.device)
             embeddings[rows] = self.model.encode_text(batch).float().cpu()
         return embeddings

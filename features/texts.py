@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from features.annotations import read_places
 from features.listing import IMAGE_SUFFIXES
 from features.tables import TRIED, NoHeaderError, read_text, undecoded
@@ -48,8 +46,7 @@ class TextEncoder:
     def encode_files(self, sentences, batches, _num_workers=0):
         """Embed Sentences; see `ClipEncoder.encode_files`."""
         for indices in batches:
-            embeddings = self.encoder.encode_texts([sentences[i].text for i in indices])
-            yield list(indices), embeddings if len(indices) else torch.empty(0, self.embed_dim), {}
+            yield list(indices), self.encoder.encode_texts([sentences[i].text for i in indices]), {}
 
     def count_cut(self, sentences):
         """Return how many of the Sentences are longer than the text tower reads."""

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -176,3 +177,10 @@ def test_what_does_not_fit_is_refused(texts, images, store, language_model, tmp_
     for angle in ("0", "90", "-5", "nan", "Auto"):
         refused(texts, f"--noise_angle={angle}", said=("--noise_angle", "between 0 and 90"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_store_that_does_not_say_is_taken_for_texts_with_a_word(texts, language_model, tmp_path):
+    bare = tmp_path / "bare.pkl"
+    shutil.copy(texts, bare)
+    done = train(bare, language_model, tmp_path / "run", "--noise_angle", 30, "--epochs", 1)
+    assert f"no json beside --data {bare} says what its rows are" in done.stderr

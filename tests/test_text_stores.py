@@ -7,7 +7,7 @@ import pickle
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import captions_of, run_script
+from conftest import EMBED_DIM, captions_of, run_script
 from test_scripts import one_line_error
 
 import features.shards
@@ -136,3 +136,7 @@ def test_contradictions(parse, photos, tmp_path, monkeypatch):
     (tmp_path / "empty.json").write_text('[{"image_id": 1, "caption": " "}]')
     one_line_error(parse(tmp_path / "x.pkl", tmp_path / "empty.json", check=2), "all are empty")
     assert not (tmp_path / "x.pkl").exists()
+
+
+def test_no_texts_have_no_embeddings(clip_file):
+    assert ClipEncoder(clip_file).encode_texts([]).shape == (0, EMBED_DIM)

@@ -76,6 +76,8 @@ def _check_modality(store, noise_angle, match, val_store):
             f"--noise_angle is for texts, and --data {store.path} holds images: leave it out, or make a store of texts "
             "by parse_coco.py --text_only"
         )
+    if noise_angle is not None and not store.info:
+        note(f"warning: no json beside --data {store.path} says what its rows are: they are taken for texts'")
     if val_store and val_store.is_of_texts:
         raise ValueError(
             f"--val_data {val_store.path} holds texts, and captions are scored of images; pass a store of those"
