@@ -29,6 +29,7 @@ from pages.errors import Refused
 from predict import Predictor
 from utils.batching import Batcher
 from utils.cli import Parser, note, positive_int, run
+from utils.devices import keep_few_kernels
 
 PICTURE_SIDE = 640  # pixels of the picture that words are shown on
 MAX_TEXT = 1000  # characters of a caption that a visitor writes
@@ -200,8 +201,9 @@ class Service:
         text = (text or "")[:MAX_TEXT].strip()
         if not text:
             raise Refused("there is no caption to explain: pick one or write one")
-        with self.batches.busy:  # memory and cores are for one at a time
-            return self._explain(self._captioner(model), read_image(image), text, self.said.get((image, model, text)))
+        return self.batches.alone(  # memory and cores are for one at a time
+            lambda: self._explain(self._captioner(model), read_image(image), text, self.said.get((image, model, text)))
+        )
 
     def _explain(self, captioner, image, text, tokens):
         """Explain with a loaded captioner and image, and the text's tokens if they are known; see `explain`."""
@@ -259,6 +261,7 @@ def make_page(args):
     except ModuleNotFoundError as error:
         raise ValueError(f'the page needs {error.name}; run: pip install -e ".[app]"') from None
     set_max_pixels(args.max_pixels)
+    keep_few_kernels()
     models = {Path(args.checkpoint).stem: args.checkpoint} if args.checkpoint else {}  # visitors see no folders
     models |= {name: name for name in (DEMO, *NAMES) if name not in models}
     service = Service(models, args.device, args.batch_size)

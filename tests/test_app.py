@@ -53,7 +53,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return gradio_client.Client(server[0], verbose=False, max_workers=100)
+    return gradio_client.Client(server[0], verbose=False, max_workers=100, httpx_kwargs={"timeout": 120})
 
 
 @pytest.fixture(scope="module")

@@ -40,3 +40,15 @@ def test_an_error_of_the_whole_batch_is_raised_and_the_next_one_works():
     with pytest.raises(RuntimeError, match="broken"):
         batcher("bad")
     assert batcher("good") == "good"
+
+
+def test_one_thread_does_all_the_work():
+    """Whoever asks: what is kept per thread is kept once, and nothing is computed beside a batch."""
+    batcher = Batcher(lambda requests: [threading.get_ident()] * len(requests), size=2)
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(batcher, n) for n in range(20)]
+        asked += [threads.submit(batcher.alone, threading.get_ident) for _ in range(5)]
+        assert len({future.result() for future in asked}) == 1
+    with pytest.raises(ZeroDivisionError):
+        batcher.alone(lambda: 1 / 0)
+    assert batcher(1) == batcher.alone(threading.get_ident)

@@ -1,13 +1,14 @@
-"""Concurrent calls answered in batches."""
+"""Concurrent calls answered in batches, by one thread."""
 
 import threading
 from concurrent.futures import Future
 
 
 class Batcher:
-    """Joins what several threads ask for at the same time into batches, without a thread of its own.
+    """Joins what several threads ask for at the same time into batches.
 
-    Whoever comes first does the work of all that wait; the others find their answers done.
+    One thread does all the work: what torch and the memory allocator keep for every thread that has ever computed, such
+    as buffers for products, is kept once, whoever asks.
     """
 
     def __init__(self, work, size):
@@ -19,31 +20,49 @@ class Batcher:
             size: requests in a batch at most.
         """
         self.work, self.size = work, size
-        self.waiting, self.list_lock = [], threading.Lock()
-        self.busy = threading.Lock()  # held while work is done; others may hold it to keep batches off
+        self.waiting, self.changed = [], threading.Condition()  # (request or function, answer, whether it is alone)
+        threading.Thread(target=self._serve, name="batches", daemon=True).start()
 
     def __call__(self, request):
         """Return the answer to one request.
 
         Raises: the exception that is its answer, or what `work` raised for the whole batch.
         """
+        return self._ask(request, alone=False)
+
+    def alone(self, function):
+        """Return what a function without arguments does, called between batches; raises what it raises."""
+        return self._ask(function, alone=True)
+
+    def _ask(self, asked, alone):
         answer = Future()
-        with self.list_lock:
-            self.waiting.append((request, answer))
-        with self.busy:
-            while not answer.done():
-                self._work_off()
+        with self.changed:
+            self.waiting.append((asked, answer, alone))
+            self.changed.notify()
         return answer.result()
 
-    def _work_off(self):
-        """Answer the requests that have waited longest."""
-        with self.list_lock:
-            batch, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
+    def _serve(self):
+        """Answer for ever."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting)
+                batch = self._take()
+            self._answer(batch)
+
+    def _take(self):
+        """Take what has waited longest: a function that is called alone, or a batch of requests."""
+        count = next((n for n, (_, _, alone) in enumerate(self.waiting) if alone), len(self.waiting))
+        count = min(count, self.size) or 1
+        batch, self.waiting = self.waiting[:count], self.waiting[count:]
+        return batch
+
+    def _answer(self, batch):
         try:
-            answers = self.work([request for request, _ in batch])
+            asked = [asked for asked, _, _ in batch]
+            answers = [asked[0]()] if batch[0][2] else self.work(asked)
         except BaseException as error:
             answers = [error] * len(batch)
-        for (_, waiter), answer in zip(batch, answers, strict=True):
+        for (_, waiter, _), answer in zip(batch, answers, strict=True):
             if isinstance(answer, BaseException):
                 waiter.set_exception(answer)
             else:

@@ -1,5 +1,6 @@
 """Which devices a command runs on, and how a language model's layers are split over several."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from utils.cli import note
 from utils.files import reason
 
 ALLOCATION = ("out of memory", "can't allocate memory", "alloc_cpu")  # what torch's RuntimeErrors say
+KERNELS_KEPT = 64  # of oneDNN, which keeps 1,024 of them, each for one number of rows, in two caches
 
 
 def is_out_of_memory(error):
@@ -15,6 +17,15 @@ def is_out_of_memory(error):
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION)
+
+
+def keep_few_kernels():
+    """Bound what a process that runs for long remembers of all numbers of rows it has met: hundreds of megabytes else.
+
+    Counts where nothing was computed yet, and where the user has not set the variables.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # the second is torch's own
+        os.environ.setdefault(name, str(KERNELS_KEPT))
 
 
 def add_device_flags(parser):
