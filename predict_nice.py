@@ -3,13 +3,15 @@
     python predict_nice.py --images data/nice/images --checkpoint checkpoints/coco_prefix_latest.pt --ofile clipcap
 
 The json is {public_id: caption}, the csv has the columns public_id,caption that the challenge takes. Stopped and run
-again, it goes on; an image that cannot be read is listed, gets a row with an empty caption, and is tried again.
+again, it goes on; an image that cannot be read is listed, gets a row with an empty caption, and is tried again. What
+captioned, and how, is kept in .clipcap.made_by.json, so that one file never holds the captions of two.
 """
 
 if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import predict
@@ -21,7 +23,7 @@ from features.loader import prepare_readers
 from features.results import name_shared, result_id, shared_ids
 from models.captioner import captioner_files
 from utils.cli import Parser, note, progress_bar, run
-from utils.files import read_json, write_json, write_table
+from utils.files import read_json, sha256, write_json, write_table
 from utils.outputs import check_output, lock
 
 FOLDER = Path("output_caption")
@@ -75,6 +77,43 @@ def read_done(path):
     return {number if isinstance(number, int) else key: done[key] for key, number in numbers.items()}
 
 
+def made_by(args, decoding):
+    """Return what decides the captions: the captioner, by its files' content, and how it decodes."""
+    files = captioner_files(args.checkpoint, args.clip_model_type, args.language_model)
+    digests = sorted({sha256(file) for file in files if os.path.isfile(file)})
+    named = {flag: getattr(args, flag) for flag in ("checkpoint", "clip_model_type", "language_model")}
+    # of those that are no files, as names of the hub, no more is known; a file may be given by another path
+    names = {flag: name for flag, name in named.items() if name and not os.path.exists(name)}
+    settings = {"dtype": args.dtype, "normalize_prefix": args.normalize_prefix}
+    return {"files": digests, "names": names, "settings": settings, "decoding": asdict(decoding)}
+
+
+def check_made_by(out, made, done):
+    """Refuse to go on with the captions of another captioner or decoding.
+
+    Args:
+        out: the json of captions.
+        made: what `made_by` returns.
+        done: captions that are there.
+    Raises: ValueError saying what differs.
+    """
+    path = made_by_path(out)
+    earlier = read_json(path) if done and path.is_file() else None
+    if done and earlier is None:
+        note(f"warning: {out} does not say which captioner made its {len(done):,} captions; they are kept as they are")
+    if earlier is not None and earlier != made:
+        differ = [name for name in made if not isinstance(earlier, dict) or earlier.get(name) != made[name]]
+        what = "captioner" if {"files", "names"} & set(differ) else "way of decoding (--dtype and the like too)"
+        raise ValueError(
+            f"{out} holds captions of another {what}: give the same flags to go on, or another --ofile, or move it away"
+        )
+
+
+def made_by_path(out):
+    """Return the file beside a json of captions that says what made them."""
+    return out.with_name(f".{out.stem}.made_by.json")
+
+
 def write_results(path, captions):
     """Write both files, in the order of the ids."""
     rows = sorted(captions.items(), key=lambda item: (isinstance(item[0], str), item[0]))
@@ -124,11 +163,19 @@ def main(argv=None):
     out = output_file(args)
     decoding, paths = predict.decoding_config(args), find_images(args.images)
     with lock(out, "--ofile"):
-        return caption_rest(args, decoding, paths, out, read_done(out))
+        done = read_done(out)
+        made = made_by(args, decoding)
+        check_made_by(out, made, done)
+        return caption_rest(args, decoding, paths, out, done, made)
 
 
-def caption_rest(args, decoding, paths, out, captions):
-    """Caption the images that have no caption yet; arguments as of `caption_folder`, returns as `main`."""
+def caption_rest(args, decoding, paths, out, captions, made):
+    """Caption the images that have no caption yet.
+
+    Args:
+        made: what `made_by` returns; the others as of `caption_folder`.
+    Returns: as `main`.
+    """
     todo = [path for path in paths if not captions.get(result_id(path))]
     if len(todo) < len(paths):
         note(f"going on: {len(paths) - len(todo):,} of {len(paths):,} images are captioned")
@@ -143,6 +190,7 @@ def caption_rest(args, decoding, paths, out, captions):
         raise ValueError(
             f"--prefix_length {args.prefix_length} contradicts {args.checkpoint}, whose prefix is {own} long"
         )
+    write_json(made_by_path(out), made)
     try:
         unreadable = caption_folder(captioner, todo, decoding, args.batch_size, workers, out, captions)
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, run_script
 from PIL import Image
 from test_outputs import alias
@@ -223,7 +224,7 @@ def test_nice_goes_on_after_signals(nice, photos, tmp_path, number):
     assert done.stderr.splitlines()[-1].endswith("the same command goes on from here")
     assert rows(tmp_path) == ["1", "2", "3", "4"]
     assert "4 of 12 images are captioned" in nice(photos).stderr
-    assert (tmp_path / "out" / "d.csv").read_text() == whole and len(os.listdir(tmp_path / "out")) == 2
+    assert (tmp_path / "out" / "d.csv").read_text() == whole and len(os.listdir(tmp_path / "out")) == 3
 
 
 @pytest.mark.parametrize("how", ("plain", "relative", "link"))
@@ -299,8 +300,30 @@ def test_nice_refuses_images_of_one_id(nice, tmp_path):
 def test_nice_takes_an_ending_off(nice, tmp_path, name):
     done = nice(pictures(tmp_path / "p", "a.jpg"), "--ofile", name)
     stem = name.rsplit(".", 1)[0]
-    assert sorted(os.listdir(tmp_path / "out")) == [f"{stem}.csv", f"{stem}.json"]
+    assert sorted(os.listdir(tmp_path / "out")) == [f".{stem}.made_by.json", f"{stem}.csv", f"{stem}.json"]
     assert f"{stem}.json and {stem}.csv: 1 captions" in done.stderr
+
+
+def test_nice_mixes_no_captioners(nice, tmp_path, checkpoint):
+    """What another checkpoint, or another way of decoding, has captioned is not gone on with, finished or not."""
+    folder, out = pictures(tmp_path / "p", "a.jpg", "b.jpg"), tmp_path / "out" / "d.json"
+    nice(folder)
+    before = out.read_bytes()
+    shutil.copytree(checkpoint.parent, tmp_path / "other")
+    other = tmp_path / "other" / checkpoint.name
+    assert "2 of 2 images are captioned" in nice(folder, "--checkpoint", other).stderr  # the same by another path
+    state = torch.load(other, weights_only=True)
+    state["clip_project.model.0.bias"] += 1
+    torch.save(state, other)
+    for names in ((), ("c.jpg",)):  # finished, and with one to do
+        pictures(folder, *names)
+        one_line_error(nice(folder, "--checkpoint", other, check=2), "d.json", "another captioner", "--ofile")
+        for flags in (("--beam_size", 2), ("--entry_length", 3), ("--dtype", "bf16"), ("--top_p", 0.5)):
+            one_line_error(nice(folder, *flags, check=2), "d.json", "another way of decoding", "--ofile")
+        assert out.read_bytes() == before
+    assert "2 of 3 images are captioned" in nice(folder).stderr
+    (tmp_path / "out" / ".d.made_by.json").unlink()
+    assert "does not say which captioner" in nice(folder).stderr
 
 
 def test_nice_takes_pictures_only(nice, tmp_path):
