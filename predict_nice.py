@@ -22,6 +22,7 @@ from features.listing import as_line, images_in, list_folder
 from features.loader import prepare_readers
 from features.results import name_shared, result_id, shared_ids
 from models.captioner import captioner_files
+from models.pretrained import ALIASES, PRETRAINED
 from utils.cli import Parser, note, progress_bar, run
 from utils.files import read_json, sha256, write_json, write_table
 from utils.outputs import check_output, lock
@@ -81,9 +82,11 @@ def made_by(args, decoding):
     """Return what decides the captions: the captioner, by its files' content, and how it decodes."""
     files = captioner_files(args.checkpoint, args.clip_model_type, args.language_model)
     digests = sorted({sha256(file) for file in files if os.path.isfile(file)})
-    named = {flag: getattr(args, flag) for flag in ("checkpoint", "clip_model_type", "language_model")}
-    # of those that are no files, as names of the hub, no more is known; a file may be given by another path
-    names = {flag: name for flag, name in named.items() if name and not os.path.exists(name)}
+    # of what is no file, as the published captioners and names of the hub, no more is known
+    name = ALIASES.get(args.checkpoint, args.checkpoint)
+    names = {"checkpoint": name} if name in PRETRAINED else {}  # whatever lies in a folder of that name
+    named = {flag: getattr(args, flag) for flag in ("clip_model_type", "language_model")}
+    names |= {flag: name for flag, name in named.items() if name and not os.path.exists(name)}
     settings = {"dtype": args.dtype, "normalize_prefix": args.normalize_prefix}
     return {"files": digests, "names": names, "settings": settings, "decoding": asdict(decoding)}
 
@@ -101,12 +104,17 @@ def check_made_by(out, made, done):
     earlier = read_json(path) if done and path.is_file() else None
     if done and earlier is None:
         note(f"warning: {out} does not say which captioner made its {len(done):,} captions; they are kept as they are")
-    if earlier is not None and earlier != made:
-        differ = [name for name in made if not isinstance(earlier, dict) or earlier.get(name) != made[name]]
-        what = "captioner" if {"files", "names"} & set(differ) else "way of decoding (--dtype and the like too)"
-        raise ValueError(
-            f"{out} holds captions of another {what}: give the same flags to go on, or another --ofile, or move it away"
-        )
+    if earlier in (None, made):
+        return
+    parts = {part: earlier.get(part) for part in made} if isinstance(earlier, dict) else {}
+    what = "captioner"
+    if all(parts.get(part) == made[part] for part in ("files", "names")):
+        flags = [flag for part in ("settings", "decoding") for flag, value in made[part].items()
+                 if (parts[part] or {}).get(flag) != value]  # fmt: skip
+        what = f"way of decoding ({', '.join(flags)})"
+    raise ValueError(
+        f"{out} holds captions of another {what}: give the same flags to go on, or another --ofile, or move it away"
+    )
 
 
 def made_by_path(out):

@@ -52,3 +52,11 @@ def test_one_thread_does_all_the_work():
     with pytest.raises(ZeroDivisionError):
         batcher.alone(lambda: 1 / 0)
     assert batcher(1) == batcher.alone(threading.get_ident)
+
+
+def test_answers_that_are_too_few_reach_those_who_asked():
+    """The thread that all wait for lives on."""
+    batcher = Batcher(lambda requests: requests if requests == ["good"] else [], size=1)
+    with pytest.raises(ValueError, match="zip"):
+        ThreadPoolExecutor(1).submit(batcher, "bad").result(timeout=20)
+    assert batcher("good") == "good"

@@ -326,6 +326,17 @@ def test_nice_mixes_no_captioners(nice, tmp_path, checkpoint):
     assert "does not say which captioner" in nice(folder).stderr
 
 
+def test_nice_tells_published_captioners_apart(tmp_path, monkeypatch):
+    """Also where folders are called as they are."""
+    monkeypatch.chdir(tmp_path)
+    made = []
+    for name in ("coco", "conceptual", "conceptual-captions"):
+        (tmp_path / name).mkdir()
+        args = predict_nice.get_parser().parse_args(["--checkpoint", name])
+        made.append(predict_nice.made_by(args, args.decoding))
+    assert made[0] != made[1] == made[2]
+
+
 def test_nice_takes_pictures_only(nice, tmp_path):
     folder = pictures(tmp_path / "p", "beach.jpg")
     (folder / "._beach.jpg").write_bytes(b"\0\5\16\7\0\2\0\0Mac OS X" + bytes(90))

@@ -60,9 +60,10 @@ class Batcher:
         try:
             asked = [asked for asked, _, _ in batch]
             answers = [asked[0]()] if batch[0][2] else self.work(asked)
-        except BaseException as error:
-            answers = [error] * len(batch)
-        for (_, waiter, _), answer in zip(batch, answers, strict=True):
+            answered = list(zip(batch, answers, strict=True))
+        except BaseException as error:  # whatever it is, the thread must live, for all others wait for it
+            answered = [(request, error) for request in batch]
+        for (_, waiter, _), answer in answered:
             if isinstance(answer, BaseException):
                 waiter.set_exception(answer)
             else:
