@@ -30,6 +30,7 @@ from models.language import (
     load_tokenizer,
 )
 from models.lora import add_lora
+from models.mapping import MAPPING_NETWORKS
 from models.placement import place
 from training.large_models import add_scale_flags, pick_placement
 from training.log import TrainingLog
@@ -73,7 +74,7 @@ def get_parser():
     model = parser.add_argument_group("model")
     model.add_argument("--language_model", default="gpt2", help="name on the hub, or folder")
     model.add_argument("--only_prefix", action="store_true", help="train the mapping network only")
-    model.add_argument("--mapping_type", choices=("mlp", "transformer"), default="mlp", help="mapping network")
+    model.add_argument("--mapping_type", choices=MAPPING_NETWORKS, default="mlp", help="mapping network")
     model.add_argument("--prefix_length", type=positive_int, default=10, help="prefix positions")
     model.add_argument(
         "--prefix_length_clip", type=positive_int, default=10, help="tokens made of the CLIP embedding (transformer)"

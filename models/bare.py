@@ -3,8 +3,10 @@
 from transformers import GPT2Config, OPTConfig
 
 from models.clip_caption import CaptionConfig
+from models.mapping import recognise_mapping_network
 from utils.cli import note
 
+MAPPING = "clip_project."  # what the names of a mapping network's weights begin with
 OPT_EMBEDDINGS = "gpt.model.decoder.embed_tokens.weight"
 # width of the language model's embeddings -> its name on the hub; heads are 64 wide in all of them
 GPT2_NAMES = {768: "gpt2", 1024: "gpt2-medium", 1280: "gpt2-large", 1600: "gpt2-xl"}
@@ -33,19 +35,11 @@ def infer_config(state_dict, path="the checkpoint"):
     if embedding is None:
         raise ValueError(f"{path} has no gpt.* weights of GPT-2 or OPT, and no json beside it: it is no captioner")
     width = embedding.shape[1]
-    common = {"language_model": _language_model_name(state_dict, width)}
-    if "clip_project.model.0.weight" in state_dict and "clip_project.model.2.weight" in state_dict:
-        prefix_dim = state_dict["clip_project.model.0.weight"].shape[1]
-        prefix_length = state_dict["clip_project.model.2.weight"].shape[0] // width
-        config = CaptionConfig(prefix_dim, prefix_length, prefix_length, "mlp", **common)
-    elif "clip_project.linear.weight" in state_dict and "clip_project.prefix_const" in state_dict:
-        projected, prefix_dim = state_dict["clip_project.linear.weight"].shape
-        config = CaptionConfig(
-            prefix_dim, len(state_dict["clip_project.prefix_const"]), projected // width, "transformer",
-            num_layers=_count(state_dict, "clip_project.transformer.layers."), only_prefix=True, **common,
-        )  # fmt: skip
-    else:
+    mapping = {key.removeprefix(MAPPING): value for key, value in state_dict.items() if key.startswith(MAPPING)}
+    told = recognise_mapping_network(mapping, width)
+    if told is None:
         raise ValueError(f"{path} has no mapping network (clip_project.model.* or clip_project.transformer.*)")
+    config = CaptionConfig(**told, language_model=_language_model_name(state_dict, width))
     config.clip_model_type = CLIP_NAMES.get(config.prefix_dim)
     return config
 

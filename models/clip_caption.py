@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.mapping import MLP, TransformerMapper
+from models.mapping import MAPPING_NETWORKS, build_mapping_network
 
 
 @dataclass
@@ -20,7 +20,7 @@ class CaptionConfig:
         prefix_dim: D, width of the CLIP embedding.
         prefix_length: P, prefix positions given to the language model.
         prefix_length_clip: K, tokens the transformer mapping network makes of the CLIP embedding.
-        mapping_type: `mlp` or `transformer`.
+        mapping_type: key of MAPPING_NETWORKS.
         num_layers: layers of the transformer mapping network.
         only_prefix: the language model was frozen.
         normalize_prefix: CLIP embeddings are divided by their L2 norm first.
@@ -45,8 +45,8 @@ class CaptionConfig:
     load_in: str | None = None
 
     def __post_init__(self):
-        if self.mapping_type not in ("mlp", "transformer"):
-            raise ValueError(f"mapping_type is {self.mapping_type!r}; it can be mlp or transformer")
+        if self.mapping_type not in MAPPING_NETWORKS:
+            raise ValueError(f"mapping_type is {self.mapping_type!r}; it can be {' or '.join(MAPPING_NETWORKS)}")
 
     def to_dict(self):
         """Return the fields as a plain dictionary."""
@@ -78,12 +78,7 @@ class ClipCaptionModel(nn.Module):
         self.config = config
         self.gpt = gpt
         embedding_dim = gpt.get_input_embeddings().embedding_dim
-        if config.mapping_type == "mlp":
-            self.clip_project = MLP(config.prefix_dim, embedding_dim, config.prefix_length)
-        else:
-            self.clip_project = TransformerMapper(
-                config.prefix_dim, embedding_dim, config.prefix_length, config.prefix_length_clip, config.num_layers
-            )
+        self.clip_project = build_mapping_network(config, embedding_dim)
 
     def prefix(self, clip_embedding):
         """Map CLIP features to language-model embeddings, normalising them first where the config says so.

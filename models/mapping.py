@@ -16,6 +16,8 @@ MLP_RATIO = 2
 class MLP(nn.Module):
     """One hidden layer with tanh: D -> E·P/2 -> E·P."""
 
+    options = {}
+
     def __init__(self, prefix_dim, embedding_dim, prefix_length):
         super().__init__()
         self.output_shape = (prefix_length, embedding_dim)
@@ -25,6 +27,16 @@ class MLP(nn.Module):
     def forward(self, clip_embedding):
         """Map [B, D] to a prefix [B, P, E]."""
         return self.model(clip_embedding).unflatten(-1, self.output_shape)
+
+    @staticmethod
+    def recognise(weights, embedding_dim):
+        """Return what the weights of one tell of its configuration; None: they are of another network."""
+        if not {"model.0.weight", "model.2.weight"} <= weights.keys():
+            return None
+        return {
+            "prefix_dim": weights["model.0.weight"].shape[1],
+            "prefix_length": weights["model.2.weight"].shape[0] // embedding_dim,
+        }
 
 
 class Attention(nn.Module):
@@ -91,6 +103,8 @@ class Transformer(nn.Module):
 class TransformerMapper(nn.Module):
     """K projections of the CLIP embedding and P learned constants attend to each other; the last P come out."""
 
+    options = {"prefix_length_clip": 10, "num_layers": 8}
+
     def __init__(self, prefix_dim, embedding_dim, prefix_length, prefix_length_clip, num_layers):
         super().__init__()
         if embedding_dim % NUM_HEADS:
@@ -109,3 +123,48 @@ class TransformerMapper(nn.Module):
         constants = self.prefix_const.expand(len(clip_tokens), -1, -1)  # [B, P, E]
         mixed = self.transformer(torch.cat((clip_tokens, constants), dim=1))  # [B, K + P, E]
         return mixed[:, self.prefix_length_clip :]
+
+    @staticmethod
+    def recognise(weights, embedding_dim):
+        """See that of MLP; the predecessors trained this one with the language model frozen."""
+        if not {"linear.weight", "prefix_const"} <= weights.keys():
+            return None
+        projected, prefix_dim = weights["linear.weight"].shape
+        return {
+            "prefix_dim": prefix_dim,
+            "prefix_length": len(weights["prefix_const"]),
+            "prefix_length_clip": projected // embedding_dim,
+            "num_layers": len({name.split(".")[2] for name in weights if name.startswith("transformer.layers.")}),
+            "only_prefix": True,
+        }
+
+
+# --mapping_type -> its class, whose `options` are the fields of CaptionConfig that it alone reads, with their defaults
+MAPPING_NETWORKS = {"mlp": MLP, "transformer": TransformerMapper}
+
+
+def build_mapping_network(config, embedding_dim):
+    """Return a new mapping network.
+
+    Args:
+        config: CaptionConfig.
+        embedding_dim: E.
+    Raises: ValueError where the network does not fit this width.
+    """
+    network = MAPPING_NETWORKS[config.mapping_type]
+    options = {name: getattr(config, name) for name in network.options}
+    return network(config.prefix_dim, embedding_dim, config.prefix_length, **options)
+
+
+def recognise_mapping_network(weights, embedding_dim):
+    """Return what a mapping network's weights tell of its CaptionConfig, or None where no network has such.
+
+    Args:
+        weights: name -> tensor, of the network alone.
+        embedding_dim: E.
+    """
+    for name, network in MAPPING_NETWORKS.items():
+        told = network.recognise(weights, embedding_dim)
+        if told:
+            return {"mapping_type": name} | told
+    return None
