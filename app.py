@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from features.images import read_image, set_max_pixels
+from features.loader import encode_files
 from models.captioner import image_key
 from models.decoding import BEAM, CLIP, GREEDY, SAMPLE, DecodingConfig, context_room
 from models.explain import nearest_words, word_heat
@@ -95,7 +96,7 @@ class Service:
         self.predictor = Predictor()
         self.predictor.setup(models, device)
         first = self.predictor.captioner()
-        if hasattr(first.encoder, "encode_texts"):
+        if first.encoder.has_texts:
             self.methods = self.reranking | self.methods
 
     def decoding(self, method, num_captions, top_p, temperature, seed):
@@ -168,11 +169,11 @@ class Service:
     def _caption_alike(self, images, model, decoding):
         """Caption image files the same way; see `_caption_all`."""
         captioner = self._captioner(model)
-        [(indices, embeddings, errors)] = captioner.encoder.encode_files(images, len(images))
+        [(indices, embeddings, errors)] = encode_files(captioner.encoder, images, len(images))
         answers = {index: Refused(reason) for index, reason in errors.items()}
         if indices:
             keys = [image_key(images[index]) for index in indices]
-            encode_texts = getattr(captioner.encoder, "encode_texts", None)
+            encode_texts = captioner.encoder.encode_texts if captioner.encoder.has_texts else None
             if decoding.rerank == CLIP and not encode_texts:
                 raise Refused("this model's encoder has no text tower to choose with: take another decoding")
             groups = captioner.caption_embeddings(embeddings, as_trained(decoding, captioner.decoding), keys)

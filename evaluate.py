@@ -16,10 +16,11 @@ import os
 
 import numpy as np
 
+from encoders import load_encoder
 from features.annotations import FORMATS
-from features.clip_encoder import ClipEncoder
 from features.finder import ImageFinder
 from features.images import add_max_pixels_flag, set_max_pixels
+from features.loader import encode_files
 from features.references import named, read_captions, read_records, read_references
 from metrics import ptb
 from metrics.bootstrap import compare, intervals
@@ -132,7 +133,7 @@ def score_files(args, finder):
     if args.train_captions:
         training = set(ptb.tokenize([record["caption"] for record in read_records(args.train_captions, "train")]))
     if args.clip_model_type:  # first, for an image may be missing
-        encoder = ClipEncoder(args.clip_model_type, pick_device(args.device))
+        encoder = load_encoder(args.clip_model_type, pick_device(args.device))
         embeddings = embed_images(encoder, {i: references.find_image(finder, i) for i in ids}, args.num_workers)
     scores = [coco_scores(system, references.captions, args.metrics, args.tokenizer) for system in systems]
     if args.clip_model_type:
@@ -173,7 +174,7 @@ def embed_images(encoder, images, num_workers):
         )
     parts, paths = [], list(images.values())
     with progress_bar(len(paths), "images", "img") as bar:
-        for _, embeddings, errors in encoder.encode_files(paths, BATCH, num_workers):
+        for _, embeddings, errors in encode_files(encoder, paths, BATCH, num_workers):
             if errors:
                 index, reason = next(iter(errors.items()))
                 raise ValueError(f"{paths[index]}: {reason}; CLIPScore needs every image")

@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 import transformers
 
+from encoders import known_encoder, load_encoder
 from features.annotations import FORMATS
 from features.check import find_faults
-from features.clip_encoder import ClipEncoder, named_sha256
 from features.images import add_max_pixels_flag, set_max_pixels
 from features.inputs import ANNOTATIONS, fill_inputs, gather
-from features.loader import prepare_readers
+from features.loader import encode_files, prepare_readers
 from features.partial import PartialStore, collect_rows, partial_names
 from features.shards import finished_shards, remove_shards, shard_files, shard_rows, shard_stamp, write_shard
 from features.store import check_store_output, info_path, is_folder, lock_store, write_store
@@ -115,7 +115,11 @@ def encode(encoder, paths, batches, args, bar):
     Yields: per batch (image files, [B, D] embeddings, {image file: why it could not be read}).
     Raises: ValueError at the first unreadable one with --strict, and where the encoder gives NaN.
     """
-    for indices, embeddings, errors in encoder.encode_files(paths, batches, args.num_workers):
+    if args.text_only:
+        encoded = encoder.encode_sentences(paths, batches)
+    else:
+        encoded = encode_files(encoder, paths, batches, args.num_workers)
+    for indices, embeddings, errors in encoded:
         if errors and args.strict:
             index, reason = next(iter(errors.items()))
             raise ValueError(f"{paths[index]}: {reason}; mend or remove it, or leave out --strict")
@@ -261,9 +265,9 @@ def is_done(out, info):
     if not (Path(out).is_file() and info_path(out).is_file()):
         return False
     stored = read_json(info_path(out))
-    stored = stored | {"clip_sha256": stored.get("clip_sha256") or named_sha256(stored.get("clip_model_type"))}
-    made_of = ("clip_model_type", "clip_sha256", "dtype", "annotations_sha256", "split", "made_of")
-    return all(stored.get(key) == info[key] for key in made_of) and not stored.get("skipped")
+    made_of = ("clip_model_type", "dtype", "annotations_sha256", "split", "made_of")
+    same = known_encoder(stored) == known_encoder(info) and all(stored.get(key) == info[key] for key in made_of)
+    return same and not stored.get("skipped")
 
 
 def report_skipped(skipped):
@@ -299,7 +303,7 @@ def main(argv=None):
     device = own_device([pick_device(args.device)])
     with connected(device), lock_store(out) if is_main() else contextlib.nullcontext():
         with main_first():
-            encoder = ClipEncoder(args.clip_model_type, device, args.dtype)
+            encoder = load_encoder(args.clip_model_type, device, args.dtype)
         if args.text_only:
             encoder = TextEncoder(encoder)
         return make_store(encoder, found, out, args, skipped)
@@ -309,8 +313,7 @@ def make_store(encoder, found, out, args, skipped):
     """Encode the images and write the store, unless it is there; arguments as those of `write_folder`."""
     folder = is_folder(out)
     info = {
-        "clip_model_type": args.clip_model_type, "clip_sha256": encoder.sha256, "embed_dim": encoder.embed_dim,
-        "dtype": encoder.dtype, "normalized": False, "annotations": args.annotations,
+        **encoder.describe(), "normalized": False, "annotations": args.annotations,
         "annotations_sha256": args.annotations and sha256(args.annotations), "split": args.split,
         "images_found": 0 if args.text_only else len(found), "modality": "text" if args.text_only else "image",
         "made_of": stamp_of(encoder, found),

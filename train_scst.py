@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 import train
-from features.clip_encoder import ClipEncoder
+from encoders import load_encoder
 from features.image_dataset import ImageDataset
 from models.bare import OPT_EMBEDDINGS, guess_normalization
 from models.captioner import encoder_source, stored_decoding
@@ -164,7 +164,7 @@ def prepare(args, decoding, described, config, training, store, placement):
         made.append(CiderReward(dataset.references))
     if CLIP in rewards:
         source = encoder_source(config, args.init_from, args.clip_model_type, described is not None)
-        made.append(ClipReward(ClipEncoder(source, device)))
+        made.append(ClipReward(load_encoder(source, device)))
     objective = SelfCritical(
         model, tokenizer, dataset, made, training.samples, decoding, training.seed, training.kl, reference
     )

@@ -9,7 +9,8 @@ import torch
 from benchmarks.measure import interleave, peak_memory
 from benchmarks.plain import encode_captions
 from benchmarks.workload import write_clip, write_photos
-from features.clip_encoder import ClipEncoder
+from encoders import load_encoder
+from features.loader import encode_files
 from utils.precision import pick_dtype
 
 CAPTIONS_PER_IMAGE = 5
@@ -43,7 +44,7 @@ def encode_by_open_clip(model, preprocess, paths, device):
 
 def encode_by_ours(encoder, paths):
     """Encode as parse_coco.py does."""
-    return torch.cat([embeddings for _, embeddings, _ in encoder.encode_files(paths, BATCH, 2)])
+    return torch.cat([embeddings for _, embeddings, _ in encode_files(encoder, paths, BATCH, 2)])
 
 
 def run(device, repeats, quick):
@@ -61,7 +62,7 @@ def measure(folder, clip_file, device, repeats, quick):
     model, preprocess = clip.load(str(clip_file), device=device, jit=False)
     model.float().eval()
     dtypes = ["fp32", "bf16"] if pick_dtype("auto", device) == "bf16" else ["fp32"]
-    encoders = {f"ours {dtype}": ClipEncoder(clip_file, device, dtype) for dtype in dtypes}
+    encoders = {f"ours {dtype}": load_encoder(clip_file, device, dtype) for dtype in dtypes}
     theirs = open_clip_encoder(clip_file, device)
     repeated = [path for path in paths[:few] for _ in range(CAPTIONS_PER_IMAGE)]
     work = {
@@ -95,10 +96,10 @@ def measure(folder, clip_file, device, repeats, quick):
 
 def prepare_memory(clip_file, paths, dtype):
     """Return extraction as a function, for its memory."""
-    encoder = ClipEncoder(clip_file, "cpu", dtype)
+    encoder = load_encoder(clip_file, "cpu", dtype)
 
     def work():
-        for _ in encoder.encode_files(paths, BATCH, 2):
+        for _ in encode_files(encoder, paths, BATCH, 2):
             pass
 
     return work

@@ -18,6 +18,7 @@ import torch
 
 from demo.captions import judge
 from demo.world import Scene, write_split
+from features.loader import encode_files
 from models.captioner import Captioner, image_key
 from models.decoding import SAMPLE, DecodingConfig
 from models.rerank import LOGPROB_WEIGHT, distinct, rank_by_consensus, scores_by_clip
@@ -38,7 +39,7 @@ class Scenes:
         paths = write_split("test", TEST + TUNE, out)
         self.records = read_json(paths["scenes"])[part]
         self.files = [str(paths["images"] / f"{record['image_id']:06d}.jpg") for record in self.records]
-        batches = captioner.encoder.encode_files(self.files, BATCH)
+        batches = encode_files(captioner.encoder, self.files, BATCH)
         self.embeddings = torch.cat([embeddings for _, embeddings, _ in batches])
         self.keys = [image_key(file) for file in self.files]
         self.unseen = np.array([record["unseen"] for record in self.records])
@@ -101,7 +102,7 @@ def milliseconds(scenes, captioner, decoding):
         scenes.groups(captioner, decoding, TIMED)
         times.append(time.process_time() - began)
     began = time.process_time()
-    for _ in captioner.encoder.encode_files(scenes.files[:TIMED], BATCH):
+    for _ in encode_files(captioner.encoder, scenes.files[:TIMED], BATCH):
         pass
     return 1e3 * min(times) / TIMED, 1e3 * (time.process_time() - began) / TIMED
 

@@ -66,6 +66,23 @@ def image_loader(paths, preprocess, batches, num_workers, pin_memory=False, coll
         raise ChildProcessError(KILLED) from None
 
 
+def encode_files(encoder, paths, batches=64, num_workers=0):
+    """Embed image files, in order.
+
+    Args:
+        encoder: ImageEncoder.
+        paths: image files.
+        batches: list of lists of indices into `paths`, one per call of the encoder; or the size of such a batch.
+        num_workers: processes that read and preprocess images.
+    Yields: per batch (indices into `paths`, [B, *shape] float32 embeddings, {index: why it could not be read}).
+    """
+    if isinstance(batches, int):
+        batches = slices(len(paths), batches)
+    pin_memory = encoder.device.type == "cuda"
+    for indices, pixels, errors in image_loader(paths, encoder.preprocess, batches, num_workers, pin_memory):
+        yield indices, encoder.encode_images(pixels), errors
+
+
 def start_method():
     """Return how processes are started: "fork" where this one runs no other thread, for it is the quickest.
 

@@ -24,27 +24,23 @@ class Sentence(NamedTuple):
 
 
 class TextEncoder:
-    """An encoder's text tower, which embeds Sentences as the encoder does image files."""
+    """An encoder's text tower, which embeds Sentences."""
 
     def __init__(self, encoder):
         """Take an encoder's text tower.
 
         Raises: ValueError where it has none.
         """
-        if not hasattr(encoder, "encode_texts"):
-            raise ValueError(
-                f"--text_only: {encoder.name} has no text tower; pass a --clip_model_type that embeds texts too, as "
-                "ViT-B/32 does"
-            )
+        encoder.check_texts("--text_only")
         self.encoder, self.name, self.sha256 = encoder, encoder.name, encoder.sha256
-        self.embed_dim, self.dtype = encoder.embed_dim, encoder.dtype
+        self.describe = encoder.describe
 
     def identity(self):
         """Return what tells these embeddings from another encoder's, and from those of its images."""
         return self.encoder.identity() | {"modality": "text"}
 
-    def encode_files(self, sentences, batches, _num_workers=0):
-        """Embed Sentences; see `ClipEncoder.encode_files`."""
+    def encode_sentences(self, sentences, batches):
+        """Embed Sentences, as `encode_files` does image files."""
         for indices in batches:
             yield list(indices), self.encoder.encode_texts([sentences[i].text for i in indices]), {}
 

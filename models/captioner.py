@@ -6,7 +6,8 @@ Axes: B batch, D CLIP width.
 import os
 from pathlib import Path
 
-from features.clip_encoder import ClipEncoder, named_sha256
+from encoders import load_encoder, named_sha256
+from features.loader import encode_files
 from models.checkpoint import config_path, load_captioner
 from models.decoding import NO_RERANK, DecodingConfig, generate_captions
 from models.placement import place
@@ -60,13 +61,15 @@ class Captioner:
                 f"--dtype {dtype} changes weights that --pn auto and --load_in do not let go; leave it out"
             )
         source = encoder_source(self.model.config, checkpoint, clip_model_type, described)
-        self.encoder = ClipEncoder(source, self.device, dtype)
+        self.encoder = load_encoder(source, self.device, dtype)
         if self.encoder.embed_dim != self.model.config.prefix_dim:
             raise ValueError(
                 f"encoder {source} gives embeddings {self.encoder.embed_dim} wide and {checkpoint} was trained on "
                 f"{self.model.config.prefix_dim}; pass its own --clip_model_type"
             )
-        self.reranker = Reranker(self.model, self.tokenizer, getattr(self.encoder, "encode_texts", None))
+        self.reranker = Reranker(
+            self.model, self.tokenizer, self.encoder.encode_texts if self.encoder.has_texts else None
+        )
 
     def caption_files(self, paths, decoding, batch_size=32, num_workers=0):
         """Caption image files, in order.
@@ -78,7 +81,7 @@ class Captioner:
             num_workers: processes that read images.
         Yields: per batch ({path: list of Caption, best first}, {path: why it could not be read}).
         """
-        for indices, embeddings, errors in self.encoder.encode_files(paths, batch_size, num_workers):
+        for indices, embeddings, errors in encode_files(self.encoder, paths, batch_size, num_workers):
             keys = [image_key(paths[index]) for index in indices] if draws_samples(decoding) else None
             captions = self.caption_embeddings(embeddings, decoding, keys) if indices else []
             read = {paths[index]: group for index, group in zip(indices, captions, strict=True)}

@@ -17,7 +17,8 @@ import predict_nice
 import predict_OPT
 import train_OPT
 from demo.train_gpt2 import train_bpe
-from features.clip_encoder import ClipEncoder
+from encoders import load_encoder
+from features.loader import encode_files
 from models.checkpoint import load_captioner
 from models.clip_caption import CaptionConfig, build_captioner
 from models.decoding import BEAM, SAMPLE, DecodingConfig, generate_captions
@@ -176,9 +177,9 @@ def test_predict_OPT_is_transformers_generate(opt_run, photos, tmp_path):
     checkpoint = opt_run / "coco_prefix_latest.pt"
     run_script("predict_OPT.py", photos, "--checkpoint", checkpoint, "--out", out, "--batch_size", 5)
     model, tokenizer, _ = load_captioner(checkpoint)
-    encoder = ClipEncoder(model.config.clip_model_type)
+    encoder = load_encoder(model.config.clip_model_type)
     images = sorted(photos.glob("*.jpg"))
-    _, embeddings, _ = next(encoder.encode_files(images))
+    _, embeddings, _ = next(encode_files(encoder, images))
     newline = tokenizer("\n", add_special_tokens=False).input_ids[0]
     for embedding, record in zip(embeddings, json.loads(out.read_text()), strict=True):
         prompt = model.gpt.get_input_embeddings()(tokenizer(["a photo of"], return_tensors="pt").input_ids)

@@ -12,7 +12,7 @@ import parse_coco
 @pytest.fixture
 def check(tmp_path, monkeypatch):
     """A function that checks annotations, given as text: ([[place, file, reason]], standard error)."""
-    monkeypatch.setattr(parse_coco, "ClipEncoder", None)  # nothing may be encoded
+    monkeypatch.setattr(parse_coco, "load_encoder", None)  # nothing may be encoded
 
     def checked(name, text, status, *more):
         (tmp_path / name).write_text(text)

@@ -15,8 +15,9 @@ from PIL import Image
 
 import evaluate
 import features.references
-from features.clip_encoder import ClipEncoder
+from encoders import load_encoder
 from features.finder import ImageFinder
+from features.loader import encode_files
 from features.references import References
 
 ROOT = Path(evaluate.__file__).resolve().parent
@@ -313,10 +314,10 @@ def test_clip_scores(photos, clip_file, tmp_path):
         "--clip_model_type", clip_file, "--compare", other, "--out", out, *FAST,
     )  # fmt: skip
     result = json.loads(out.read_text())
-    encoder = ClipEncoder(clip_file)
+    encoder = load_encoder(clip_file)
     unit = torch.nn.functional.normalize
     paths = [photos / f"COCO_val2014_{i:012d}.jpg" for i in texts]
-    images = unit(next(encoder.encode_files(paths))[1].double())
+    images = unit(next(encode_files(encoder, paths))[1].double())
     said = unit(encoder.encode_texts([f"A photo depicts a {w} circle" for w in ("red", "blue", "green")]).double())
     clip = 2.5 * (images * said).sum(1).clamp(min=0)
     both = 2 * clip / (clip + 1)  # the caption is one of its own references

@@ -12,6 +12,7 @@ from test_stopping import sentencepiece
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import app
+from encoders.base import ImageEncoder
 from features.images import read_image
 from models.captioner import Captioner
 from models.clip_caption import CaptionConfig, build_captioner
@@ -90,17 +91,17 @@ def test_scores_are_those_of_decoding_after_begin_token_and_prompt(llama, prompt
             assert logprobs.sum().item() == pytest.approx(caption.logprob, abs=1e-3)
 
 
-class Stub:
-    """An encoder of one image."""
+class Stub(ImageEncoder):
+    """An encoder to which all images are alike."""
+
+    has_texts = True
+    shape = (8,)
 
     def preprocess(self, image):
         return torch.zeros(3, 8, 8)
 
-    def encode_images(self, pixels):
+    def _embed(self, pixels):
         return torch.ones(len(pixels), 8) + pixels.mean((1, 2, 3))[:, None]
-
-    def encode_files(self, paths, size):
-        yield list(range(len(paths))), torch.ones(len(paths), 8), {}
 
     def encode_texts(self, texts):
         return torch.ones(len(texts), 8)
@@ -122,7 +123,11 @@ def test_captions_are_explained_as_they_were_decoded(llama, prompt, monkeypatch)
 
     own = DecodingConfig(prompt=prompt, length_penalty=3.0, entry_length=9)
     stub = SimpleNamespace(
-        model=model, tokenizer=tokenizer, encoder=Stub(), decoding=own, caption_embeddings=caption_embeddings
+        model=model,
+        tokenizer=tokenizer,
+        encoder=Stub("stub", "cpu", None, None),
+        decoding=own,
+        caption_embeddings=caption_embeddings,
     )
     service = app.Service({"demo": "demo"}, "cpu")
     service.predictor = SimpleNamespace(captioner=lambda model: stub)

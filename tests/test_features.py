@@ -344,9 +344,9 @@ def test_captions_are_tokenised_once(language_model, tmp_path):
 
 def test_encoder_remembers_what_fits_the_memory(clip_file, monkeypatch, capsys):
     """A device that takes three images: four are halved once, and what follows comes in twos."""
-    from features.clip_encoder import ClipEncoder
+    from encoders import load_encoder
 
-    encoder, sizes = ClipEncoder(clip_file), []
+    encoder, sizes = load_encoder(clip_file), []
     pixels, encode = torch.randn(5, 3, 32, 32), encoder.model.encode_image
     expected = encoder.encode_images(pixels)
 

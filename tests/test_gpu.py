@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from features import clip_encoder
+from encoders import load_encoder
 from features.dataset import CaptionDataset
 from features.store import read_store
 from models.language import load_tokenizer
@@ -57,7 +57,5 @@ def test_one_precision_for_all_commands():
 
 def test_encoder_equals_that_of_the_cpu(clip_file):
     pixels = torch.randn(5, 3, 32, 32)
-    on_cpu, on_gpu = (
-        clip_encoder.ClipEncoder(clip_file, device, "fp32").encode_images(pixels) for device in ("cpu", "cuda")
-    )
+    on_cpu, on_gpu = (load_encoder(clip_file, device, "fp32").encode_images(pixels) for device in ("cpu", "cuda"))
     assert torch.allclose(on_cpu, on_gpu, atol=2e-3)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import train as train_script
-from features.clip_encoder import ClipEncoder
+from encoders import load_encoder
 from features.dataset import CaptionDataset
+from features.loader import encode_files
 from features.store import read_store
 from models import clip_caption
 from models.checkpoint import load_captioner, load_weights
@@ -35,7 +36,7 @@ def embeddings_by_image(parity):
 
 def test_features(parity):
     images = sorted((parity / "data/coco/val2014").glob("*.jpg"))
-    _, embeddings, errors = next(ClipEncoder(parity / "clip-tiny.pt").encode_files(images))
+    _, embeddings, errors = next(encode_files(load_encoder(parity / "clip-tiny.pt"), images))
     reference = embeddings_by_image(parity)
     assert not errors
     for path, embedding in zip(images, embeddings, strict=True):

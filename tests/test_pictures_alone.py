@@ -12,7 +12,7 @@ from PIL import Image
 from test_scripts import one_line_error
 
 import features.shards
-from features.clip_encoder import ClipEncoder
+from encoders.base import ImageEncoder
 from features.store import read_store
 
 OUTPUTS = pytest.mark.parametrize("name", ("x.pkl", "x/"))
@@ -84,7 +84,7 @@ def test_unreadable_ones_are_listed(parse, photos, tmp_path, name):
 
 @OUTPUTS
 def test_it_goes_on_after_a_stop(parse, photos, tmp_path, monkeypatch, name):
-    calls, encode = [], ClipEncoder.encode_images
+    calls, encode = [], ImageEncoder.encode_images
 
     def counting(self, pixels):
         calls.append(len(pixels))
@@ -92,7 +92,7 @@ def test_it_goes_on_after_a_stop(parse, photos, tmp_path, monkeypatch, name):
             raise OSError("stopped")
         return encode(self, pixels)
 
-    monkeypatch.setattr(ClipEncoder, "encode_images", counting)
+    monkeypatch.setattr(ImageEncoder, "encode_images", counting)
     out = f"{tmp_path}/{name}"
     parse(out, photos, check=2)
     parse(out, photos)

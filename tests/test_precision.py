@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from features.clip_encoder import ClipEncoder
+from encoders import load_encoder
 from features.store import read_store
 from models.clip_caption import CaptionConfig, build_captioner
 from tests.conftest import run_script
@@ -186,11 +186,11 @@ def test_packed_clip_is_equal(clip_file):
     pixels, texts = torch.randn(3, 3, 32, 32), ["a red star", "two small green circles on the sand"]
     with torch.inference_mode():
         images, captions = plain.encode_image(pixels), plain.encode_text(clip.tokenize(texts))
-    ours = ClipEncoder(clip_file)
+    ours = load_encoder(clip_file)
     assert torch.allclose(ours.encode_images(pixels), images, atol=1e-5)
     assert torch.allclose(ours.encode_texts(texts), captions, atol=1e-5)
     for dtype in ("bf16", "int8"):
-        found = ClipEncoder(clip_file, dtype=dtype).encode_images(pixels)
+        found = load_encoder(clip_file, dtype=dtype).encode_images(pixels)
         assert found.dtype == torch.float32
         assert 0 < (found - images).norm() < 0.05 * images.norm()
 
@@ -209,7 +209,7 @@ def test_clip_of_a_resnet_runs(tmp_path):
     with torch.inference_mode():
         expected = clip.load(str(tmp_path / "resnet.pt"), device="cpu")[0].encode_image(pixels)
     for dtype, tolerance in ((None, 1e-5), ("bf16", 0.05), ("int8", 0.05)):
-        found = ClipEncoder(tmp_path / "resnet.pt", dtype=dtype).encode_images(pixels)
+        found = load_encoder(tmp_path / "resnet.pt", dtype=dtype).encode_images(pixels)
         assert (found - expected).norm() <= tolerance * expected.norm()
 
 

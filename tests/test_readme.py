@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT, run_script
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from features import clip_encoder, references
+from encoders import openai_clip
+from features import references
 from metrics import coco
 from models import captioner, language, pretrained
 from utils.files import read_json, write_json
@@ -104,7 +105,7 @@ def workplace(tmp_path, photos, clip_file, language_model, twelve_layers, monkey
     """A laid-out folder, where the published names mean small models."""
     lay_out(tmp_path, photos)
     monkeypatch.chdir(tmp_path)
-    load_clip, load = clip_encoder._load, language._from_pretrained
+    load_clip, load = openai_clip._load, language._from_pretrained
     clips = ("ViT-B/32", "RN50x4")
     models = {"gpt2": str(language_model), "facebook/opt-125m": str(twelve_layers)}
 
@@ -114,7 +115,7 @@ def workplace(tmp_path, photos, clip_file, language_model, twelve_layers, monkey
     def model_of_that_name(kind, source, **options):
         return load(kind, models.get(source, source), **options)
 
-    monkeypatch.setattr(clip_encoder, "_load", clip_of_that_name)
+    monkeypatch.setattr(openai_clip, "_load", clip_of_that_name)
     monkeypatch.setattr(language, "_from_pretrained", model_of_that_name)
     monkeypatch.setattr(captioner, "fetch", fetched)
     return tmp_path

@@ -1,5 +1,6 @@
 """Choosing among candidates: order, duplicates, batches, memory that runs out, flags."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import predict
 import predict_nice
 import predict_OPT
 from demo import rerank as experiment
+from features.loader import encode_files
 from models import rerank
 from models.captioner import Captioner
 from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, generate_captions
@@ -40,7 +42,7 @@ WAYS = {
 def demo():
     """The demo's captioner and the embeddings of five images."""
     captioner = Captioner("demo", device="cpu")
-    [(_, embeddings, _)] = captioner.encoder.encode_files(IMAGES, 5)
+    [(_, embeddings, _)] = encode_files(captioner.encoder, IMAGES, 5)
     return captioner, embeddings
 
 
@@ -138,11 +140,12 @@ def test_no_text_tower(demo):
 def test_page_without_text_tower(demo):
     """It offers no choice by text, says so where it is asked for all the same, and shows no score of it."""
     captioner, _ = demo
-    blind = SimpleNamespace(encode_files=captioner.encoder.encode_files)
+    captioner = copy.copy(captioner)
+    captioner.encoder = copy.copy(captioner.encoder)
+    captioner.encoder.has_texts = False
     service = app.Service({"demo": "demo"}, "cpu")
     assert next(iter(service.methods.values())) == "clip"
-    stub = SimpleNamespace(encoder=blind, decoding=captioner.decoding, caption_embeddings=captioner.caption_embeddings)
-    service.predictor = SimpleNamespace(captioner=lambda model: stub)
+    service.predictor = SimpleNamespace(captioner=lambda model: captioner)
     with pytest.raises(Refused, match="no text tower"):
         service.caption(IMAGES[0], "demo", service.decoding("clip", 3, 1, 1, 0))
     answer = service.caption(IMAGES[0], "demo", service.decoding("beam", 3, 1, 1, 0))

@@ -10,7 +10,7 @@ from test_distributed import launch, losses
 from test_scripts import one_line_error, weights
 
 import train_scst
-from features.clip_encoder import ClipEncoder
+from encoders import load_encoder
 from features.image_dataset import ImageDataset
 from features.store import FeatureStore, read_store, write_store
 from metrics.cider_d import CiderD
@@ -207,7 +207,7 @@ def test_counts_are_of_references_as_they_are_divided(cache):
 
 def test_clip_scores_are_of_full_precision(clip_file):
     """Whatever the captioner computes in: a caption's advantage is a small difference."""
-    encoder = ClipEncoder(clip_file)
+    encoder = load_encoder(clip_file)
     texts, images = captions_of(6), torch.randn(6, EMBED_DIM)
     expected = ClipReward(encoder)(texts, range(6), images, [True] * 6)
     with torch.autocast("cpu", torch.bfloat16):

@@ -18,7 +18,7 @@ from test_outputs import alias
 from test_scripts import one_line_error
 
 import features.shards
-from features.clip_encoder import ClipEncoder
+import parse_coco
 from features.partial import PartialStore
 from features.store import read_store
 from utils.outputs import lock
@@ -96,7 +96,7 @@ def test_two_stores_with_one_json(parse, tmp_path):
 
 
 def test_outputs_that_would_overwrite_something(parse, pictures, tmp_path, monkeypatch, clip_file):
-    monkeypatch.setattr(ClipEncoder, "__init__", lambda *_: pytest.fail("the encoder was loaded"))
+    monkeypatch.setattr(parse_coco, "load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
     (tmp_path / "link").symlink_to(pictures)
     run = {"model": {}, "training": {}}
     for name, text in (("run.json", json.dumps(run)), ("other.json", "[]"), ("notes.txt", "mine")):
@@ -264,16 +264,16 @@ def test_journal_and_rows_agree_or_are_made_again(parse, whole, tmp_path, monkey
 @OUTPUTS
 def test_image_that_changes_while_it_is_read(parse, pictures, tmp_path, monkeypatch, name):
     """What was read is not taken for what is there now."""
-    path, plain = pictures / "COCO_val2014_000000000002.jpg", ClipEncoder.encode_files
+    path, plain = pictures / "COCO_val2014_000000000002.jpg", parse_coco.encode_files
 
-    def changing(self, *words):
-        for number, batch in enumerate(plain(self, *words)):
+    def changing(*words):
+        for number, batch in enumerate(plain(*words)):
             if number == 0:
                 Image.new("RGB", (40, 40), "red").save(path)
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(ClipEncoder, "encode_files", changing)
+        patch.setattr(parse_coco, "encode_files", changing)
         parse(f"{tmp_path}/{name}", check=None)
     parse(f"{tmp_path}/{name}")
     parse(f"{tmp_path}/whole/{name}")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from features.clip_encoder import known_encoder
+from encoders import known_encoder
 from features.image_dataset import images_of
 from metrics.coco import caption_statistics, coco_scores, too_few_distinct
 from metrics.scripts import uncut_warning

@@ -1,74 +1,72 @@
-"""Images -> CLIP embeddings, in batches.
+"""OpenAI's CLIP, by its own package.
 
-Axes: B batch, D CLIP width, R input resolution.
+Axes: B batch, D width, K patches, N texts, R input resolution.
 """
 
 import pickle
-import sys
 import urllib.error
 import warnings
 from pathlib import Path
 
 import torch
 
-from features.loader import image_loader, slices
-from utils.cli import nearest, note
+from encoders.base import POOLED, ImageEncoder
+from utils.cli import nearest
 from utils.files import reason, sha256
-from utils.precision import pick_dtype, prepare_for_inference
+from utils.precision import prepare_for_inference
 
+RESNET_STRIDE = 32  # pixels of a side that a place of a ResNet's last grid stands for
 CONTEXT = 77  # tokens of CLIP's text tower, the begin and the end token among them
 
 
-class ClipEncoder:
+class OpenAIClip(ImageEncoder):
     """OpenAI's CLIP with its own preprocessing."""
 
-    def __init__(self, clip_model_type, device="cpu", dtype=None):
+    has_texts = True
+
+    def __init__(self, name, device="cpu", dtype=None, tokens=None):
         """Load the encoder.
 
+        `patches` are the tokens of a ViT's last layer after its last norm, before the projection, as wide as the tower
+        (768 of ViT-B/32, whose embeddings are 512 wide); of a ResNet, the grid that its attention pooling reads (2,560
+        wide, 9 x 9, of RN50x4).
+
         Args:
-            clip_model_type: a name of `clip.available_models()`, or the path of a CLIP `.pt` (state dict or JIT).
-            device: torch device.
-            dtype: `auto`, `fp32`, `bf16` or `int8`; None: float32 on the CPU, elsewhere as CLIP stores the weights.
+            name: one of `clip.available_models()`, or the path of a CLIP `.pt` (state dict or JIT).
+            device, dtype, tokens: see `load_encoder`.
         Raises: ValueError for a name that is neither, or a file that is no CLIP; FileNotFoundError where a named
             model is not in the cache and cannot be fetched.
         """
+        super().__init__(name, device, dtype, tokens)
         clip = _import_clip()
-        self.name, self.device = str(clip_model_type), torch.device(device)
         self.model, self.preprocess = _load(clip, self.name, self.device)
         # images are RGB already, and processes that read them need not import clip for that
         self.preprocess.transforms.remove(clip.clip._convert_image_to_rgb)
         self.model.eval().requires_grad_(False)
-        self.dtype = pick_dtype(dtype, self.device)
-        prepare_for_inference(self.model, self.dtype, self.device)
         self.tokenize = clip.tokenize
-        self.input_resolution = self.model.visual.input_resolution  # R
-        self.embed_dim = self.model.text_projection.shape[1]  # D
+        visual = self.model.visual
+        self.input_resolution = visual.input_resolution  # R
+        self.is_vit = hasattr(visual, "transformer")
+        side = self.input_resolution // (visual.conv1.stride[0] if self.is_vit else RESNET_STRIDE)
+        self.grid = (side, side)
+        width = visual.ln_post.normalized_shape[0] if self.is_vit else visual.attnpool.k_proj.in_features
+        self.shape = (self.model.text_projection.shape[1],) if self.tokens == POOLED else (side * side, width)
+        prepare_for_inference(self.model, self.dtype, self.device)
         self.sha256 = named_sha256(self.name) or sha256(self.name)
-        self.most = sys.maxsize  # images at a time, as far as is known
 
-    @torch.inference_mode()
-    def encode_images(self, pixels):
-        """Embed preprocessed images; from one that does not fit the device's memory on, in halves of it.
-
-        Args:
-            pixels: [B, 3, R, R], normalised as CLIP does.
-        Returns: [B, D] float32 on the CPU, not normalised.
-        """
-        embeddings, done = [], 0
-        while done < len(pixels):
-            batch = pixels[done : done + self.most]
-            try:
-                embeddings.append(self.model.encode_image(batch.to(self.device, non_blocking=True)).float().cpu())
-                done += len(batch)
-                continue
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-            # here, not above: the error, while it is handled, keeps the tensors that filled the memory
-            self.most = len(batch) // 2
-            note(f"warning: {len(batch)} images do not fit the device's memory; going on with {self.most} at a time")
-            torch.cuda.empty_cache()
-        return torch.cat(embeddings)
+    def _embed(self, pixels):
+        if self.tokens == POOLED:
+            return self.model.encode_image(pixels)
+        visual, read = self.model.visual, []
+        pooling = visual.transformer if self.is_vit else visual.layer4  # what comes before it
+        handle = pooling.register_forward_hook(lambda _module, _given, out: read.append(out))
+        try:
+            self.model.encode_image(pixels)
+        finally:
+            handle.remove()
+        if self.is_vit:
+            return visual.ln_post(read[0].transpose(0, 1)[:, 1:])  # [1 + K, B, D], the class token first
+        return read[0].flatten(2).transpose(1, 2)  # [B, D, rows, columns]
 
     @torch.inference_mode()
     def encode_texts(self, texts, batch_size=256):
@@ -90,30 +88,8 @@ class ClipEncoder:
         long = (text for text in texts if len(text.encode()) > CONTEXT - 2)  # a token is a byte at least
         return sum(_is_cut(self.tokenize, text) for text in long)
 
-    def identity(self):
-        """Return what tells this encoder's embeddings from another's: name, sha256 of its file, width, numbers.
-
-        A name of OpenAI's stands for one file; stores of before its hash was recorded go on.
-        """
-        digest = None if named_sha256(self.name) else self.sha256
-        same = {"name": self.name, "sha256": digest, "embed_dim": self.embed_dim}
-        return same | ({"dtype": self.dtype} if self.dtype in ("bf16", "int8") else {})
-
-    def encode_files(self, paths, batches=64, num_workers=0):
-        """Embed image files, in order.
-
-        Args:
-            paths: image files.
-            batches: list of lists of indices into `paths`, one per call of the encoder; or the size of such a batch.
-            num_workers: processes that read and preprocess images.
-        Yields: per batch (indices into `paths`, [B, D] float32 embeddings, {index: why it could not be read}).
-        """
-        if isinstance(batches, int):
-            batches = slices(len(paths), batches)
-        loader = image_loader(paths, self.preprocess, batches, num_workers, pin_memory=self.device.type == "cuda")
-        for indices, pixels, errors in loader:
-            embeddings = self.encode_images(pixels) if indices else torch.empty(0, self.embed_dim)
-            yield indices, embeddings, errors
+    def _identity_sha256(self):
+        return None if named_sha256(self.name) else self.sha256
 
 
 def _is_cut(tokenize, text):
@@ -137,16 +113,6 @@ def named_sha256(name):
     """Return the SHA-256, checked by `clip.load`, of the file that a name of OpenAI's stands for; None: no name."""
     url = _import_clip().clip._MODELS.get(str(name))
     return url.split("/")[-2] if url else None
-
-
-def known_encoder(described):
-    """Return what tells an encoder: its file's hash, which a name of OpenAI's has too, else its name; None: unknown.
-
-    Args:
-        described: what the json of a store or a captioner's configuration says, as a dictionary.
-    """
-    name = described.get("clip_model_type")
-    return described.get("clip_sha256") or named_sha256(name) or name
 
 
 def _load(clip, name, device):
