@@ -5,14 +5,17 @@ drops alpha on black and ignores EXIF rotation; so images become RGB here first.
 are. Metadata, whatever its state, never costs a picture.
 """
 
+import contextlib
 import io
 import logging
 import os
 import re
 import stat
 import warnings
+from importlib.metadata import version
 
 import numpy as np
+import PIL
 from PIL import Image
 from PIL.Image import Transpose
 
@@ -65,6 +68,19 @@ def set_max_pixels(number):
     global _max_pixels
     _max_pixels = number
     Image.MAX_IMAGE_PIXELS = (number + 1) // 2  # it refuses twice as many
+
+
+def reader():
+    """Return what decides which pictures can be read, as plain data: versions of the decoders, the limit of pixels."""
+    return [PIL.__version__, version("tifffile"), open_heic(), _max_pixels]
+
+
+def is_readable(path):
+    """Tell whether `read_image` can read a picture."""
+    with contextlib.suppress(ImageError):
+        read_image(path)
+        return True
+    return False
 
 
 def read_image(path):

@@ -4,6 +4,7 @@ from features.annotations import read_places
 from features.finder import ImageFinder, match_images
 from features.listing import find_images as find_pictures
 from features.results import name_pictures
+from features.sources import FoundPictures
 from features.texts import find_sentences
 
 ANNOTATIONS = "data/coco/annotations/train_caption.json"
@@ -25,13 +26,13 @@ def fill_inputs(args):
 
 
 def gather(args):
-    """Return ({image file or Sentence: its records}, {what is left out: why}) of what the command line names."""
+    """Return the Source that the command line names."""
     if args.no_captions:
-        return name_pictures(find_pictures(args.images)), {}
+        return FoundPictures(name_pictures(find_pictures(args.images)), {})
     if args.text_only:
-        return find_sentences(args.annotations, args.split, args.strict)
+        return FoundPictures(*find_sentences(args.annotations, args.split, args.strict))
     places = read_places(args.annotations, args.split)
-    return find_images(places, ImageFinder(args.images, args.annotations), args.strict)
+    return FoundPictures(*find_images(places, ImageFinder(args.images, args.annotations), args.strict))
 
 
 def find_images(places, finder, strict):

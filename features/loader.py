@@ -5,6 +5,7 @@ Axes: B batch, R input resolution.
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -35,7 +36,7 @@ def image_loader(paths, preprocess, batches, num_workers, pin_memory=False, coll
 
     Args:
         paths, preprocess: see `ImageFiles`.
-        batches: list of lists of indices into `paths`.
+        batches: lists of indices into `paths`, or of pictures where that is None; drawn from as the reading goes on.
         num_workers: processes that read; this one does where there are FEW images and a fork is not safe.
         pin_memory: as torch's DataLoader.
         collate: joins a batch, `collate_images` unless given.
@@ -43,10 +44,16 @@ def image_loader(paths, preprocess, batches, num_workers, pin_memory=False, coll
     Raises: ChildProcessError where a reading process has been killed.
     """
     method = start_method()
-    workers = min(num_workers, len(batches)) if method == "fork" or sum(map(len, batches)) > FEW else 0
+    first, batches = [], iter(batches)
+    while num_workers and (len(first) < num_workers or sum(map(len, first)) <= FEW):
+        batch = next(batches, None)
+        if batch is None:
+            break
+        first.append(batch)
+    workers = min(num_workers, len(first)) if method == "fork" or sum(map(len, first)) > FEW else 0
     loader = DataLoader(
         ImageFiles(paths, preprocess),
-        batch_sampler=batches,
+        batch_sampler=itertools.chain(first, batches),
         num_workers=workers,
         collate_fn=collate or collate_images,
         pin_memory=pin_memory,
@@ -71,10 +78,12 @@ def encode_files(encoder, paths, batches=64, num_workers=0):
 
     Args:
         encoder: ImageEncoder.
-        paths: image files.
-        batches: list of lists of indices into `paths`, one per call of the encoder; or the size of such a batch.
+        paths: image files; None where `batches` hold the pictures themselves.
+        batches: lists of indices into `paths`, or of pictures, one per call of the encoder, which are drawn from as the
+            reading goes on; or the size of such a batch.
         num_workers: processes that read and preprocess images.
-    Yields: per batch (indices into `paths`, [B, *shape] float32 embeddings, {index: why it could not be read}).
+    Yields: per batch (its indices or pictures, [B, *shape] float32 embeddings, {index or picture: why it could not be
+        read}).
     """
     if isinstance(batches, int):
         batches = slices(len(paths), batches)
@@ -162,15 +171,16 @@ class ImageFiles(Dataset):
     """Image files, preprocessed for the encoder."""
 
     def __init__(self, paths, preprocess):
-        self.paths, self.preprocess = [str(path) for path in paths], preprocess
-
-    def __len__(self):
-        return len(self.paths)
+        self.paths, self.preprocess = paths and [str(path) for path in paths], preprocess
 
     def __getitem__(self, index):
-        """Return (index, [3, R, R] pixels, None), or (index, None, why the file could not be read)."""
+        """Return (index, [3, R, R] pixels, None), or (index, None, why the file could not be read).
+
+        Where there are no `paths`, `index` is the picture itself.
+        """
+        picture = index if self.paths is None else self.paths[index]
         try:
-            return index, self.preprocess(read_image(self.paths[index])), None
+            return index, self.preprocess(read_image(picture)), None
         except ImageError as error:
             return index, None, str(error)
 

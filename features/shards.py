@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from features.images import ImageError, read_image
+from features.images import reader
 from features.listing import as_text
 from features.texts import Sentence
 from utils.distributed import all_union, share
@@ -56,7 +56,23 @@ def shard_stamp(encoder, made_of):
     return hashlib.sha256(json.dumps([encoder, made_of]).encode()).hexdigest()
 
 
-def write_shard(folder, number, stamp, embeddings, images, skipped):
+def count_records(images, found):
+    """Return how many rows, images, captions and empty captions a shard or store has.
+
+    Args:
+        images: {readable picture or Sentence: its records}.
+        found: how many there were, readable or not.
+    """
+    texts = any(isinstance(path, Sentence) for path in images)
+    captions = [record["caption"] for same in images.values() for record in same if "caption" in record]
+    full = sum(bool(caption.strip()) for caption in captions)
+    return {
+        "rows": len(images), "images_found": 0 if texts else found, "images": 0 if texts else len(images),
+        "captions": full, "empty_captions": len(captions) - full,
+    }  # fmt: skip
+
+
+def write_shard(folder, number, stamp, embeddings, images, skipped, counts=None):
     """Write one shard; the parquet last and an older one away first, so that a shard that has one is whole.
 
     Args:
@@ -66,7 +82,9 @@ def write_shard(folder, number, stamp, embeddings, images, skipped):
         images: {image file or Sentence: its records, with `caption`, unless pictures are alone, and `image_id`, unless
             texts are}, n of them.
         skipped: {image file: why it is in no row}.
+        counts: as of `count_records`; None where all that is skipped is images.
     """
+    counts = counts or count_records(images, len(images) + len(skipped))
     npy, parquet = shard_files(folder, number)
     parquet.unlink(missing_ok=True)
     with atomic_path(npy) as temporary, open(temporary, "wb") as file:
@@ -81,7 +99,8 @@ def write_shard(folder, number, stamp, embeddings, images, skipped):
         captions = [[text for record in same if (text := record["caption"]).strip()] for same in images.values()]
         columns["caption"] = pa.array((texts[0] if texts else "" for texts in captions), pa.string())
         columns["captions"] = pa.array(captions, pa.list_(pa.string()))
-    table = pa.table(columns).replace_schema_metadata({STAMP: json.dumps({"stamp": stamp, "skipped": skipped})})
+    made = {"stamp": stamp, "skipped": skipped, "counts": counts, "reader": reader()}
+    table = pa.table(columns).replace_schema_metadata({STAMP: json.dumps(made)})
     with atomic_path(parquet) as temporary:
         pq.write_table(table, temporary)
 
@@ -94,29 +113,40 @@ def remove_shards(folder, count):
         count += 1
 
 
-def finished_shards(folder, stamps):
+def finished_shards(folder, parts, stamps):
     """Return the shards that are on the disk as they would be made now.
 
     One that has left out an image which can be read by now, with a larger --max_pixels or a new decoder, is not.
 
     Args:
         folder: of the store.
-        stamps: {npy file: (number, stamp)}.
-    Returns: {npy file: {image file: why it was skipped}}.
+        parts: of the Source, one per shard.
+        stamps: of them.
+    Returns: {number: ({image file: why it was skipped}, counts as of `count_records`)}.
     """
-    finished = {file: _finished_shard(folder, *stamp) for file, stamp in stamps.items()}
-    finished = {file: skipped for file, skipped in finished.items() if skipped is not None}
-    readable = set()
-    for path in share([path for skipped in finished.values() for path in skipped]):
-        with contextlib.suppress(ImageError):
-            read_image(path)
-            readable.add(path)
-    readable = all_union(readable)  # waits until all processes have seen which shards there are
-    return {file: skipped for file, skipped in finished.items() if not readable & skipped.keys()}
+    finished = {number: _finished_shard(folder, number, stamp) for number, stamp in enumerate(stamps)}
+    finished = {number: stored for number, stored in finished.items() if stored is not None}
+    stale = set()
+    for number in share(sorted(finished)):
+        stored = finished[number]
+        if stored["skipped"] and parts[number].has_readable(stored["skipped"], stored.get("reader")):
+            stale.add(number)
+    stale = all_union(stale)  # waits until all processes have seen which shards there are
+    return {
+        number: (stored["skipped"], stored.get("counts") or _count_again(parts[number], stored["skipped"]))
+        for number, stored in finished.items()
+        if number not in stale
+    }
+
+
+def _count_again(part, skipped):
+    """Return the counts of a shard of before they were kept in it."""
+    pictures, _ = part.read()
+    return count_records({path: same for path, same in pictures.items() if str(path) not in skipped}, len(pictures))
 
 
 def _finished_shard(folder, number, stamp):
-    """Return {image file: why it was skipped} of a whole shard on disk with this stamp, or None where there is none."""
+    """Return what `write_shard` noted in a whole shard on disk with this stamp, or None where there is none."""
     npy, parquet = shard_files(folder, number)
     if not (npy.is_file() and parquet.is_file()):
         return None
@@ -126,7 +156,7 @@ def _finished_shard(folder, number, stamp):
             return None
     except (pa.ArrowException, OSError, ValueError):  # damaged: made again
         return None
-    return stored["skipped"]
+    return stored
 
 
 def foreign_shard(folder):

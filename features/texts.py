@@ -39,10 +39,10 @@ class TextEncoder:
         """Return what tells these embeddings from another encoder's, and from those of its images."""
         return self.encoder.identity() | {"modality": "text"}
 
-    def encode_sentences(self, sentences, batches):
-        """Embed Sentences, as `encode_files` does image files."""
-        for indices in batches:
-            yield list(indices), self.encoder.encode_texts([sentences[i].text for i in indices]), {}
+    def encode_sentences(self, batches):
+        """Embed lists of Sentences, as `features.loader.encode_pictures` does pictures."""
+        for batch in batches:
+            yield batch, self.encoder.encode_texts([sentence.text for sentence in batch]), {}
 
     def count_cut(self, sentences):
         """Return how many of the Sentences are longer than the text tower reads."""

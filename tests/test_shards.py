@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import features.shards
+from features import extraction, sources
 from features.dataset import CaptionDataset
 from features.shards import MappedEmbeddings, shard_rows, write_shard
 from features.store import read_store
@@ -263,7 +264,7 @@ def test_a_store_that_is_not_finished_is_none(photos, clip_file, tmp_path, monke
     words = ["--clip_model_type", str(clip_file), "--images", str(photos), "--num_workers", "0", "--out", f"{out}/"]
     annotations = tmp_path / "captions.csv"
     annotations.write_text((photos / "captions.csv").read_text())
-    monkeypatch.setattr(parse_coco, "shard_rows", lambda images: 4)
+    monkeypatch.setattr(sources, "shard_rows", lambda images: 4)
     written = []
 
     def stopping(*arguments):
@@ -278,7 +279,7 @@ def test_a_store_that_is_not_finished_is_none(photos, clip_file, tmp_path, monke
             annotations.write_text(annotations.read_text().replace("a ", "the "))
         written.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(parse_coco, "write_shard", stopping)
+            patch.setattr(extraction, "write_shard", stopping)
             with pytest.raises(KeyboardInterrupt):
                 parse_coco.main([*words, "--annotations", str(annotations)])
         with pytest.raises(ValueError, match="is not finished"):

@@ -19,6 +19,7 @@ from test_scripts import one_line_error
 
 import features.shards
 import parse_coco
+from features import extraction
 from features.partial import PartialStore
 from features.store import read_store
 from utils.outputs import lock
@@ -61,7 +62,8 @@ def contents(out):
 
 
 def same(a, b):
-    return torch.equal(a[0], b[0]) and a[1] == b[1]
+    """Rows of batches of other sizes may differ in their last bit."""
+    return torch.allclose(a[0], b[0], atol=1e-6) and a[1] == b[1]
 
 
 def files_in(folder):
@@ -264,7 +266,7 @@ def test_journal_and_rows_agree_or_are_made_again(parse, whole, tmp_path, monkey
 @OUTPUTS
 def test_image_that_changes_while_it_is_read(parse, pictures, tmp_path, monkeypatch, name):
     """What was read is not taken for what is there now."""
-    path, plain = pictures / "COCO_val2014_000000000002.jpg", parse_coco.encode_files
+    path, plain = pictures / "COCO_val2014_000000000002.jpg", extraction.encode_files
 
     def changing(*words):
         for number, batch in enumerate(plain(*words)):
@@ -273,7 +275,7 @@ def test_image_that_changes_while_it_is_read(parse, pictures, tmp_path, monkeypa
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(parse_coco, "encode_files", changing)
+        patch.setattr(extraction, "encode_files", changing)
         parse(f"{tmp_path}/{name}", check=None)
     parse(f"{tmp_path}/{name}")
     parse(f"{tmp_path}/whole/{name}")

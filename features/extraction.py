@@ -1,0 +1,301 @@
+"""Pictures or captions -> encoder -> feature store: resumable, in one process or several.
+
+What comes in is a Source, what comes out a pickle or a folder of shards with its json. parse_coco.py is the command.
+"""
+
+import collections
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from encoders import known_encoder
+from features.listing import as_line
+from features.loader import encode_files
+from features.partial import PartialStore, collect_rows, partial_names
+from features.shards import count_records, finished_shards, remove_shards, shard_files, shard_stamp, write_shard
+from features.sources import fingerprint
+from features.store import info_path, is_folder, write_store
+from features.texts import TextEncoder
+from utils.cli import VERSION, note, progress_bar
+from utils.distributed import all_sum, all_union, is_main, rank, share
+from utils.files import read_json, write_json
+
+SHOWN = 10  # skipped images that are listed on the terminal; the json beside the store lists all
+
+
+@dataclass
+class Reading:
+    """How pictures are read and encoded.
+
+    Args:
+        batch_size: pictures per call of the encoder.
+        num_workers: processes that read and preprocess pictures.
+        strict: stop at the first picture that cannot be read, or that a part leaves out.
+    """
+
+    batch_size: int = 64
+    num_workers: int = 0
+    strict: bool = False
+
+
+@dataclass
+class Planned:
+    """A part whose batches are on their way through the encoder.
+
+    Args:
+        number: of the part, in the order given.
+        part: Part.
+        pictures: {picture: [its records]}; those that turn out unreadable are taken out.
+        keys: {picture: its fingerprint before it was read: it may change then}.
+        skipped: {name: why it is left out}.
+        batches: how many have not come back yet.
+    """
+
+    number: int
+    part: object
+    pictures: dict
+    keys: dict
+    skipped: dict
+    batches: int
+
+
+def encode_parts(encoder, parts, encoded, reading, bar):
+    """Encode what parts still lack, the pictures of all of them in one stream of batches; none spans two parts.
+
+    Args:
+        parts: of a Source.
+        encoded: per part, the fingerprints of pictures that are encoded already.
+        bar: progress bar of pictures.
+    Yields: (Planned, fingerprints of a batch, [B, *shape] its embeddings) per batch; when all of a part have come,
+        (Planned, None, None).
+    Raises: ValueError at the first fault with `reading.strict`, and where the encoder gives NaN.
+    """
+    planned = collections.deque()
+
+    def batches():
+        for number, (part, done) in enumerate(zip(parts, encoded, strict=True)):
+            pictures, skipped = part.read()
+            if skipped and reading.strict:
+                refuse(*next(iter(skipped.items())))
+            keys = {picture: fingerprint(picture) for picture in pictures}
+            missing = [picture for picture in pictures if keys[picture] not in done]
+            own = [missing[start : start + reading.batch_size] for start in range(0, len(missing), reading.batch_size)]
+            planned.append(Planned(number, part, dict(pictures), keys, dict(skipped), len(own)))
+            yield from own
+
+    def finished():
+        while planned and not planned[0].batches:
+            yield planned.popleft(), None, None
+
+    if isinstance(encoder, TextEncoder):
+        stream = encoder.encode_sentences(batches())
+    else:
+        stream = encode_files(encoder, None, batches(), reading.num_workers)
+    for pictures, embeddings, errors in stream:
+        yield from finished()  # those before, of which nothing was missing
+        plan = planned[0]
+        if errors and reading.strict:
+            refuse(*next(iter(errors.items())))
+        bad = ~torch.isfinite(embeddings).flatten(1).all(1)
+        if bad.any():
+            raise ValueError(f"{encoder.name} gives NaN for {pictures[int(bad.nonzero()[0])]}: check its file")
+        for picture, reason in errors.items():
+            del plan.pictures[picture]
+            plan.skipped[str(picture)] = reason
+        plan.batches -= 1
+        if pictures:
+            yield plan, [plan.keys[picture] for picture in pictures], embeddings
+        bar.update(len(pictures) + len(errors))
+        yield from finished()
+    yield from finished()
+
+
+def refuse(name, reason):
+    """Stop at a fault, as --strict asks for; raises ValueError."""
+    raise ValueError(f"{name}: {reason}; mend or remove it, or leave out --strict")
+
+
+def going_on(encoded, total):
+    """Say how many pictures an earlier run has encoded, of how many there are, or None."""
+    if encoded:
+        note(f"going on: {encoded:,}{f' of {total:,}' if total is not None else ''} images are already encoded")
+
+
+def known_count(parts):
+    """Return how many pictures parts have, or None where one cannot say before it is read."""
+    counts = [part.count for part in parts]
+    return None if None in counts else sum(counts)
+
+
+def write_pickle(encoder, source, out, reading, info):
+    """Encode all pictures into one pickle, each process its share; arguments as those of `write_folder`.
+
+    Each process keeps its rows in a PartialStore of its own; those of an earlier run count, however many it had.
+    """
+    identity = encoder.identity()
+    encoded = all_union({key for name in share(partial_names(out)) for key in PartialStore.encoded(name, identity)})
+    parts = source.shares(encoded)
+    own = known_count(parts)
+    going_on(len(encoded) if own is None else source.count - int(all_sum(own)), source.count)
+    partial, unreadable = PartialStore(f"{out}.rank{rank()}" if rank() else out, identity), {}
+    with progress_bar(own, "images", "img") as bar:
+        for plan, keys, embeddings in encode_parts(encoder, parts, [encoded] * len(parts), reading, bar):
+            if keys:
+                partial.append(keys, embeddings)
+            else:
+                unreadable |= plan.skipped
+    partial.close()
+    unreadable = all_union(unreadable)  # waits for all processes
+    pictures, left_out = source.read()
+    skipped = source.skipped | left_out | unreadable
+    read = {picture: records for picture, records in pictures.items() if str(picture) not in skipped}
+    counts = count_records(read, len(pictures))
+    summary = summarize(counts, skipped)
+    if is_main():
+        partials = [PartialStore(name, identity) for name in partial_names(out)]
+        embeddings = collect_rows(partials, [fingerprint(picture) for picture in read])
+        alone = not counts["captions"] + counts["empty_captions"]
+        images = [records[0] for records in read.values()] if alone else None
+        write_store(out, embeddings, build_captions(read), info | summary, images)
+        for partial in partials:
+            partial.remove()
+    return summary
+
+
+def write_folder(encoder, source, out, reading, info):
+    """Encode the pictures into shards, one per part, each process its share; those on the disk already stay.
+
+    Args:
+        source: Source.
+        out: folder to write.
+        info: for the json beside it.
+    Returns: the json's counts and skipped images.
+    Raises: ValueError where no caption is left.
+    """
+    parts, identity = source.parts(), encoder.identity()
+    stamps = [shard_stamp(identity, part.made_of()) for part in parts]
+    finished = finished_shards(out, parts, stamps)
+    todo = [number for number in range(len(parts)) if number not in finished]
+    if todo and is_main():  # until all shards are new, the older store is none
+        info_path(out).unlink(missing_ok=True)
+    own, made = share(todo), {}
+    files = [shard_files(out, number)[0] for number in own]
+    encoded = [PartialStore.encoded(file, identity) for file in files]
+    count = known_count([parts[number] for number in own])
+    done = 0
+    for number, keys in zip(own, encoded, strict=True):
+        done += sum(fingerprint(picture) in keys for picture in parts[number].read()[0]) if keys else 0
+    going_on(done, count)
+    partial = None
+    with progress_bar(count, "images", "img", initial=done) as bar:
+        for plan, keys, embeddings in encode_parts(encoder, [parts[n] for n in own], encoded, reading, bar):
+            partial = partial or PartialStore(files[plan.number], identity)
+            if keys:
+                partial.append(keys, embeddings)
+                continue
+            number, counts = own[plan.number], count_records(plan.pictures, len(plan.keys))
+            rows = partial.embeddings([plan.keys[picture] for picture in plan.pictures])
+            write_shard(out, number, stamps[number], rows, plan.pictures, plan.skipped, counts)
+            partial.remove()
+            partial, made[number] = None, (plan.skipped, counts)
+    made = finished | all_union(made)  # waits for all processes
+    skipped, total = dict(source.skipped), collections.Counter()
+    for number in range(len(parts)):
+        left_out, counts = made[number]
+        skipped |= left_out
+        total.update(counts)
+    summary = summarize(total, skipped)
+    if is_main():
+        remove_shards(out, len(parts))
+        write_json(info_path(out), info | summary | {"shards": len(parts)})
+    return summary
+
+
+def summarize(counts, skipped):
+    """Return what the json beside a store says of its contents.
+
+    Args:
+        counts: as of `count_records`, with `images_found`.
+        skipped: {image file, id or place: why it is left out}.
+    Raises: ValueError where no caption is left, or no picture of those alone.
+    """
+    rows, captions, empty = (counts[key] for key in ("rows", "captions", "empty_captions"))
+    if not captions and (empty or not rows):
+        report_skipped(skipped)
+        what = "captions" if rows else "images"
+        raise ValueError(f"no {what} left: {len(skipped):,} images could not be read and {empty:,} captions are empty")
+    reasons = dict(collections.Counter(skipped.values()).most_common())
+    counts = {key: counts[key] for key in ("images_found", "images", "captions", "empty_captions")}
+    return counts | {"images_skipped": len(skipped), "skipped_by_reason": reasons, "skipped": skipped}
+
+
+def build_captions(read):
+    """Give every caption that is not empty the row of its picture.
+
+    Args:
+        read: {readable picture: its records}, in row order.
+    Returns: records; pictures alone have none.
+    """
+    return [
+        {**record, "clip_embedding": row}
+        for row, records in enumerate(read.values())
+        for record in records
+        if record.get("caption", "").strip()
+    ]
+
+
+def is_done(out, info):
+    """Tell whether the store exists and was made of the same things, with nothing skipped."""
+    if not (Path(out).is_file() and info_path(out).is_file()):
+        return False
+    stored = read_json(info_path(out))
+    made_of = ("clip_model_type", "dtype", "annotations_sha256", "split", "made_of")
+    same = known_encoder(stored) == known_encoder(info) and all(stored.get(key) == info[key] for key in made_of)
+    return same and not stored.get("skipped")
+
+
+def report_skipped(skipped):
+    """List the first skipped images."""
+    for name, reason in list(skipped.items())[:SHOWN]:
+        note(f"skipped {as_line(name)}: {reason}")
+    if len(skipped) > SHOWN:
+        note(f"... and {len(skipped) - SHOWN:,} more; the json beside the store lists them all")
+
+
+def make_store(encoder, source, out, reading, info):
+    """Encode a source and write the store, unless it is there.
+
+    Args:
+        encoder: ImageEncoder, or TextEncoder for a source of Sentences.
+        source: Source.
+        out: pickle or folder to write, which the caller holds with `lock_store`.
+        reading: Reading.
+        info: what the json beside the store says of the source: `annotations`, `annotations_sha256`, `split`.
+    Returns: the exit status.
+    Raises: ValueError where nothing is left, and as `encode_parts`.
+    """
+    folder, texts = is_folder(out), isinstance(encoder, TextEncoder)
+    info = {
+        **encoder.describe(), "normalized": False, **info, "modality": "text" if texts else "image",
+        "made_of": shard_stamp(encoder.identity(), source.made_of()),
+        "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
+    }  # fmt: skip
+    if not source.skipped and not folder and is_done(out, info):
+        what = "captions" if texts else "images"
+        count = source.count or read_json(info_path(out))[what]
+        note(f"{out} is complete: {count:,} {what} of {info['annotations'] or 'no annotations'}; nothing to do")
+        return 0
+    if folder:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    try:
+        done = (write_folder if folder else write_pickle)(encoder, source, out, reading, info)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on from here") from None
+    report_skipped(done["skipped"])
+    empty = f"{done['empty_captions']:,} empty captions left out, " if done["empty_captions"] else ""
+    images = "" if texts else f"{done['images']:,} images, "
+    what = "records" if texts else "images"
+    note(f"{out}: {images}{done['captions']:,} captions, {empty}{done['images_skipped']:,} {what} skipped")
+    return 0
