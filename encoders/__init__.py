@@ -1,26 +1,71 @@
-"""Image encoders: any of them behind one interface, `base.ImageEncoder`."""
+"""Image encoders: any of them behind one interface, `base.ImageEncoder`.
+
+A family is a module of its own, which alone imports its library: a class that loads a model and embeds a batch.
+"""
+
+import importlib
 
 from encoders import openai_clip
+
+OPENAI = "encoders.openai_clip", "OpenAIClip", None
+FAMILIES = {  # how a name begins -> module, class, what it is installed by
+    "open_clip": ("encoders.open_clip", "OpenClip", "open_clip_torch"),
+    "hf-hub": ("encoders.open_clip", "OpenClip", "open_clip_torch"),
+    "local-dir": ("encoders.open_clip", "OpenClip", "open_clip_torch"),
+    "timm": ("encoders.timm", "Timm", "timm"),
+    "hf": ("encoders.transformers", "Transformers", "transformers"),
+}
+FORMS = (
+    "OpenAI's ViT-B/32 … or its file, open_clip:ARCH/TAG or /FILE, hf-hub:ORG/REPO, local-dir:FOLDER, timm:NAME or "
+    "timm:NAME/FILE, hf:ORG/REPO or hf:FOLDER"
+)
+WITH_FILE = ("open_clip", "timm")  # whose file follows the first slash
 
 
 def load_encoder(name, device="cpu", dtype=None, tokens=None):
     """Load an encoder.
 
     Args:
-        name: what --clip_model_type takes.
+        name: what --clip_model_type takes: FORMS.
         device: torch device.
         dtype: as the flag --dtype; None: float32 on the CPU, elsewhere as the weights are stored.
         tokens: `pooled`, one vector an image; `patches`, all tokens of the last layer; None: what the encoder is for.
     Returns: ImageEncoder.
-    Raises: ValueError for a name that is none, or a file that is no encoder; FileNotFoundError where a named one is not
-        in the cache and cannot be fetched.
+    Raises: ValueError for a name that is none, a file that is no encoder, or a library that is not installed;
+        FileNotFoundError where a named one is not in the cache and cannot be fetched.
     """
-    return openai_clip.OpenAIClip(name, device, dtype, tokens)
+    module, kind, package = FAMILIES.get(_form(name), OPENAI)
+    try:
+        family = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--clip_model_type {name} needs {error.name}; run: pip install {package}") from None
+    return getattr(family, kind)(name, device, dtype, tokens)
+
+
+def _form(name):
+    """Return how a name begins, None for OpenAI's and files."""
+    form, colon, _ = str(name).partition(":")
+    return form if colon and form in FAMILIES else None
+
+
+def split_path(name):
+    """Return (what comes before the file or folder in a name, its path), the path None where it names a model.
+
+    `open_clip:ViT-B-32/clip.pt` gives ("open_clip:ViT-B-32/", "clip.pt"), whether the file is there or not.
+    """
+    name, form = str(name), _form(name)
+    if form is None:
+        return ("", None) if openai_clip.named_sha256(name) else ("", name)
+    rest = name[len(form) + 1 :]
+    if form in WITH_FILE:
+        model, slash, rest = rest.partition("/")
+        return f"{form}:{model}{slash}", rest or None
+    return f"{form}:", None if form == "hf-hub" else rest
 
 
 def named_sha256(name):
-    """Return the SHA-256 of the one file that a published name stands for; None: it stands for none."""
-    return openai_clip.named_sha256(name)
+    """Return the SHA-256 of the one file that a published name stands for; None: it says none."""
+    return None if _form(name) else openai_clip.named_sha256(name)
 
 
 def known_encoder(described):

@@ -3,14 +3,20 @@
 Axes: B batch, D width of an embedding, K tokens of an image, R input resolution, N texts.
 """
 
+import contextlib
+import logging
+import math
 import sys
+import warnings
 
 import torch
+from torchvision.transforms import Compose, ToTensor
 
 from utils.cli import note
-from utils.precision import pick_dtype
+from utils.precision import pick_dtype, prepare_for_inference
 
 POOLED, PATCHES = "pooled", "patches"
+RESNET_STRIDE = 32  # pixels of a side that a place of a ResNet's last grid stands for
 
 
 class ImageEncoder:
@@ -39,6 +45,34 @@ class ImageEncoder:
         self.tokens = tokens or POOLED
         self.most = sys.maxsize  # images at a time, as far as is known
 
+    def _take(self, model, preprocess, resolution):
+        """Take over a loaded model, made ready to compute, and find out what it gives.
+
+        Args:
+            model: that `_embed` uses as `self.model`, on any device.
+            preprocess: as the attribute.
+            resolution: (rows, columns) of pixels.
+        Raises: ValueError where it does not suit --dtype or --tokens.
+        """
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.preprocess, self.input_resolution = preprocess, max(resolution)
+        pixels = torch.linspace(-1, 1, 3 * resolution[0] * resolution[1]).view(1, 3, *resolution)
+
+        @torch.inference_mode()
+        def probe():
+            return self._embed(pixels.to(self.device, self._numbers()))
+
+        self.shape = tuple(probe().shape[1:])
+        if self.tokens == PATCHES and math.prod(self.grid or ()) != self.shape[0]:
+            side = math.isqrt(self.shape[0])
+            self.grid = (side, side) if side**2 == self.shape[0] else None
+        prepare_for_inference(self.model, self.dtype, self.device, probe)
+
+    def _numbers(self):
+        """Return the type of number that the model takes."""
+        kinds = (p.dtype for p in self.model.parameters() if p.ndim > 1 and p.is_floating_point())  # norms may differ
+        return next(kinds, torch.float32)
+
     @property
     def embed_dim(self):
         """Width D of a vector."""
@@ -60,7 +94,7 @@ class ImageEncoder:
         while done < len(pixels):
             batch = pixels[done : done + self.most]
             try:
-                embeddings.append(self._embed(batch.to(self.device, non_blocking=True)).float().cpu())
+                embeddings.append(self._embed(batch.to(self.device, self._numbers(), non_blocking=True)).float().cpu())
                 done += len(batch)
                 continue
             except torch.OutOfMemoryError:
@@ -71,6 +105,16 @@ class ImageEncoder:
             note(f"warning: {len(batch)} images do not fit the device's memory; going on with {self.most} at a time")
             torch.cuda.empty_cache()
         return torch.cat(embeddings) if len(embeddings) != 2 else embeddings[1]
+
+    @torch.inference_mode()
+    def encode_texts(self, texts, batch_size=256):
+        """Embed texts, cut to what the text tower reads; returns [N, D] float32 on the CPU, not normalised."""
+        batches = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
+        return torch.cat([torch.empty(0, self.embed_dim), *(self._embed_texts(b).float().cpu() for b in batches)])
+
+    def _embed_texts(self, texts):
+        """Embed a batch of texts; returns [N, D]."""
+        raise NotImplementedError
 
     def check_texts(self, what):
         """Refuse what compares images with texts where this encoder cannot.
@@ -124,4 +168,30 @@ class ImageEncoder:
                 told["crop"] = list(step.size)
             elif kind == "Normalize":
                 told |= {name: torch.as_tensor(getattr(step, name)).tolist() for name in ("mean", "std")}
+            elif kind != "ToTensor":
+                told[kind] = str(step)
         return told
+
+
+def plain_steps(preprocess):
+    """Return a library's Compose without its own classes for what torchvision has: reading processes import less."""
+    steps = []
+    for step in preprocess.transforms:
+        if type(step).__name__ == "MaybeToTensor":
+            steps.append(ToTensor())
+        elif type(step).__name__ not in ("MaybeConvertMode", "function"):  # images are RGB already
+            steps.append(step)
+    return Compose(steps)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Let no library speak: what goes wrong is said in one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

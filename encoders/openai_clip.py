@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from encoders.base import POOLED, ImageEncoder
+from encoders.base import POOLED, RESNET_STRIDE, ImageEncoder
 from utils.cli import nearest
 from utils.files import reason, sha256
 from utils.precision import prepare_for_inference
 
-RESNET_STRIDE = 32  # pixels of a side that a place of a ResNet's last grid stands for
 CONTEXT = 77  # tokens of CLIP's text tower, the begin and the end token among them
 
 

@@ -4,9 +4,7 @@ import collections
 import functools
 import importlib.util
 import logging
-import os
 import tempfile
-import urllib.request
 import weakref
 from pathlib import Path
 
@@ -18,10 +16,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from utils.cli import note
 from utils.files import reason
+from utils.hub import hub_answers
 
 disable_progress_bar()  # a bar for loading weights says nothing about the work
 LOAD_IN = ("16bit", "8bit", "4bit")  # bfloat16; bitsandbytes
-CONNECT_TIMEOUT = 10  # seconds; transformers itself retries for minutes
 
 
 def load_language_model(source, load_in=None, device="cpu"):
@@ -186,7 +184,7 @@ def _from_pretrained(auto_class, source, **options):
         if Path(source).exists():
             raise ValueError(f"cannot load a language model from {source}: {error}") from None
         missing = error
-    if os.environ.get("HF_HUB_OFFLINE", "0") in ("0", "") and _hub_answers():
+    if hub_answers():
         try:
             return auto_class.from_pretrained(source, **options)
         except (OSError, ValueError) as error:
@@ -196,12 +194,3 @@ def _from_pretrained(auto_class, source, **options):
         f"check the name, or copy its folder (config.json, model.safetensors, tokenizer.json) here and pass "
         f"--language_model FOLDER"
     ) from missing
-
-
-def _hub_answers():
-    """Tell whether the model hub can be reached, through the user's proxy settings."""
-    try:
-        with urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=CONNECT_TIMEOUT):
-            return True
-    except OSError:
-        return False

@@ -79,30 +79,33 @@ def _int8_sums_overflow():
     return torch.backends.quantized.engine != "qnnpack" and not capabilities.get("avx512_vnni")
 
 
-def prepare_for_inference(model, dtype, device):
+def prepare_for_inference(model, dtype, device, probe=None):
     """Change a model in place so that it computes in `dtype`, as fast as the device does; it can be trained no more.
 
     Args:
-        model: any module; its linear layers, and torch's self-attention, are replaced on the CPU, those of a language
+        model: any module; its linear layers, and torch's attention, are replaced on the CPU, those of a language
             model where it computes the same by the new ones.
         dtype: `fp32`, `bf16`, `int8` (the linear layers only), or None for the weights' own.
         device: where the model is.
+        probe: function without arguments to a tensor that the model computes; given, its layers are replaced where it
+            stays the same, as a language model's are. Without it they are known to be replaceable.
     Returns: the model.
-    Raises: ValueError where a language model cannot compute in `dtype`.
+    Raises: ValueError where the model cannot compute in `dtype`.
     """
     if dtype in ("bf16", "fp32"):
         _convert(model, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    gpt = next((module for module in model.modules() if hasattr(module, "generate")), None)
-    if dtype == "bf16" and gpt is not None:
+    gpt = next((module for module in model.modules() if hasattr(module, "generate")), None) if probe is None else None
+    checked, what, compute = (model, "encoder", probe) if probe else (gpt, "language model", lambda: _logits(gpt))
+    if dtype == "bf16" and checked is not None:
         try:
-            _probe(gpt)
+            compute()
         except RuntimeError as error:
-            raise ValueError(f"--dtype bf16 does not suit this language model ({reason(error)}); use fp32") from None
+            raise ValueError(f"--dtype bf16 does not suit this {what} ({reason(error)}); use fp32") from None
     if device.type == "cpu" and (dtype == "int8" or _packs(model)):
         layer = QuantizedLinear if dtype == "int8" else PackedLinear
-        if gpt is not None:
-            _pack_language_model(gpt, layer)
-        for parent, name in _places(model, but=gpt):  # CLIP and mapping networks, which are known
+        if checked is not None:
+            _pack_checked(checked, layer, compute, what)
+        for parent, name in _places(model, but=checked):  # OpenAI's CLIP and mapping networks, which are known
             setattr(parent, name, _replacement(getattr(parent, name), layer))
     return model
 
@@ -119,7 +122,8 @@ def _places(model, but=None):
         for parent in model.modules()
         if parent not in left and type(parent).__name__ != "AttentionPool2d"  # CLIP's: it reads its layers' weights
         for name, child in parent.named_children()
-        if isinstance(child, nn.MultiheadAttention | Conv1D)
+        if isinstance(child, Conv1D)
+        or (isinstance(child, nn.MultiheadAttention) and child.in_proj_weight is not None and child.bias_k is None)
         or type(child) is nn.Linear
         or type(child).__name__ == "FalconLinear"  # which computes the same
     ]
@@ -136,35 +140,39 @@ def _replacement(child, layer):
     return layer(child.weight.T if isinstance(child, Conv1D) else child.weight, child.bias)
 
 
-def _pack_language_model(gpt, layer):
-    """Repack the layers of a language model, if it computes the same by them.
+def _pack_checked(model, layer, compute, what):
+    """Repack the layers of a model, if it computes the same by them.
 
     First by layers that have the looks of repacked ones and the old weights: nothing is held twice, nor lost if it does
     not. Then each is repacked and compared on what it was given.
+
+    Args:
+        compute: function without arguments to a tensor that the model computes.
+        what: it is, for the user.
     """
-    if not _put_plain(gpt):
-        note("warning: this language model needs its own layers: none is laid out for the processor, which is slower")
+    if not _put_plain(model, compute):
+        note(f"warning: this {what} needs its own layers: none is laid out for the processor, which is slower")
         return
-    children = ((parent, name, child) for parent in gpt.modules() for name, child in parent.named_children())
+    children = ((parent, name, child) for parent in model.modules() for name, child in parent.named_children())
     places = [(parent, name) for parent, name, child in children if isinstance(child, PlainLinear)]
     for parent, name in places:
         setattr(parent, name, _packed(getattr(parent, name), layer))
     left = sum(isinstance(getattr(parent, name), PlainLinear) for parent, name in places)
     if left:
-        note(f"warning: {left} of the language model's {len(places)} layers stay as they are: repacked ones differ")
+        note(f"warning: {left} of the {what}'s {len(places)} layers stay as they are: repacked ones differ")
 
 
-def _put_plain(gpt):
-    """Put PlainLinear where a language model computes the same by it; tell whether it does.
+def _put_plain(model, compute):
+    """Put PlainLinear where a model computes the same by it; tell whether it does.
 
-    What is not called stays: layers for images, and those whose weights the model reads itself.
+    What is not called stays: layers for other inputs, and those whose weights the model reads itself.
     """
-    originals = [(parent, name, getattr(parent, name)) for parent, name in _places(gpt)]
+    originals = [(parent, name, getattr(parent, name)) for parent, name in _places(model)]
     try:
-        expected = _probe(gpt)
+        expected = compute()
         for parent, name, original in originals:
             setattr(parent, name, _replacement(original, PlainLinear))
-        same = _close(_probe(gpt), expected, TOLERANCE.get(expected.dtype, 0))
+        same = _close(compute(), expected, TOLERANCE.get(expected.dtype, 0))
     except Exception:  # whatever a module raises that looks for more in its layers than is there
         same = False
     for parent, name, original in originals:
@@ -179,7 +187,7 @@ def _was_called(replacement):
 
 
 @torch.no_grad()
-def _probe(gpt):
+def _logits(gpt):
     """Return a language model's logits of a few positions, the last by its cache, where it has one."""
     embeddings = gpt.eval().get_input_embeddings()
     last = embeddings.num_embeddings - 1
@@ -219,9 +227,7 @@ def _packs(model):
 def _convert(model, dtype):
     """Convert all weights but those of norms that compute in float32 whatever they are given, as CLIP's do."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) or (
-            isinstance(module, nn.LayerNorm) and type(module) is not nn.LayerNorm
-        ):
+        if isinstance(module, nn.BatchNorm2d) or _is_float32_norm(module):
             continue
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
@@ -229,6 +235,18 @@ def _convert(model, dtype):
     gpt = next((module for module in model.modules() if hasattr(type(module), "_from_config")), None)
     if gpt is not None:
         _convert_buffers(gpt, dtype)
+
+
+def _is_float32_norm(module):
+    """Tell whether a module is a norm that takes its input to float32, and so needs its weights there."""
+    if not isinstance(module, nn.LayerNorm) or type(module) is nn.LayerNorm:
+        return False
+    half = copy.deepcopy(module).bfloat16()
+    try:
+        half(torch.zeros(1, *module.normalized_shape, dtype=torch.bfloat16, device=module.weight.device))
+    except RuntimeError:
+        return True
+    return False
 
 
 def _convert_buffers(gpt, dtype):
@@ -319,17 +337,17 @@ class QuantizedLinear(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """What torch's MultiheadAttention computes when a sequence attends to itself, on other linear layers."""
+    """What torch's MultiheadAttention computes, without the weights it returns, on other linear layers."""
 
     def __init__(self, attention, layer):
         """Take over the weights.
 
         Args:
-            attention: nn.MultiheadAttention with sequence first, as CLIP's.
+            attention: nn.MultiheadAttention whose queries, keys and values are equally wide.
             layer: PackedLinear or QuantizedLinear.
         """
         super().__init__()
-        self.heads = attention.num_heads
+        self.heads, self.batch_first = attention.num_heads, attention.batch_first
         self.inputs = layer(attention.in_proj_weight, attention.in_proj_bias)
         self.out = layer(attention.out_proj.weight, attention.out_proj.bias)
 
@@ -337,12 +355,20 @@ class PackedAttention(nn.Module):
         """Attend.
 
         Args:
-            query: [T, B, E]; key and value must be the same.
+            query, key, value: [T, B, E], or [B, T, E] as the attention had them.
             attn_mask: [T, T], added to the scores, or None.
-        Returns: ([T, B, E], None).
+        Returns: (as the query, None).
+        Raises: ValueError for a mask of another kind.
         """
-        length, batch, width = query.shape
-        parts = self.inputs(query).view(length, batch, 3, self.heads, width // self.heads)
-        q, k, v = parts.permute(2, 1, 3, 0, 4)  # each [B, H, T, E / H]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask)
-        return self.out(out.permute(2, 0, 1, 3).reshape(length, batch, width)), None
+        if attn_mask is not None and not attn_mask.is_floating_point():
+            raise ValueError("a mask of bool has the opposite meaning here")
+        mapped = {id(x): self.inputs(x) for x in (query, key, value)}  # once, where a sequence attends to itself
+        q, k, v = (self._part(mapped[id(x)], i) for i, x in enumerate((query, key, value)))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask)  # [B, H, T, E / H]
+        order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
+        return self.out(out.permute(order).reshape(query.shape)), None
+
+    def _part(self, mapped, number):
+        """Return the queries (0), keys (1) or values (2) of mapped inputs [T, B, 3 E] as [B, H, T, E / H]."""
+        part = mapped.unflatten(-1, (3, self.heads, -1))[..., number, :, :]  # [T, B, H, E / H]
+        return part.permute((0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3))

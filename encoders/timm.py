@@ -1,0 +1,146 @@
+"""Vision-only towers of timm: `timm:NAME`, `timm:NAME/FILE`.
+
+Axes: B batch, D width, K patches.
+"""
+
+import contextlib
+import math
+from pathlib import Path
+
+import timm
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+
+from encoders.base import POOLED, ImageEncoder, plain_steps, quiet
+from utils.cli import nearest
+from utils.files import reason, sha256
+from utils.hub import cached_first
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+VARIABLE = ("naflexvit", "gemma4_vit", "qwen3_vit")  # whose inputs have no fixed size
+
+
+class Timm(ImageEncoder):
+    """A tower of timm without its classifier."""
+
+    def __init__(self, name, device="cpu", dtype=None, tokens=None):
+        """Load the encoder.
+
+        `pooled` is what timm gives with no classes: the class token, a mean or attention pooling, as the model has it;
+        `patches` are what comes before that pooling, without class and register tokens.
+
+        Args:
+            name: `timm:` and a name of timm's, with or without its tag; behind a slash, a file of weights.
+            device, dtype, tokens: see `load_encoder`.
+        Raises: ValueError for an unknown name, inputs of variable size, weights of another model, or `patches` of a
+            model that has none; FileNotFoundError where weights are neither here nor to be fetched.
+        """
+        super().__init__(name, device, dtype, tokens)
+        model_name, _, file = self.name.partition(":")[2].partition("/")
+        self.tag = None if file else _config(model_name).tag or None
+        path = Path(file) if file else _fetch(model_name)
+        if not path.is_file():
+            raise FileNotFoundError(f"--clip_model_type {name}: {file} does not exist")
+        model = _load(model_name, path, own=bool(file))
+        config = resolve_model_data_config(model)
+        preprocess = plain_steps(create_transform(**config, is_training=False))
+        self.grid = patch_grid(model)
+        self._take(model, preprocess, config["input_size"][1:])
+        self.sha256 = sha256(path)
+
+    def _embed(self, pixels):
+        if self.tokens == POOLED:
+            return self.model(pixels)
+        return patch_tokens(self.model, self.model.forward_features(pixels), self.name)
+
+
+def patch_grid(model):
+    """Return (rows, columns) of a model's patches, or None where it has no one grid of them."""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return tuple(grid) if grid else None
+
+
+def patch_tokens(model, features, name):
+    """Return the tokens [B, K, D] among what a timm model gives before pooling.
+
+    Args:
+        model: of timm.
+        features: what its `forward_features` returns: a grid of either layout, or a sequence.
+        name: of the encoder.
+    Raises: ValueError where it is none of these, or other tokens cannot be told from patches.
+    """
+    shape = tuple(getattr(features, "shape", ()))
+    if len(shape) == 4 and model.num_features in (shape[1], shape[3]):
+        return features.flatten(2).transpose(1, 2) if shape[1] == model.num_features else features.flatten(1, 2)
+    if len(shape) == 3 and shape[2] == model.num_features:
+        tokens = features[:, getattr(model, "num_prefix_tokens", 0) :]
+        grid = patch_grid(model)
+        if tokens.shape[1] == (math.prod(grid) if grid else math.isqrt(tokens.shape[1]) ** 2):
+            return tokens
+        if not grid or tokens.shape[1] < math.prod(grid) and math.isqrt(tokens.shape[1]) ** 2 == tokens.shape[1]:
+            return tokens  # of a pyramid, whose last grid is coarser than its first
+    raise ValueError(f"--tokens patches: {name} has no patch tokens that can be told apart; use --tokens pooled")
+
+
+def _config(model_name):
+    """Return the published description of a name.
+
+    Raises: ValueError for one that is none, or whose inputs have no fixed size.
+    """
+    if not timm.is_model(model_name.partition(".")[0]):
+        raise ValueError(f"--clip_model_type timm:{model_name} is unknown{nearest(model_name, timm.list_models())}")
+    if model_name.startswith(VARIABLE):
+        raise ValueError(f"--clip_model_type timm:{model_name} takes inputs of variable size (NaFlex): use a fixed one")
+    config = timm.get_pretrained_cfg(model_name, allow_unregistered=False) if "." in model_name else None
+    if config is None and "." in model_name:
+        tags = timm.list_pretrained(f"{model_name.partition('.')[0]}.*")
+        raise ValueError(
+            f"--clip_model_type timm:{model_name}: there is no such tag{nearest(model_name, tags) or f'; of {tags}'}"
+        )
+    return config or timm.get_pretrained_cfg(model_name)
+
+
+def _fetch(model_name):
+    """Return the file of a name's published weights; raises FileNotFoundError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    config = _config(model_name)
+    if not config.hf_hub_id:
+        raise ValueError(f"--clip_model_type timm:{model_name}: timm knows no weights; pass timm:{model_name}/FILE")
+    repo, _, revision = config.hf_hub_id.partition("@")
+    names = [config.hf_hub_filename] if config.hf_hub_filename else HUB_FILES
+    repo = f"{repo}{config.architecture}.{config.tag}" if repo.endswith("/") else repo
+    for filename in names:
+        with contextlib.suppress(EntryNotFoundError), quiet():
+            return Path(cached_first(lambda f=filename: hf_hub_download(repo, f, revision=revision or None)))
+    return None
+
+
+def _load(model_name, path, own):
+    """Build a model with the weights of a file; raises ValueError where they are another model's.
+
+    Args:
+        own: whether it is the user's file, and not a published one.
+    """
+    results, plain = [], nn.Module.load_state_dict
+
+    def watched(module, *arguments, **options):
+        results.append(plain(module, *arguments, **options))
+        return results[-1]
+
+    overlay = {"file": str(path)} | ({} if path.suffix in (".npz", ".npy") else {"custom_load": False})
+    nn.Module.load_state_dict = watched  # timm only logs which weights were lacking
+    try:
+        with quiet():
+            model = timm.create_model(model_name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # filters of weights raise whatever they like
+        raise ValueError(f"{path} holds no weights of timm:{model_name} ({reason(error)})") from None
+    finally:
+        nn.Module.load_state_dict = plain
+    missing = [key for result in results for key in result.missing_keys]
+    unexpected = [key for result in results for key in result.unexpected_keys if own]
+    if missing or unexpected:
+        what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]} besides"
+        raise ValueError(f"{path} holds another model's weights than timm:{model_name}: it {what}")
+    return model

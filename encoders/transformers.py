@@ -1,0 +1,210 @@
+"""Vision towers of transformers: `hf:ORG/REPO`, `hf:FOLDER`.
+
+Axes: B batch, D width, K patches or queries, N texts.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from PIL.Image import Resampling
+from torchvision.transforms import InterpolationMode
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    Blip2VisionModelWithProjection,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    SiglipVisionModel,
+)
+
+from encoders.base import PATCHES, POOLED, ImageEncoder, quiet
+from utils.files import reason, sha256
+from utils.hub import cached_first
+
+BLIP2 = "blip-2"
+BOTH_TOWERS = ("clip", "siglip")
+VISION_ONLY = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit")
+VARIABLE = ("siglip2", "siglip2_vision_model")  # NaFlex; SigLIP 2 of a fixed size calls itself siglip
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+class Transformers(ImageEncoder):
+    """A vision tower of transformers, with its text tower where it has one; or BLIP-2's Q-Former."""
+
+    def __init__(self, name, device="cpu", dtype=None, tokens=None):
+        """Load the encoder.
+
+        `pooled` is the projected class token of a CLIP, a SigLIP's attention pooling, a DINO's normed class token;
+        `patches` are the last layer's tokens after the tower's last norm, without class and register tokens. A BLIP-2
+        gives the outputs of its Q-Former's queries, [32, 768], and nothing pooled.
+
+        Args:
+            name: `hf:` and a repository or a folder of transformers.
+            device, dtype, tokens: see `load_encoder`.
+        Raises: ValueError for a model of another kind, inputs of variable size, weights of another model, or `pooled`
+            of a BLIP-2; FileNotFoundError where it is neither here nor to be fetched.
+        """
+        source = str(name).partition(":")[2]
+        config = _read(source, name, lambda: AutoConfig.from_pretrained(source))
+        self.kind = config.model_type
+        self._check_kind(name, tokens)
+        super().__init__(name, device, dtype, tokens or (PATCHES if self.kind == BLIP2 else None))
+        self.vision = getattr(config, "vision_config", config)
+        stored = "auto" if self.device.type != "cpu" and self.dtype is None else torch.float32
+        model, processor, self.tokenizer, missing = _read(
+            source, name, lambda: _load(source, self.kind, self.tokens == POOLED, stored)
+        )
+        if missing:
+            raise ValueError(f"--clip_model_type {name}: its weights are another model's, they lack {missing[0]}")
+        self.has_texts = self.tokenizer is not None
+        side = self.vision.image_size
+        side = (side, side) if isinstance(side, int) else tuple(side)
+        self.grid = tuple(length // self.vision.patch_size for length in side)
+        self._take(model, Processor(processor), _pixels(processor, side))
+        if self.kind == BLIP2:  # queries lie in none
+            self.grid = None
+        self.sha256 = _digest(source)
+
+    def _check_kind(self, name, tokens):
+        """Refuse what is not read; raises ValueError."""
+        if self.kind in VARIABLE:
+            raise ValueError(
+                f"--clip_model_type {name} takes inputs of variable size (NaFlex): use a SigLIP 2 of a fixed size"
+            )
+        if self.kind not in (BLIP2, *BOTH_TOWERS, *VISION_ONLY):
+            known = ", ".join((*BOTH_TOWERS, *VISION_ONLY, BLIP2))
+            raise ValueError(f"--clip_model_type {name} is a {self.kind}, none of {known}")
+        if self.kind == BLIP2 and tokens == POOLED:
+            raise ValueError(f"--tokens pooled: {name} is a BLIP-2, whose queries are not pooled; leave --tokens out")
+
+    def _embed(self, pixels):
+        if self.kind == BLIP2:
+            return self._queries(pixels)
+        tower = self.model.vision_model if hasattr(self.model, "vision_model") else self.model
+        out = tower(pixel_values=pixels)
+        if self.tokens == POOLED:
+            projection = getattr(self.model, "visual_projection", None)
+            return out.pooler_output if projection is None else projection(out.pooler_output)
+        tokens = out.last_hidden_state
+        if self.kind in ("siglip", "siglip_vision_model"):  # without a class token
+            return tokens
+        if self.kind in ("clip", "clip_vision_model"):  # which norms the class token alone
+            tokens = tower.post_layernorm(tokens)
+        return tokens[:, 1 + getattr(self.vision, "num_register_tokens", 0) :]
+
+    def _queries(self, pixels):
+        """Return the outputs [B, K, D] of the Q-Former's queries, as BLIP-2's language model is given them."""
+        seen = self.model.vision_model(pixel_values=pixels).last_hidden_state
+        mask = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
+        queries = self.model.query_tokens.expand(len(seen), -1, -1)
+        out = self.model.qformer(query_embeds=queries, encoder_hidden_states=seen, encoder_attention_mask=mask)
+        return out.last_hidden_state
+
+    def _embed_texts(self, texts):
+        # a SigLIP was trained on texts of one length, padding included
+        padding = "max_length" if self.kind == "siglip" else True
+        told = self.tokenizer(
+            list(texts), padding=padding, truncation=True, max_length=self._context(), return_tensors="pt"
+        )
+        masks = {} if self.kind == "siglip" else {"attention_mask": told.attention_mask.to(self.device)}
+        out = self.model.get_text_features(input_ids=told.input_ids.to(self.device), **masks)
+        return out if isinstance(out, torch.Tensor) else out.pooler_output  # by version of transformers
+
+    def _context(self):
+        """Return how many tokens the text tower reads."""
+        return self.model.config.text_config.max_position_embeddings
+
+    def count_cut(self, texts):
+        """Return how many texts are longer than the text tower reads."""
+        return sum(len(self.tokenizer(text, verbose=False).input_ids) > self._context() for text in texts)
+
+    def preprocessing(self):
+        """Return what an image goes through, as a dictionary."""
+        processor = self.preprocess.processor
+        size = {name: length for name, length in dict(processor.size).items() if length}
+        told = {"size": size, "interpolation": InterpolationMode[Resampling(processor.resample).name].value}
+        if getattr(processor, "do_center_crop", None):
+            told["crop"] = [processor.crop_size["height"], processor.crop_size["width"]]
+        return told | {"mean": list(processor.image_mean), "std": list(processor.image_std)}
+
+
+class Processor:
+    """A processor of images as a function of one."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, image):
+        """Return the pixels [3, R, R] of an RGB PIL image."""
+        return self.processor(images=image, return_tensors="pt").pixel_values[0]
+
+
+def _pixels(processor, side):
+    """Return the (rows, columns) that a processor gives, `side` where it does not say."""
+    size = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size
+    rows, columns = size["height"], size["width"]
+    return (rows, columns) if rows and columns else side
+
+
+def _load(source, kind, pooled, dtype):
+    """Load (model, processor of images, tokenizer or None, the weights that were lacking).
+
+    Args:
+        source: repository or folder. kind: its model_type.
+        pooled: whether projection and text tower are wanted.
+        dtype: torch's, or `auto`.
+    """
+    tokenizer = _tokenizer(source) if pooled and kind in BOTH_TOWERS else None
+    model_class = AutoModel
+    if kind == BLIP2:
+        model_class = Blip2VisionModelWithProjection
+    elif kind in BOTH_TOWERS and not pooled:
+        model_class = CLIPVisionModel if kind == "clip" else SiglipVisionModel
+    elif kind == "clip_vision_model":
+        names = AutoConfig.from_pretrained(source).architectures or ()
+        model_class = CLIPVisionModelWithProjection if "CLIPVisionModelWithProjection" in names else CLIPVisionModel
+    model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    unused = ("vision_projection.",) if kind == BLIP2 else ()  # of the other BLIP-2s than those for matching texts
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
+    return model, AutoImageProcessor.from_pretrained(source), tokenizer, missing
+
+
+def _tokenizer(source):
+    """Load the tokenizer of a text tower; None where there is none, or an empty one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
+    return tokenizer if tokenizer("a photo", add_special_tokens=False).input_ids else None
+
+
+def _read(source, name, read):
+    """Call a function that reads a repository or folder; raises ValueError or FileNotFoundError where it cannot."""
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"--clip_model_type {name}: {source} holds no config.json, as transformers writes it")
+    try:
+        with quiet():
+            return read() if folder.is_dir() else cached_first(read)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        if folder.is_dir():
+            raise ValueError(f"--clip_model_type {name} cannot be loaded ({reason(error)})") from None
+        raise FileNotFoundError(
+            f"--clip_model_type {name}: {source} is neither a folder nor in the local cache, and the hub gave no such "
+            f"model ({reason(error)}): check the name, or pass hf:FOLDER"
+        ) from None
+
+
+def _digest(source):
+    """Return the SHA-256 of a model's file of weights, or of the hashes of its several files."""
+    folder = Path(source)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(source, local_files_only=True))
+    files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHTS)))
+    hashes = [sha256(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
