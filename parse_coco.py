@@ -23,10 +23,10 @@ from pathlib import Path
 
 from encoders import load_encoder
 from features.annotations import FORMATS
-from features.check import find_faults
+from features.check import find_faults, find_tar_faults
 from features.extraction import Reading, make_store
 from features.images import add_max_pixels_flag, set_max_pixels
-from features.inputs import ANNOTATIONS, fill_inputs, gather
+from features.inputs import ANNOTATIONS, fill_inputs, gather, tar_source
 from features.loader import prepare_readers
 from features.store import check_store_output, lock_store
 from features.texts import TextEncoder
@@ -44,7 +44,8 @@ def get_parser():
     data.add_argument("--annotations", metavar="F", help=f"{FORMATS} (default: {ANNOTATIONS})")
     data.add_argument(
         "--images", nargs="+", metavar="DIR",
-        help="folders of images, searched in this order (default: data/coco/train2014 and val2014)",
+        help="folders of images, searched in this order (default: data/coco/train2014 and val2014); or tars of "
+        "img2dataset's kind, a folder of them, \"DIR/{00000..00999}.tar\", several joined by ::",
     )  # fmt: skip
     alone = data.add_mutually_exclusive_group()
     alone.add_argument(
@@ -83,12 +84,17 @@ def default_out(clip_model_type, split):
     return f"data/coco/oscar_split_{model}_{split}.pkl"
 
 
-def check(annotations, split, images, num_workers):
+def check(args):
     """Print every bad record as `place<TAB>file<TAB>reason`; returns 2 where there is one."""
-    faults, records, found = find_faults(annotations, split, images, num_workers)
+    tars = tar_source(args)
+    if tars:
+        faults, records, found = find_tar_faults(tars, args.num_workers)
+    else:
+        faults, records, found = find_faults(args.annotations, args.split, args.images, args.num_workers)
     for fault in faults:
         print("\t".join(fault))
-    note(f"{annotations}: {records:,} records of {found:,} images; {len(faults):,} faults")
+    checked = args.annotations or f"{len(tars.paths):,} tars"
+    note(f"{checked}: {records:,} records of {found:,} images; {len(faults):,} faults")
     return 2 if faults else 0
 
 
@@ -98,7 +104,7 @@ def main(argv=None):
     set_max_pixels(args.max_pixels)
     fill_inputs(args)
     if args.check:
-        return check(args.annotations, args.split, args.images, args.num_workers)
+        return check(args)
     split = "images" if args.no_captions else f"{args.split}_text" if args.text_only else args.split
     out = args.out or default_out(args.clip_model_type, split)
     inputs = {"the annotations": args.annotations, "the encoder": args.clip_model_type, "the images": args.images}

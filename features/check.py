@@ -2,7 +2,7 @@
 
 from features.annotations import image_id_of, read_places
 from features.finder import ImageFinder, match_images
-from features.loader import image_loader, slices
+from features.loader import image_loader
 from utils.cli import note, progress_bar
 
 BATCH = 64  # images handed to a process at once
@@ -45,6 +45,29 @@ def find_faults(annotations, split, folders, num_workers=0):
     return [tuple(map(_in_one_line, fault[1:])) for fault in faults], len(read), len(places)
 
 
+def find_tar_faults(source, num_workers=0):
+    """Name everything in tars that training would leave out.
+
+    Args:
+        source: Tars.
+        num_workers: processes that read images.
+    Returns: as `find_faults`; the place is the tar.
+    Raises: FileNotFoundError.
+    """
+    faults, records, images = [("-", name, reason) for name, reason in source.skipped.items()], 0, 0
+    for part in source.parts():
+        pictures, skipped = part.read()
+        records, images = records + sum(map(len, pictures.values())), images + len(pictures)
+        faults += [(part.path, name, reason) for name, reason in skipped.items()]
+        faults += [(part.path, str(picture), reason) for picture, reason in _unreadable(list(pictures), num_workers)]
+        for picture, own in pictures.items():
+            empty = sum(not record.get("caption", "-").strip() for record in own)
+            faults += [(part.path, str(picture), "the caption is empty")] * empty
+    if (source.records or 0) > records:
+        faults.append(("-", "-", f"{source.records - records:,} records have no picture in the tars"))
+    return [tuple(map(_in_one_line, fault)) for fault in faults], records, images
+
+
 def _in_one_line(text):
     """Return a text in which line breaks, tabs and what cannot be printed are written as Python does."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -53,8 +76,9 @@ def _in_one_line(text):
 def _unreadable(paths, num_workers):
     """Yield (path, why it cannot be read) of those image files that cannot."""
     with progress_bar(len(paths), "images", "img") as bar:
-        for batch in image_loader(paths, _nothing, slices(len(paths), BATCH), num_workers, collate=list):
-            yield from ((paths[index], error) for index, _, error in batch if error)
+        batches = (paths[start : start + BATCH] for start in range(0, len(paths), BATCH))
+        for batch in image_loader(None, _nothing, batches, num_workers, collate=list):
+            yield from ((path, error) for path, _, error in batch if error)
             bar.update(len(batch))
 
 

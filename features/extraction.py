@@ -51,6 +51,7 @@ class Planned:
         keys: {picture: its fingerprint before it was read: it may change then}.
         skipped: {name: why it is left out}.
         batches: how many have not come back yet.
+        records: how many there are of all pictures.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Planned:
     keys: dict
     skipped: dict
     batches: int
+    records: int
 
 
 def encode_parts(encoder, parts, encoded, reading, bar):
@@ -82,7 +84,8 @@ def encode_parts(encoder, parts, encoded, reading, bar):
             keys = {picture: fingerprint(picture) for picture in pictures}
             missing = [picture for picture in pictures if keys[picture] not in done]
             own = [missing[start : start + reading.batch_size] for start in range(0, len(missing), reading.batch_size)]
-            planned.append(Planned(number, part, dict(pictures), keys, dict(skipped), len(own)))
+            records = sum(map(len, pictures.values()))
+            planned.append(Planned(number, part, dict(pictures), keys, dict(skipped), len(own), records))
             yield from own
 
     def finished():
@@ -151,8 +154,8 @@ def write_pickle(encoder, source, out, reading, info):
     pictures, left_out = source.read()
     skipped = source.skipped | left_out | unreadable
     read = {picture: records for picture, records in pictures.items() if str(picture) not in skipped}
-    counts = count_records(read, len(pictures))
-    summary = summarize(counts, skipped)
+    counts = count_records(read, len(pictures), sum(map(len, pictures.values())))
+    summary = summarize(source, counts, skipped, reading.strict)
     if is_main():
         partials = [PartialStore(name, identity) for name in partial_names(out)]
         embeddings = collect_rows(partials, [fingerprint(picture) for picture in read])
@@ -195,7 +198,7 @@ def write_folder(encoder, source, out, reading, info):
             if keys:
                 partial.append(keys, embeddings)
                 continue
-            number, counts = own[plan.number], count_records(plan.pictures, len(plan.keys))
+            number, counts = own[plan.number], count_records(plan.pictures, len(plan.keys), plan.records)
             rows = partial.embeddings([plan.keys[picture] for picture in plan.pictures])
             write_shard(out, number, stamps[number], rows, plan.pictures, plan.skipped, counts)
             partial.remove()
@@ -206,28 +209,37 @@ def write_folder(encoder, source, out, reading, info):
         left_out, counts = made[number]
         skipped |= left_out
         total.update(counts)
-    summary = summarize(total, skipped)
+    summary = summarize(source, total, skipped, reading.strict)
     if is_main():
         remove_shards(out, len(parts))
         write_json(info_path(out), info | summary | {"shards": len(parts)})
     return summary
 
 
-def summarize(counts, skipped):
+def summarize(source, counts, skipped, strict):
     """Return what the json beside a store says of its contents.
 
     Args:
+        source: Source.
         counts: as of `count_records`, with `images_found`.
         skipped: {image file, id or place: why it is left out}.
-    Raises: ValueError where no caption is left, or no picture of those alone.
+        strict: refuse records without a picture.
+    Raises: ValueError where no caption is left, or no picture of those alone; and as `strict` says.
     """
     rows, captions, empty = (counts[key] for key in ("rows", "captions", "empty_captions"))
     if not captions and (empty or not rows):
         report_skipped(skipped)
         what = "captions" if rows else "images"
         raise ValueError(f"no {what} left: {len(skipped):,} images could not be read and {empty:,} captions are empty")
+    alone = (source.records or 0) - counts["records"]
+    if alone > 0:
+        said = f"{alone:,} of {source.records:,} records have no picture in the tars"
+        if strict:
+            raise ValueError(f"{said}; name all tars, or leave out --strict")
+        note(f"warning: {said}")
     reasons = dict(collections.Counter(skipped.values()).most_common())
     counts = {key: counts[key] for key in ("images_found", "images", "captions", "empty_captions")}
+    counts |= {"records_without_image": alone} if alone > 0 else {}
     return counts | {"images_skipped": len(skipped), "skipped_by_reason": reasons, "skipped": skipped}
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from PIL.Image import Transpose
 
 from features.kinds import HEAD, TIFF, is_heic, open_heic, what_else, without_metadata
+from features.tars import TarMember
 from utils.cli import positive_int
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
@@ -87,12 +88,17 @@ def read_image(path):
     """Read an image file as RGB.
 
     Args:
-        path: file of any format that Pillow or tifffile reads; of an animation or of several pages, the first.
+        path: file, or TarMember, of any format that Pillow or tifffile reads; of an animation or of several pages, the
+            first.
     Returns: PIL image of mode RGB, upright.
     Raises: ImageError where it is missing, truncated, no image, or too large to be one.
     """
     head = b""
     try:
+        if isinstance(path, TarMember):
+            path = io.BytesIO(path.read_bytes())
+            head = path.read(HEAD)
+            return _decode(path, path, head)
         if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
             raise ImageError("a pipe or a device, not a file")  # opening it would wait for a writer
         with open(path, "rb") as file:
@@ -107,10 +113,10 @@ def read_image(path):
     except Image.DecompressionBombError:
         raise too_large() from None
     except Exception as error:  # decoders raise whatever they like on damaged files; every cause becomes a named skip
-        raise ImageError(_reason(error, path, head)) from None
+        raise ImageError(_reason(error, head)) from None
 
 
-def _reason(error, path, head):
+def _reason(error, head):
     """Say why a file that begins with `head` could not be read."""
     if isinstance(error, OSError) and error.errno:
         return f"cannot be opened: {os.strerror(error.errno).lower()}"

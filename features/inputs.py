@@ -4,8 +4,10 @@ from features.annotations import read_places
 from features.finder import ImageFinder, match_images
 from features.listing import find_images as find_pictures
 from features.results import name_pictures
-from features.sources import FoundPictures
+from features.sources import FoundPictures, KeyedCaptions, Tars
+from features.tars import expand_tars, names_tars
 from features.texts import find_sentences
+from utils.files import sha256
 
 ANNOTATIONS = "data/coco/annotations/train_caption.json"
 IMAGES = ["data/coco/train2014", "data/coco/val2014"]
@@ -21,18 +23,42 @@ def fill_inputs(args):
             other = f"--{unread}" if getattr(args, unread) else "--check, which looks for images,"
             if getattr(args, unread) or args.check:
                 raise ValueError(f"--{alone} and {other} contradict each other; leave out one")
-    args.annotations = None if args.no_captions else args.annotations or ANNOTATIONS
     args.images = None if args.text_only else args.images or IMAGES
+    in_tars = bool(args.images) and any(map(names_tars, args.images))  # then their captions are the default
+    args.annotations = None if args.no_captions else args.annotations or (None if in_tars else ANNOTATIONS)
 
 
 def gather(args):
     """Return the Source that the command line names."""
+    tars = tar_source(args)
+    if tars:
+        return tars
     if args.no_captions:
         return FoundPictures(name_pictures(find_pictures(args.images)), {})
     if args.text_only:
         return FoundPictures(*find_sentences(args.annotations, args.split, args.strict))
     places = read_places(args.annotations, args.split)
     return FoundPictures(*find_images(places, ImageFinder(args.images, args.annotations), args.strict))
+
+
+def tar_source(args):
+    """Return the Source of --images' tars, or None where it names none."""
+    if not args.images or not any(map(names_tars, args.images)):
+        return None
+    paths = expand_tars(args.images)
+    if args.no_captions:
+        return Tars(paths, False)
+    if not args.annotations:
+        return Tars(paths)
+    places = read_places(args.annotations, args.split)
+    bad = {place: error for place, _, error in places if error}
+    if bad and args.strict:
+        place, error = next(iter(bad.items()))
+        raise ValueError(f"{args.annotations}, {place} {error}; mend it, or leave out --strict")
+    records = [record for _, record, error in places if not error]
+    source = Tars(paths, KeyedCaptions(records, [sha256(args.annotations), args.split]))
+    source.skipped = bad
+    return source
 
 
 def find_images(places, finder, strict):

@@ -108,9 +108,13 @@ def prepare_readers(images, num_workers):
     """Begin the server that reading processes are forked from, where there will be one.
 
     It imports what they need, for seconds, while the command loads its models.
+
+    Args:
+        images: how many will be read, or None.
+        num_workers: processes that will read them.
     """
     threads = torch.get_num_threads() > 1 or start_method() != "fork"  # torch begins its own with the first large sum
-    if num_workers and images > FEW and threads and sys.platform == "linux":
+    if num_workers and (images is None or images > FEW) and threads and sys.platform == "linux":
         with _starting():
             forkserver.ensure_running()
 

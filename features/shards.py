@@ -56,19 +56,20 @@ def shard_stamp(encoder, made_of):
     return hashlib.sha256(json.dumps([encoder, made_of]).encode()).hexdigest()
 
 
-def count_records(images, found):
+def count_records(images, found, records=0):
     """Return how many rows, images, captions and empty captions a shard or store has.
 
     Args:
         images: {readable picture or Sentence: its records}.
-        found: how many there were, readable or not.
+        found: how many pictures there were, readable or not.
+        records: of how many records they were.
     """
     texts = any(isinstance(path, Sentence) for path in images)
     captions = [record["caption"] for same in images.values() for record in same if "caption" in record]
     full = sum(bool(caption.strip()) for caption in captions)
     return {
         "rows": len(images), "images_found": 0 if texts else found, "images": 0 if texts else len(images),
-        "captions": full, "empty_captions": len(captions) - full,
+        "captions": full, "empty_captions": len(captions) - full, "records": records,
     }  # fmt: skip
 
 

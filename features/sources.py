@@ -2,14 +2,18 @@
 
 A source is a row of parts. A part becomes one shard of a store, or one file of captions; what is in it is read when it
 is its turn, so that memory is the same whatever the number of parts. In it stand pictures with their records: a picture
-is a path, or what stands for one (`features.texts.Sentence`), and is told from another one by its fingerprint; records
+is a path, or what stands for one (a Sentence, a TarMember), and is told from another one by its fingerprint; records
 hold `caption`, where there are captions, and `image_id`.
 """
 
 import os
+from pathlib import Path
 
-from features.images import is_readable
+from features.annotations import image_id_of
+from features.images import is_readable, reader
+from features.results import name_pictures
 from features.shards import shard_rows
+from features.tars import TarMember, captions_of, read_tar
 from features.texts import Sentence
 from utils.distributed import share
 
@@ -17,10 +21,12 @@ from utils.distributed import share
 def fingerprint(picture):
     """Return what tells whether a picture is still the one that was encoded: of a file, its name, bytes, time in ns.
 
-    A Sentence is that itself.
+    A Sentence is that itself; a TarMember is told by its place in the tar, and by the tar's time.
     """
     if isinstance(picture, Sentence):
         return picture
+    if isinstance(picture, TarMember):
+        return picture.fingerprint()
     status = os.stat(picture)
     return str(picture), status.st_size, status.st_mtime_ns
 
@@ -28,12 +34,13 @@ def fingerprint(picture):
 class Source:
     """A row of parts. What is no more than that says `parts`; the rest follows.
 
-    Args:
+    Attributes:
         skipped: {name: why it is left out} of what belongs to no part.
         count: how many pictures there are, where that is known before they are read.
+        records: how many records of annotations must be found in the parts; None: there are no annotations besides.
     """
 
-    skipped, count = {}, None
+    skipped, count, records = {}, None, None
 
     def parts(self):
         """Return the parts, in order: one per shard."""
@@ -125,3 +132,114 @@ class FoundPictures(Source):
     def read(self):
         """See Source."""
         return self.pictures, {}
+
+
+class TarPart(Part):
+    """The pictures of one tar, which is read when it is its turn.
+
+    Args:
+        path: of the tar.
+        name: that tells it from the source's other tars.
+        captions: KeyedCaptions; None: those in the tar; False: pictures alone.
+        unique: what keys that no other tar of the source has begin with; None: none do.
+    """
+
+    count = None
+
+    def __init__(self, path, name, captions, unique):
+        self.path, self.name, self.captions, self.unique = path, name, captions, unique
+
+    def made_of(self):
+        """See Part."""
+        status = os.stat(self.path)
+        kind = self.captions.made_of if self.captions else self.captions
+        return [self.path, status.st_size, status.st_mtime_ns, self.name, kind]
+
+    def read(self):
+        """See Part."""
+        entries, skipped = read_tar(self.path)
+        taken = {entry.pictures[0]: (key, entry) for key, entry in entries.items() if entry.pictures}
+        named, pictures = name_pictures(list(taken)), {}
+        for picture, (key, entry) in taken.items():
+            [record] = named[picture]
+            if self.unique is None or not key.split("/")[-1].startswith(self.unique):
+                record["image_id"] = f"{self.name}/{key}"
+            if self.captions is False:
+                pictures[picture] = [record]
+                continue
+            try:
+                records = self.captions.of(key) if self.captions else [{"caption": c} for c in captions_of(entry)]
+            except ValueError as error:
+                skipped[str(picture)] = str(error)
+                continue
+            if records:
+                pictures[picture] = [record | own for own in records]
+        for entry in entries.values():
+            if not entry.pictures and not self.captions:
+                skipped[entry.name] = "no picture of this key in the tar"
+        return pictures, skipped
+
+    def has_readable(self, skipped, then):
+        """See Part; looked for only where the decoders are others now, or a fault may have been the disk's."""
+        if then == reader() and not any(reason.startswith("cannot be opened") for reason in skipped.values()):
+            return False
+        pictures, _ = self.read()
+        return any(is_readable(picture) for picture in pictures if str(picture) in skipped)
+
+
+class Tars(Source):
+    """Tars of img2dataset's or webdataset's kind, each a part."""
+
+    def __init__(self, paths, captions=None):
+        """Take tars.
+
+        Args:
+            paths: of the tars.
+            captions: KeyedCaptions; None: those in the tars; False: pictures alone.
+        """
+        self.paths, self.captions = paths, captions
+        self.records = captions.count if captions else None
+
+    def parts(self):
+        """See Source."""
+        names, parts = part_names(self.paths), []
+        # img2dataset's keys begin with their tar's number, as wide as all; others may be the same in every tar
+        apart = names == [Path(path).stem for path in self.paths] and len(set(map(len, names))) == 1
+        for path, name in zip(self.paths, names, strict=True):
+            unique = "" if len(names) == 1 else name if apart else None
+            parts.append(TarPart(path, name, self.captions, unique))
+        return parts
+
+
+def part_names(paths):
+    """Return a name for each file: without folder and ending, or with as much of its folders as tells all apart."""
+    stems = [Path(path).stem for path in paths]
+    if len(set(stems)) == len(paths):
+        return stems
+    whole = [os.path.abspath(path) for path in paths]
+    above = os.path.commonpath(map(os.path.dirname, whole))
+    return [os.path.splitext(os.path.relpath(path, above))[0] for path in whole]
+
+
+class KeyedCaptions:
+    """Captions of annotations, by the key of a picture in a tar: a file's name without ending, or its id."""
+
+    def __init__(self, records, made_of):
+        """Take records.
+
+        Args:
+            records: of annotations.
+            made_of: plain data that changes when they do.
+        """
+        self.made_of, self.count, self.named, self.numbered = made_of, len(records), {}, {}
+        for record in records:
+            if record.get("file_name"):
+                stem = os.path.splitext(record["file_name"].replace("\\", "/").split("/")[-1])[0]
+                self.named.setdefault(stem, []).append(record)
+            else:
+                self.numbered.setdefault(record["image_id"], []).append(record)
+
+    def of(self, key):
+        """Return the records of a key, whose own folders do not count."""
+        name = key.split("/")[-1]
+        return self.named.get(name) or self.numbered.get(image_id_of(f"{name}.jpg")) or []
