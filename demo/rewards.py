@@ -24,12 +24,15 @@ UNCAPTIONED = 1500  # pictures to adapt to
 BEGINNINGS = ("On", "In")  # of the phrasings that are kept out: those that begin with the place, four of nine
 SEARCHES = {"greedy": (), "beam 5": ("--use_beam_search",)}
 SCST = ("--bs", 20, "--lr", "1e-4")
-REWARDS = {  # method -> store, flags; 450 and 600 steps of 20 images
+ADAPTED = "clip, no captions"
+REWARDS = {  # method -> store, flags; 450, 600 and 900 steps of 20 images
     "cider": ("pairs", ("--epochs", 1)),
     "cider+clip": ("pairs", ("--epochs", 1, "--reward", "cider+clip")),
     "cider, half the phrasings": ("half", ("--epochs", 1)),
-    "clip, no captions": ("adapt", ("--reward", "clip", "--kl", 0.05, "--samples", 8, "--epochs", 8)),
+    ADAPTED: ("adapt", ("--reward", "clip", "--kl", 0.05, "--samples", 8, "--epochs", 8)),
+    f"{ADAPTED}, then cider+clip": ("pairs", ("--epochs", 2, "--reward", "cider+clip", "--kl", 0.02)),
 }
+FROM = {f"{ADAPTED}, then cider+clip": ADAPTED}  # methods that begin with what another made of the same seed
 START = "the captioner at the start"
 COLUMNS = (*PARTS, "grammatical", "CIDEr")
 
@@ -74,15 +77,19 @@ def measure(stages, world, name, checkpoint):
     return figures
 
 
-def train(stages, name, store, flags, seed):
-    """Train from the demo's captioner; returns the checkpoint."""
+def train(stages, stores, method, seed):
+    """Train by a method, after those that it begins with; returns (name of the run, checkpoint)."""
+    (store, flags), name = REWARDS[method], method.replace(", ", "_").replace(" ", "_")
+    start = DEMO_CHECKPOINT.relative_to(ROOT)
+    if method in FROM:
+        _, start = train(stages, stores, FROM[method], seed)
     folder = stages.out / f"{name}_{seed}"
     checkpoint = folder / "scst_prefix_latest.pt"
     stages.script(f"train {name} {seed}", [
-        "train_scst.py", "--init_from", DEMO_CHECKPOINT.relative_to(ROOT), "--data", store, "--out_dir", folder,
-        "--seed", seed, *SCST, *flags,
+        "train_scst.py", "--init_from", start, "--data", stores[store], "--out_dir", folder, "--seed", seed, *SCST,
+        *flags,
     ], [checkpoint])  # fmt: skip
-    return checkpoint
+    return folder.name, checkpoint
 
 
 def rows_of(results):
@@ -106,10 +113,8 @@ def main(argv=None):
         results = {START: [measure(stages, world, "start", "demo")]}
         for seed in args.seeds:
             for method in args.methods:
-                store, flags = REWARDS[method]
-                name = method.replace(", ", "_").replace(" ", "_")
-                checkpoint = train(stages, name, stores[store], flags, seed)
-                results.setdefault(method, []).append(measure(stages, world, f"{name}_{seed}", checkpoint))
+                name, checkpoint = train(stages, stores, method, seed)
+                results.setdefault(method, []).append(measure(stages, world, name, checkpoint))
                 write_json(stages.out / "results.json", results)
     print("\n".join(table(COLUMNS, rows_of(results))))
 
