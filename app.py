@@ -96,7 +96,7 @@ class Service:
         self.predictor = Predictor()
         self.predictor.setup(models, device)
         first = self.predictor.captioner()
-        if first.encoder.has_texts:
+        if first.encoder.compares_texts:
             self.methods = self.reranking | self.methods
 
     def decoding(self, method, num_captions, top_p, temperature, seed):
@@ -173,9 +173,9 @@ class Service:
         answers = {index: Refused(reason) for index, reason in errors.items()}
         if indices:
             keys = [image_key(images[index]) for index in indices]
-            encode_texts = captioner.encoder.encode_texts if captioner.encoder.has_texts else None
+            encode_texts = captioner.encoder.encode_texts if captioner.encoder.compares_texts else None
             if decoding.rerank == CLIP and not encode_texts:
-                raise Refused("this model's encoder has no text tower to choose with: take another decoding")
+                raise Refused("this model has no text tower to compare images with: take another decoding")
             groups = captioner.caption_embeddings(embeddings, as_trained(decoding, captioner.decoding), keys)
             answers |= zip(indices, _scored(embeddings, groups, decoding, encode_texts), strict=True)
             self._remember([images[index] for index in indices], model, groups)

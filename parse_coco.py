@@ -22,6 +22,7 @@ import os
 from pathlib import Path
 
 from encoders import load_encoder
+from encoders.base import PATCHES, POOLED
 from features.annotations import FORMATS
 from features.check import find_faults, find_tar_faults
 from features.extraction import Reading, make_store
@@ -67,6 +68,11 @@ def get_parser():
     encoder.add_argument(
         "--clip_model_type", default="ViT-B/32", help="a name of OpenAI's clip, or the path of a CLIP .pt"
     )
+    encoder.add_argument(
+        "--tokens", choices=(POOLED, PATCHES),
+        help="one vector an image, or all K patch or query tokens of the last layer, before pooling, for train.py's "
+        "networks on tokens (default: pooled; patches where the encoder has nothing else)",
+    )  # fmt: skip
     encoder.add_argument("--batch_size", type=positive_int, default=64, help="images per call of the encoder")
     encoder.add_argument(
         "--num_workers", type=non_negative_int, default=min(8, os.cpu_count() or 1),
@@ -78,10 +84,10 @@ def get_parser():
     return parser
 
 
-def default_out(clip_model_type, split):
-    """Return the predecessors' name of the store of a model and split; other ones for what stands alone."""
+def default_out(clip_model_type, split, tokens=None):
+    """Return the predecessors' name of the store of a model and split; other ones for tokens and what stands alone."""
     model = Path(clip_model_type).stem if Path(clip_model_type).is_file() else clip_model_type.replace("/", "_")
-    return f"data/coco/oscar_split_{model}_{split}.pkl"
+    return f"data/coco/oscar_split_{model}{f'_{PATCHES}' * (tokens == PATCHES)}_{split}.pkl"
 
 
 def check(args):
@@ -106,7 +112,7 @@ def main(argv=None):
     if args.check:
         return check(args)
     split = "images" if args.no_captions else f"{args.split}_text" if args.text_only else args.split
-    out = args.out or default_out(args.clip_model_type, split)
+    out = args.out or default_out(args.clip_model_type, split, args.tokens)
     inputs = {"the annotations": args.annotations, "the encoder": args.clip_model_type, "the images": args.images}
     check_store_output(out, inputs)
     source = gather(args)
@@ -114,7 +120,7 @@ def main(argv=None):
     device = own_device([pick_device(args.device)])
     with connected(device), lock_store(out) if is_main() else contextlib.nullcontext():
         with main_first():
-            encoder = load_encoder(args.clip_model_type, device, args.dtype)
+            encoder = load_encoder(args.clip_model_type, device, args.dtype, args.tokens)
         info = {
             "annotations": args.annotations, "annotations_sha256": args.annotations and sha256(args.annotations),
             "split": args.split,

@@ -57,9 +57,14 @@ NORM_TOLERANCE = 0.01  # of float16 rows that were divided by their norm
 RN_DIMS = (640, 768, 1024)  # widths of CLIP's ResNets: RN50x4; RN50x16; RN50 and RN50x64
 
 
-def get_parser():
-    """Return the command line's parser."""
+def get_parser(length=10):
+    """Return the command line's parser.
+
+    Args:
+        length: of the prefix, and tokens made of the CLIP embedding, where nothing else decides.
+    """
     parser = Parser(__doc__)
+    parser.set_defaults(usual_length=length)
     files = parser.add_argument_group("files")
     files.add_argument("--data", default="./data/coco/oscar_split_train.pkl", help="feature store of parse_coco.py")
     files.add_argument(
@@ -75,12 +80,20 @@ def get_parser():
     model.add_argument("--language_model", default="gpt2", help="name on the hub, or folder")
     model.add_argument("--only_prefix", action="store_true", help="train the mapping network only")
     model.add_argument("--mapping_type", choices=MAPPING_NETWORKS, default="mlp", help="mapping network")
-    model.add_argument("--prefix_length", type=positive_int, default=10, help="prefix positions")
     model.add_argument(
-        "--prefix_length_clip", type=positive_int, default=10, help="tokens made of the CLIP embedding (transformer)"
-    )
+        "--prefix_length", type=positive_int,
+        help=f"prefix positions (default: {length}; of the mlp on tokens, one for each token)",
+    )  # fmt: skip
     model.add_argument(
-        "--num_layers", "--num_layres", type=positive_int, default=8, help="layers of the transformer mapping network"
+        "--prefix_length_clip", type=positive_int,
+        help=f"tokens the transformer makes of a CLIP embedding (default: {length}; of tokens, as many as there are)",
+    )  # fmt: skip
+    model.add_argument(
+        "--num_layers", "--num_layres", type=positive_int,
+        help=f"layers of the mapping network (default: {_defaults_of('num_layers')})",
+    )  # fmt: skip
+    model.add_argument(
+        "--num_heads", type=positive_int, help=f"attention heads in it (default: {_defaults_of('num_heads')})"
     )
     model.add_argument("--is_rn", action="store_true", help="the encoder is a ResNet; the width is read from the data")
     model.add_argument("--normalize_prefix", action="store_true", help="divide CLIP embeddings by their L2 norm")
@@ -124,12 +137,18 @@ def get_parser():
     return parser
 
 
+def _defaults_of(option):
+    """Say the defaults of an option of mapping networks."""
+    has = {name: network.options[option] for name, network in MAPPING_NETWORKS.items() if option in network.options}
+    return ", ".join(f"{value} of the {name}" for name, value in has.items())
+
+
 def check_store(store, is_rn, normalize_prefix):
     """Refuse a store that --is_rn contradicts; warn where captioning would not normalise what is normalised here.
 
     Raises: ValueError.
     """
-    norms = torch.as_tensor(store.clip_embedding[list(range(min(100, len(store.clip_embedding))))]).float().norm(dim=1)
+    norms = torch.as_tensor(store.clip_embedding[list(range(min(100, len(store.clip_embedding))))]).float().norm(dim=-1)
     if not normalize_prefix and ((norms - 1).abs() < NORM_TOLERANCE).all():
         note(
             f"warning: the embeddings of {store.path} are normalised, as clip-retrieval's are, and what predict.py "
@@ -145,13 +164,24 @@ def check_store(store, is_rn, normalize_prefix):
 
 
 def caption_config(args, store):
-    """Return the CaptionConfig that the command line and the store ask for."""
+    """Return the CaptionConfig that the command line and the store ask for.
+
+    Raises: ValueError where they do not fit each other.
+    """
+    network = MAPPING_NETWORKS[args.mapping_type]
+    options = {name: getattr(args, name) for name in ("prefix_length_clip", "num_layers", "num_heads")}
+    for name, value in options.items():
+        if value is not None and name not in (*network.options, *network.ignored):
+            raise ValueError(f"--{name} {value}: --mapping_type {args.mapping_type} has no such option; leave it out")
+    lengths = {"prefix_length": args.prefix_length} | options
+    for name in ("prefix_length", "prefix_length_clip"):
+        if lengths[name] is None and not (store.num_tokens and name == network.length_of_tokens):
+            lengths[name] = args.usual_length
     return CaptionConfig(
         prefix_dim=store.prefix_dim,
-        prefix_length=args.prefix_length,
-        prefix_length_clip=args.prefix_length_clip,
+        num_tokens=store.num_tokens,
         mapping_type=args.mapping_type,
-        num_layers=args.num_layers,
+        **lengths,
         only_prefix=args.only_prefix,
         normalize_prefix=args.normalize_prefix,
         language_model=args.language_model,
@@ -204,7 +234,12 @@ def prepare(config, training, store, placement):
     language_config = load_language_config(config.language_model)
     room = context_length(language_config)
     if room and config.prefix_length >= room:  # before a mapping network is built, which grows with its square
-        raise ValueError(f"--prefix_length {config.prefix_length} leaves no room in the context of {room}; lower it")
+        what = f"--prefix_length {config.prefix_length}"
+        raise ValueError(
+            f"{what} leaves no room in the context of {room}; lower it"
+            if config.prefix_length != config.num_tokens
+            else f"{what}, one for each token, leaves no room in the context of {room}; use --mapping_type resampler"
+        )
     tokenizer = load_tokenizer(config.language_model)
     check_tokenizer(tokenizer, language_config, config.language_model)
     model = build_model(config, training.init_from, placement.devices[0])

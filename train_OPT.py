@@ -21,14 +21,12 @@ DECODING = DecodingConfig(BEAM, "transformers", beam_size=5, entry_length=30, st
 
 def get_parser():
     """Return train.py's parser with OPT's defaults."""
-    parser = train.get_parser()
+    parser = train.get_parser(length=32)
     parser.description = __doc__.strip()
     parser.set_defaults(
         data="./data/coco/oscar_split_ViT-B_32_train.pkl",
         language_model=OPT_MODEL,
         mapping_type="transformer",
-        prefix_length=32,
-        prefix_length_clip=32,
         optimizer="adamw_torch",
     )
     parser.aliases["language_model"] = LANGUAGE_MODELS

@@ -36,7 +36,9 @@ from training.validation import check_encoders
 from utils.cli import non_negative_float, positive_int, run
 
 # flags of train.py that the checkpoint answers: CaptionConfig's of the same names
-OF_THE_CHECKPOINT = ("mapping_type", "prefix_length", "prefix_length_clip", "num_layers", "normalize_prefix")
+OF_THE_CHECKPOINT = (
+    "mapping_type", "prefix_length", "prefix_length_clip", "num_layers", "num_heads", "normalize_prefix",
+)  # fmt: skip
 
 
 @dataclass
@@ -61,6 +63,9 @@ def get_parser():
     parser.set_defaults(
         prefix="scst_prefix", lr=5e-6, warmup_steps=0, language_model=None, **dict.fromkeys(OF_THE_CHECKPOINT)
     )
+    for action in parser._actions:
+        if action.dest in OF_THE_CHECKPOINT:
+            action.help = "as the checkpoint has it"
     group = parser.add_argument_group("reward")
     group.add_argument(
         "--reward", choices=REWARDS, default=CIDER,
@@ -119,7 +124,7 @@ def check_data(store, config, described, checkpoint):
     if store.is_of_texts:
         raise ValueError(f"--data {store.path} holds texts, and captions are drawn of images; pass a store of those")
     known = config.to_dict() if described else {}  # of a bare checkpoint, the encoder is a guess by its width
-    check_encoders(f"--data {store.path}", store, f"--init_from {checkpoint}", config.prefix_dim, known)
+    check_encoders(f"--data {store.path}", store, f"--init_from {checkpoint}", config.shape, known)
 
 
 def starting_captioner(args, config, device):
@@ -184,6 +189,11 @@ def main(argv=None):
 
     def configure(args, store, val_store):
         check_data(store, config, described, args.init_from)
+        if store.num_tokens and CLIP in args.reward.split("+"):
+            raise ValueError(
+                f"--reward {args.reward} compares captions with one vector of their image, and --data {store.path} "
+                f"holds tokens: pass --reward {CIDER}"
+            )
         return config, train.training_config(args, RewardConfig), store, {}
 
     train.run_training(args, decoding, configure, functools.partial(prepare, args, decoding, described))

@@ -116,6 +116,11 @@ class ImageEncoder:
         """Embed a batch of texts; returns [N, D]."""
         raise NotImplementedError
 
+    @property
+    def compares_texts(self):
+        """Whether an image's embedding can be compared with a text's."""
+        return self.has_texts and self.tokens == POOLED
+
     def check_texts(self, what):
         """Refuse what compares images with texts where this encoder cannot.
 
@@ -138,7 +143,7 @@ class ImageEncoder:
         """
         same = {"name": self.name, "sha256": self._identity_sha256(), "embed_dim": self.embed_dim}
         if self.tokens != POOLED:
-            same |= {"tokens": self.tokens}
+            same |= {"tokens": self.tokens, "shape": list(self.shape)}
         return same | ({"dtype": self.dtype} if self.dtype in ("bf16", "int8") else {})
 
     def _identity_sha256(self):

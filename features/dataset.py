@@ -55,7 +55,7 @@ class CaptionDataset:
         Args:
             indices: [B] caption numbers.
             epoch: that the noise, where there is some, is drawn of.
-        Returns: tokens [B, T] padded on the right with 0, clip_embedding [B, D] float32, lengths [B].
+        Returns: tokens [B, T] padded on the right with 0, clip_embedding [B, D], or [B, K, D], lengths [B].
         """
         indices = np.asarray(indices)
         self._tokenize(indices[self.starts[indices] < 0])
@@ -63,9 +63,9 @@ class CaptionDataset:
         tokens = torch.zeros(len(indices), int(lengths.max()), dtype=torch.long)
         for row, (start, length) in enumerate(zip(self.starts[indices], lengths, strict=True)):
             tokens[row, :length] = torch.from_numpy(self.tokens[start : start + length].astype(np.int64))
-        embeddings = self.clip_embedding[torch.from_numpy(self.embedding_index[indices])].float()
+        embeddings = self.clip_embedding[torch.from_numpy(self.embedding_index[indices])]
         if self.noise:
-            embeddings = self.noise(embeddings, indices, epoch)
+            embeddings = self.noise(embeddings.float(), indices, epoch)
         return tokens, embeddings, torch.from_numpy(lengths.astype(np.int64))
 
     def _tokenize(self, indices):

@@ -4,6 +4,7 @@ What comes in is a Source, what comes out a pickle or a folder of shards with it
 """
 
 import collections
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from utils.cli import VERSION, note, progress_bar
 from utils.distributed import all_sum, all_union, is_main, rank, share
 from utils.files import read_json, write_json
 
+HELD = 8 << 30  # bytes of embeddings from which on a pickle gets a warning
 SHOWN = 10  # skipped images that are listed on the terminal; the json beside the store lists all
 
 
@@ -137,7 +139,9 @@ def write_pickle(encoder, source, out, reading, info):
 
     Each process keeps its rows in a PartialStore of its own; those of an earlier run count, however many it had.
     """
-    identity = encoder.identity()
+    identity, size = encoder.identity(), (source.count or 0) * math.prod(encoder.shape) * 4
+    if size > HELD:
+        note(f"warning: {out}, of {size / 1e9:.0f} GB, will be held in memory whole; shards are not: --out DIR/")
     encoded = all_union({key for name in share(partial_names(out)) for key in PartialStore.encoded(name, identity)})
     parts = source.shares(encoded)
     own = known_count(parts)

@@ -1,6 +1,7 @@
 """What an extraction under way has encoded, so that the same command goes on after a kill."""
 
 import json
+import math
 import re
 import zlib
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 
 from utils.cli import note
+
+COLLECTED = 1024  # rows copied at a time
 
 
 def partial_names(store_path):
@@ -25,25 +28,52 @@ def collect_rows(partials, keys):
     Args:
         partials: list of PartialStore.
         keys: [N] keys of images.
-    Returns: [N, D] float32.
+    Returns: [N, D], or [N, K, D], float32.
     Raises: ValueError where one is in none.
     """
-    rows, missing = torch.empty(len(keys), partials[0].dim), set(keys)
+    rows, missing = torch.empty(len(keys), *partials[0].shape), set(keys)
     for partial in partials:
         here = [number for number, key in enumerate(keys) if key in partial.rows]
-        rows[here] = partial.embeddings([keys[number] for number in here])
+        embeddings = partial.embeddings([keys[number] for number in here])
+        for start in range(0, len(here), COLLECTED):
+            rows[here[start : start + COLLECTED]] = embeddings[start : start + COLLECTED]
         missing -= partial.rows.keys()
     if missing:
         raise ValueError(f"{min(missing)[0]} changed while the images were encoded; run the same command again")
     return rows
 
 
+class StoredRows:
+    """Rows of a file of float32 numbers, in any order; slices are read when they are asked for."""
+
+    def __init__(self, path, rows, shape):
+        """Name the rows.
+
+        Args:
+            path: file.
+            rows: [N] numbers of rows.
+            shape: of a row.
+        """
+        self.path, self.rows, self.shape = path, rows, (len(rows), *shape)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, part):
+        """Return a slice's rows as a tensor [n, *shape of a row]."""
+        rows = self.rows[part]
+        if not rows:  # of an empty file, which cannot be mapped
+            return torch.empty(0, *self.shape[1:])
+        stored = np.memmap(self.path, np.float32, "r", shape=(max(rows) + 1, *self.shape[1:]))
+        return torch.from_numpy(stored[rows])
+
+
 class PartialStore:
     """Embeddings of an extraction under way, appended batch by batch so that a kill loses at most one batch.
 
-    `<store>.partial/embeddings.f32` holds rows of D float32 numbers and `journal.jsonl` a line for every batch that is
-    wholly in it: the images' keys, and a checksum of these and the rows. What the journal does not name was not
-    finished, and what does not agree with it is encoded again.
+    `<store>.partial/embeddings.f32` holds rows of D, or K·D, float32 numbers and `journal.jsonl` a line for every
+    batch that is wholly in it: the images' keys, and a checksum of these and the rows. What the journal does not name
+    was not finished, and what does not agree with it is encoded again.
     """
 
     def __init__(self, store_path, encoder):
@@ -51,11 +81,13 @@ class PartialStore:
 
         Args:
             store_path: the store that is being made.
-            encoder: name, sha256 and embed_dim of the encoder, as a dict; another encoder's rows are thrown away.
+            encoder: what tells the encoder, as a dict, `embed_dim` or, of tokens, `shape` among it; another one's rows
+                are thrown away.
         """
         self.folder = Path(f"{store_path}.partial")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.dim = encoder["embed_dim"]
+        self.shape = tuple(encoder.get("shape") or [encoder["embed_dim"]])  # of a row
+        self.row_bytes = math.prod(self.shape) * 4
         self.rows = {}  # image key -> row
         self._resume(encoder)
 
@@ -86,7 +118,7 @@ class PartialStore:
                 good_bytes += len(line)
             file.truncate(good_bytes)
         self.journal = open(journal, "ab")  # noqa: SIM115
-        self.data.truncate(len(self.rows) * self.dim * 4)
+        self.data.truncate(len(self.rows) * self.row_bytes)
         if not good_bytes:
             self._log(encoder)
 
@@ -95,8 +127,8 @@ class PartialStore:
         images = entry.get("images") if isinstance(entry, dict) else None
         if not isinstance(images, list):
             return False
-        data = self.data.read(len(images) * self.dim * 4)
-        if len(data) < len(images) * self.dim * 4 or _checksum(images, data) != entry.get("crc32"):
+        data = self.data.read(len(images) * self.row_bytes)
+        if len(data) < len(images) * self.row_bytes or _checksum(images, data) != entry.get("crc32"):
             return False
         keys = [tuple(key) for key in images]
         if not self.rows.keys().isdisjoint(keys):
@@ -113,7 +145,7 @@ class PartialStore:
 
         Args:
             keys: per image, a tuple of text and numbers that changes when the file does.
-            embeddings: [B, D] float32.
+            embeddings: [B, D], or [B, K, D], float32.
         """
         data = embeddings.numpy().tobytes()
         self.data.write(data)
@@ -122,12 +154,9 @@ class PartialStore:
         self.rows.update({key: len(self.rows) + i for i, key in enumerate(keys)})
 
     def embeddings(self, keys):
-        """Return the [N, D] float32 rows of these images."""
-        if not keys:
-            return torch.empty(0, self.dim)
+        """Return the float32 rows of these images, as a StoredRows."""
         self.data.flush()
-        stored = np.memmap(self.folder / "embeddings.f32", np.float32, "r", shape=(len(self.rows), self.dim))
-        return torch.from_numpy(stored[[self.rows[key] for key in keys]])
+        return StoredRows(self.folder / "embeddings.f32", [self.rows[key] for key in keys], self.shape)
 
     def close(self):
         """Close the files; the folder stays for the next run."""

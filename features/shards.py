@@ -1,6 +1,6 @@
 """The feature store as a folder of shards, for what does not fit in memory: clip-retrieval's layout.
 
-    img_emb/img_emb_0000.npy         float16 [n, D], memory-mapped
+    img_emb/img_emb_0000.npy         float16 [n, D], or [n, K, D] of tokens, memory-mapped
     metadata/metadata_0000.parquet   n rows: image_path, caption, image_id; captions, where an image has several;
                                      no caption, where the pictures have none; no image_path, where rows are of texts
 
@@ -12,6 +12,7 @@ import bisect
 import contextlib
 import hashlib
 import json
+import math
 import mmap
 import re
 from pathlib import Path
@@ -25,10 +26,13 @@ import torch
 from features.images import reader
 from features.listing import as_text
 from features.texts import Sentence
+from utils.cli import in_words
 from utils.distributed import all_union, share
 from utils.files import atomic_path, reason
 
-ROWS_MAPPED = 128  # rows gathered before their pages are given back: one page fault may map a megabyte around a row
+# bytes that are mapped before their pages are given back; one page fault may map FAULT around a row
+MAPPED, FAULT = 1 << 27, 1 << 20
+WRITTEN = 256  # rows converted and written at a time
 SHARDS = 64  # that a store is cut into, so that many processes have work, while a shard has between these many images
 MIN_ROWS, MAX_ROWS = 1 << 10, 1 << 17
 # bytes of embeddings that a fingerprint reads, a second or two; of more, as many in pieces spread over all shards: the
@@ -79,7 +83,7 @@ def write_shard(folder, number, stamp, embeddings, images, skipped, counts=None)
     Args:
         folder: of the store.
         stamp: see `shard_stamp`.
-        embeddings: [n, D] float32 tensor.
+        embeddings: [n, D], or [n, K, D], float32 tensor, or what gives slices of one.
         images: {image file or Sentence: its records, with `caption`, unless pictures are alone, and `image_id`, unless
             texts are}, n of them.
         skipped: {image file: why it is in no row}.
@@ -89,7 +93,10 @@ def write_shard(folder, number, stamp, embeddings, images, skipped, counts=None)
     npy, parquet = shard_files(folder, number)
     parquet.unlink(missing_ok=True)
     with atomic_path(npy) as temporary, open(temporary, "wb") as file:
-        np.save(file, embeddings.half().numpy())
+        described = {"descr": "<f2", "fortran_order": False, "shape": tuple(embeddings.shape)}
+        np.lib.format.write_array_header_1_0(file, described)
+        for start in range(0, len(embeddings), WRITTEN):  # tokens of a whole shard may not fit in memory
+            file.write(embeddings[start : start + WRITTEN].half().numpy().tobytes())
     ids, columns = [same[0].get("image_id") for same in images.values()], {}
     if not any(isinstance(path, Sentence) for path in images):
         columns["image_path"] = pa.array(map(as_text, images), pa.string())
@@ -170,22 +177,27 @@ def foreign_shard(folder):
 
 
 class MappedEmbeddings:
-    """Rows of several npy files as one [N, D] array on the disk."""
+    """Rows of several npy files as one [N, D], or [N, K, D], array on the disk."""
 
     def __init__(self, files):
         """Map the files.
 
         Args:
-            files: npy files, each [n, D] of floats.
+            files: npy files, each [n, D], or [n, K, D], of floats.
         Raises: ValueError naming the file that is damaged or does not fit the first one.
         """
         self.files, self.parts = files, [_map_array(file) for file in files]
-        dim = self.parts[0].shape[1]
+        row = self.parts[0].shape[1:]
         for file, part in zip(files, self.parts, strict=True):
-            if part.shape[1] != dim:
-                raise ValueError(f"{file} is {part.shape[1]} wide and {files[0]} {dim}: they are of two encoders")
+            if part.shape[1:] != row:
+                raise ValueError(
+                    f"{file} has rows of {in_words(part.shape[1:])}, and {files[0]} of {in_words(row)}: they are of "
+                    f"two encoders"
+                )
         self.ends = np.cumsum([len(part) for part in self.parts])
-        self.shape = (int(self.ends[-1]), dim)
+        self.shape = (int(self.ends[-1]), *row)
+        self.dtype = np.result_type(*self.parts)
+        self.mapped = FAULT + math.prod(row) * self.dtype.itemsize  # by a row, at most
         self.gathered = 0
 
     def __len__(self):
@@ -196,28 +208,29 @@ class MappedEmbeddings:
 
         Args:
             rows: [B] row numbers.
-        Returns: [B, D] float32 tensor.
+        Returns: [B, D], or [B, K, D], tensor of the type that is stored: float16 takes half the way to a GPU.
         Raises: ValueError naming the file and row that holds NaN or infinity.
         """
         rows = np.asarray(rows)
         parts = np.searchsorted(self.ends, rows, side="right")
-        out = np.empty((len(rows), self.shape[1]), np.float32)
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         for part in np.unique(parts):
             chosen = np.flatnonzero(parts == part)
             within = rows[chosen] - (self.ends[part] - len(self.parts[part]))
             out[chosen] = self.parts[part][within]
-            bad = ~np.isfinite(out[chosen]).all(1)
-            if bad.any():
-                raise ValueError(f"{self.files[part]}, row {within[bad][0]} holds NaN or infinity; extract it again")
-        self.gathered += len(rows)
-        if self.gathered >= ROWS_MAPPED:
+            for place, row in zip(chosen, within, strict=True):
+                # a sum is finite where all numbers are; of one row at a time, which stays in the processor's cache
+                if not torch.isfinite(torch.from_numpy(out[place]).float().sum()):
+                    raise ValueError(f"{self.files[part]}, row {row} holds NaN or infinity; extract it again")
+        self.gathered += len(rows) * self.mapped
+        if self.gathered >= MAPPED:
             self._give_pages_back()
         return torch.from_numpy(out)
 
     def update(self, digest):
         """Feed a hashlib digest with the numbers as they are stored; see FINGERPRINTED."""
         digest.update(repr([(len(part), part.dtype.str) for part in self.parts]).encode())
-        size = self.shape[1] * self.parts[0].itemsize
+        size = math.prod(self.shape[1:]) * self.parts[0].itemsize
         rows = max(1, PIECE // size)
         pieces = [(part, start) for part in self.parts for start in range(0, len(part), rows)]
         number = min(len(pieces), max(1, FINGERPRINTED // (rows * size)))
@@ -237,14 +250,16 @@ class MappedEmbeddings:
 def _map_array(file):
     """Map one npy file.
 
-    Raises: ValueError where it is damaged, with expected and found size, or holds no [n, D] floats.
+    Raises: ValueError where it is damaged, with expected and found size, or holds no [n, D] or [n, K, D] floats.
     """
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{file} is damaged ({_shortfall(file) or reason(error)}); extract this shard again") from None
-    if array.ndim != 2 or array.dtype.kind != "f":
-        raise ValueError(f"{file}: {list(array.shape)} {array.dtype} are no embeddings, which are [n, D] floats")
+    if array.ndim not in (2, 3) or 0 in array.shape[1:] or array.dtype.kind != "f":
+        raise ValueError(
+            f"{file}: {list(array.shape)} {array.dtype} are no embeddings, which are [n, D] or [n, K, D] floats"
+        )
     return array
 
 

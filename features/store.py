@@ -2,9 +2,9 @@
 
 On disk a pickle in the predecessors' format, `{"clip_embedding": [N, D], "captions": [{"image_id", "caption",
 "clip_embedding": row, ...}]}`, or a folder of shards (features/shards.py), with a json beside it that says how it was
-made. Rows are one per image; the predecessors' files, one row per caption, are read as they are. A store of pictures
-alone has no captions, and in the pickle `"images": [{"image_id", "file_name"}]`, one per row. A store of texts, whose
-json says `"modality": "text"`, has the row of the text tower for each caption.
+made. A store of tokens holds [N, K, D]. Rows are one per image; the predecessors' files, one row per caption, are read
+as they are. A store of pictures alone has no captions, and in the pickle `"images": [{"image_id", "file_name"}]`, one
+per row. A store of texts, whose json says `"modality": "text"`, has the row of the text tower for each caption.
 """
 
 import contextlib
@@ -18,10 +18,12 @@ import numpy as np
 import torch
 
 from features.shards import MappedCaptions, foreign_shard, read_shards
+from utils.cli import in_words
 from utils.files import atomic_path, read_json, reason, write_json
 from utils.outputs import STORE, belongs_to, check_folder, check_output, lock, overwritten
 
 PICKLES = (".pkl", ".pickle")
+CHECKED = 1024  # rows looked over at a time
 
 
 @dataclass
@@ -29,7 +31,7 @@ class FeatureStore:
     """Embeddings with their captions.
 
     Args:
-        clip_embedding: [N, D] float tensor, or MappedEmbeddings.
+        clip_embedding: [N, D], or [N, K, D] of tokens, float tensor, or MappedEmbeddings.
         captions: list of records with `image_id`, `caption` and `clip_embedding`, the row of their image; or
             MappedCaptions; none of them in a store of pictures alone.
         info: what the json beside the store says, or {}.
@@ -47,9 +49,19 @@ class FeatureStore:
         return self.info.get("modality") == "text"
 
     @property
+    def shape(self):
+        """Shape of an image's embedding: (D,), or (K, D) of tokens."""
+        return tuple(self.clip_embedding.shape[1:])
+
+    @property
     def prefix_dim(self):
-        """D, the width of the embeddings."""
-        return self.clip_embedding.shape[1]
+        """D, the width of the embeddings, or of their tokens."""
+        return self.shape[-1]
+
+    @property
+    def num_tokens(self):
+        """K, tokens of an image; None: it has one vector."""
+        return self.shape[0] if len(self.shape) == 2 else None
 
     def index(self):
         """Return ([N captions] int64 row of each caption's image, [N] length of its text without blanks around)."""
@@ -135,7 +147,7 @@ def write_store(path, clip_embedding, captions, info, images=None):
     An older json goes first, so that a kill leaves none that tells of another pickle.
 
     Args:
-        clip_embedding: [N, D] float32 tensor.
+        clip_embedding: [N, D], or [N, K, D], float32 tensor.
         captions: records whose `clip_embedding` is a row number.
         info: for the json.
         images: of pictures alone, the record of each row, with `image_id` and `file_name`.
@@ -165,6 +177,7 @@ def read_store(path):
                 f"{path}/ is not finished, or was moved without its json, {info_path(path)}: run the same "
                 f"parse_coco.py again, finished shards stay; or put it there"
             )
+        _check_shape(shards[0].shape, info, path)
         return FeatureStore(*shards, info, path)
     if not path.is_file():
         raise FileNotFoundError(f"feature store {path} does not exist; make it with parse_coco.py, or check --data")
@@ -180,15 +193,33 @@ def read_store(path):
     if not isinstance(value, dict) or not {"clip_embedding", "captions"} <= set(value):
         raise ValueError(f"{path} is no feature store: it must hold 'clip_embedding' and 'captions'")
     embedding = torch.as_tensor(value["clip_embedding"])
-    if embedding.ndim != 2 or not embedding.is_floating_point():
-        raise ValueError(f"{path}: clip_embedding is {list(embedding.shape)} {embedding.dtype}, not [N, D] of floats")
-    if not torch.isfinite(embedding).all():
-        row = int((~torch.isfinite(embedding)).any(1).nonzero()[0])
-        raise ValueError(f"{path}: embedding row {row} holds NaN or infinity; extract it again")
+    if embedding.ndim not in (2, 3) or 0 in embedding.shape[1:] or not embedding.is_floating_point():
+        raise ValueError(
+            f"{path}: clip_embedding is {list(embedding.shape)} {embedding.dtype}, not [N, D] or [N, K, D] of floats"
+        )
+    for start in range(0, len(embedding), CHECKED):
+        finite = torch.isfinite(embedding[start : start + CHECKED]).flatten(1).all(1)
+        if not finite.all():
+            row = start + int((~finite).nonzero()[0])
+            raise ValueError(f"{path}: embedding row {row} holds NaN or infinity; extract it again")
+    _check_shape(embedding.shape, info, path)
     alone = value["captions"] == [] and isinstance(value.get("images"), list)
     if not (alone and len(value["images"]) == len(embedding)):
         _check_captions(value["captions"], len(embedding), path)
     return FeatureStore(embedding, value["captions"], info, path)
+
+
+def _check_shape(shape, info, path):
+    """Refuse embeddings that are not what the json beside them tells of.
+
+    Raises: ValueError.
+    """
+    told, found = info.get("tokens", "pooled"), "pooled" if len(shape) == 2 else "patches"
+    if info and told != found:
+        raise ValueError(
+            f"{path} holds {in_words(shape[1:])}, and {info_path(path)} tells of tokens: {told}: it is of another "
+            f"store; extract it again"
+        )
 
 
 def _check_captions(captions, rows, path):

@@ -33,7 +33,7 @@ class TextEncoder:
         """
         encoder.check_texts("--text_only")
         self.encoder, self.name, self.sha256 = encoder, encoder.name, encoder.sha256
-        self.describe = encoder.describe
+        self.describe, self.shape = encoder.describe, encoder.shape
 
     def identity(self):
         """Return what tells these embeddings from another encoder's, and from those of its images."""

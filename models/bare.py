@@ -37,6 +37,8 @@ def infer_config(state_dict, path="the checkpoint"):
     width = embedding.shape[1]
     mapping = {key.removeprefix(MAPPING): value for key, value in state_dict.items() if key.startswith(MAPPING)}
     told = recognise_mapping_network(mapping, width)
+    if told is None and mapping:
+        raise ValueError(f"{path} has a mapping network that keys and shapes do not tell: put its json beside it")
     if told is None:
         raise ValueError(f"{path} has no mapping network (clip_project.model.* or clip_project.transformer.*)")
     config = CaptionConfig(**told, language_model=_language_model_name(state_dict, width))

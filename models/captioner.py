@@ -13,7 +13,7 @@ from models.decoding import NO_RERANK, DecodingConfig, generate_captions
 from models.placement import place
 from models.pretrained import ALIASES, DEMO, DEMO_CHECKPOINT, NAMES, PRETRAINED, fetch
 from models.rerank import Reranker, draws_samples
-from utils.cli import nearest
+from utils.cli import in_words, nearest
 from utils.devices import Placement, pick_devices
 from utils.files import read_json, sha256
 from utils.precision import pick_dtype, prepare_for_inference
@@ -61,14 +61,14 @@ class Captioner:
                 f"--dtype {dtype} changes weights that --pn auto and --load_in do not let go; leave it out"
             )
         source = encoder_source(self.model.config, checkpoint, clip_model_type, described)
-        self.encoder = load_encoder(source, self.device, dtype)
-        if self.encoder.embed_dim != self.model.config.prefix_dim:
+        self.encoder = load_encoder(source, self.device, dtype, self.model.config.tokens)
+        if self.encoder.shape != self.model.config.shape:
             raise ValueError(
-                f"encoder {source} gives embeddings {self.encoder.embed_dim} wide and {checkpoint} was trained on "
-                f"{self.model.config.prefix_dim}; pass its own --clip_model_type"
+                f"encoder {source} gives of an image {in_words(self.encoder.shape)}, and {checkpoint} was trained on "
+                f"{in_words(self.model.config.shape)}; pass its own --clip_model_type"
             )
         self.reranker = Reranker(
-            self.model, self.tokenizer, self.encoder.encode_texts if self.encoder.has_texts else None
+            self.model, self.tokenizer, self.encoder.encode_texts if self.encoder.compares_texts else None
         )
 
     def caption_files(self, paths, decoding, batch_size=32, num_workers=0):
@@ -88,7 +88,7 @@ class Captioner:
             yield read, {paths[index]: reason for index, reason in errors.items()}
 
     def caption_embeddings(self, clip_embedding, decoding, keys=None):
-        """Caption CLIP embeddings [B, D]; returns per image a list of Caption, best first.
+        """Caption CLIP embeddings [B, D] or [B, K, D]; returns per image a list of Caption, best first.
 
         `keys`: see `generate_captions`.
         """

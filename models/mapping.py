@@ -1,8 +1,11 @@
 """Mapping networks: CLIP embedding -> prefix of language-model embeddings.
 
+An image's embedding is one vector [D], or K tokens [K, D]. Each network is built for one of the two and has other
+weights for the other.
+
 Axes: B batch, D CLIP width, K CLIP tokens, P prefix, E language-model width, S = K + P, H heads.
 Source: ClipCap (arXiv 2111.09734), section 3; rmokady/CLIP_prefix_caption train.py. Parameter names and
-shapes are theirs, so that weights pass both ways.
+shapes on one vector are theirs, so that weights pass both ways.
 """
 
 import torch
@@ -11,26 +14,54 @@ from torch.nn import functional as F
 
 NUM_HEADS = 8  # of the transformer mapping network, fixed by the published weights
 MLP_RATIO = 2
+POSITION_DEVIATION = 0.02  # of tokens' positions at the start, as those of GPT-2
 
 
-class MLP(nn.Module):
-    """One hidden layer with tanh: D -> E·P/2 -> E·P."""
+class MappingNetwork(nn.Module):
+    """What every mapping network is asked for.
 
-    options = {}
+    options: the fields of CaptionConfig that it reads beside those that all networks do, with their defaults.
+    ignored: other networks' options that may be given all the same.
+    length_of_tokens: the field that is the number of tokens, where there are such.
+    needs_tokens: it reads tokens alone, no vector.
+    """
 
-    def __init__(self, prefix_dim, embedding_dim, prefix_length):
+    options, ignored, length_of_tokens, needs_tokens = {}, (), None, False
+
+    @staticmethod
+    def recognise(weights, embedding_dim):
+        """Return what weights of its own on vectors tell of the configuration; None: they are others.
+
+        Args:
+            weights: name -> tensor.
+            embedding_dim: E.
+        """
+
+
+class MLP(MappingNetwork):
+    """One hidden layer with tanh: D -> E·P/2 -> E·P; of tokens, each by itself: D -> E -> E, so that P is K."""
+
+    ignored = ("prefix_length_clip", "num_layers")  # of the transformer, but the predecessors' commands name them here
+    length_of_tokens = "prefix_length"
+
+    def __init__(self, prefix_dim, embedding_dim, prefix_length, num_tokens=None):
         super().__init__()
         self.output_shape = (prefix_length, embedding_dim)
-        width = prefix_length * embedding_dim
-        self.model = nn.Sequential(nn.Linear(prefix_dim, width // 2), nn.Tanh(), nn.Linear(width // 2, width))
+        if num_tokens:  # under another name: without its json, it is not to be taken for one of a vector
+            self.per_token = _two_layers(prefix_dim, embedding_dim, embedding_dim)
+        else:
+            width = prefix_length * embedding_dim
+            self.model = _two_layers(prefix_dim, width // 2, width)
 
     def forward(self, clip_embedding):
-        """Map [B, D] to a prefix [B, P, E]."""
+        """Map [B, D], or [B, K, D], to a prefix [B, P, E]."""
+        if clip_embedding.ndim == 3:
+            return self.per_token(clip_embedding)
         return self.model(clip_embedding).unflatten(-1, self.output_shape)
 
     @staticmethod
     def recognise(weights, embedding_dim):
-        """Return what the weights of one tell of its configuration; None: they are of another network."""
+        """See MappingNetwork."""
         if not {"model.0.weight", "model.2.weight"} <= weights.keys():
             return None
         return {
@@ -39,20 +70,26 @@ class MLP(nn.Module):
         }
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention without bias on queries, keys and values."""
+def _two_layers(before, hidden, after):
+    """Return two linear layers with tanh between."""
+    return nn.Sequential(nn.Linear(before, hidden), nn.Tanh(), nn.Linear(hidden, after))
 
-    def __init__(self, dim):
+
+class Attention(nn.Module):
+    """Multi-head attention without bias on queries, keys and values."""
+
+    def __init__(self, dim, num_heads=NUM_HEADS):
         super().__init__()
+        self.num_heads = num_heads
         self.to_queries = nn.Linear(dim, dim, bias=False)
         self.to_keys_values = nn.Linear(dim, dim * 2, bias=False)
         self.project = nn.Linear(dim, dim)
 
-    def forward(self, x):
-        """Map [B, S, E] to [B, S, E]."""
-        queries = self.to_queries(x).unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2)  # [B, H, S, E/H]
-        keys_values = self.to_keys_values(x).unflatten(-1, (2, NUM_HEADS, -1))  # [B, S, 2, H, E/H]
-        keys, values = keys_values.permute(2, 0, 3, 1, 4)  # [B, H, S, E/H] each
+    def forward(self, x, read):
+        """Let `x` [B, S, E] attend to `read` [B, R, E]; returns [B, S, E]."""
+        queries = self.to_queries(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, S, E/H]
+        keys_values = self.to_keys_values(read).unflatten(-1, (2, self.num_heads, -1))  # [B, R, 2, H, E/H]
+        keys, values = keys_values.permute(2, 0, 3, 1, 4)  # [B, H, R, E/H] each
         mixed = F.scaled_dot_product_attention(queries, keys, values)
         return self.project(mixed.transpose(1, 2).flatten(2))
 
@@ -82,7 +119,8 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x):
         """Map [B, S, E] to [B, S, E]."""
-        x = x + self.attn(self.norm1(x))
+        normed = self.norm1(x)
+        x = x + self.attn(normed, normed)
         return x + self.mlp(self.norm2(x))
 
 
@@ -100,34 +138,40 @@ class Transformer(nn.Module):
         return x
 
 
-class TransformerMapper(nn.Module):
-    """K projections of the CLIP embedding and P learned constants attend to each other; the last P come out."""
+class TransformerMapper(MappingNetwork):
+    """K projections of the CLIP embedding and P learned constants attend to each other; the last P come out.
+
+    Of tokens, each is projected, by the same layer, and gets a learned position.
+    """
 
     options = {"prefix_length_clip": 10, "num_layers": 8}
+    length_of_tokens = "prefix_length_clip"
 
-    def __init__(self, prefix_dim, embedding_dim, prefix_length, prefix_length_clip, num_layers):
+    def __init__(self, prefix_dim, embedding_dim, prefix_length, prefix_length_clip, num_layers, num_tokens=None):
         super().__init__()
-        if embedding_dim % NUM_HEADS:
-            raise ValueError(
-                f"--mapping_type transformer needs a language model whose embedding width is divisible by "
-                f"{NUM_HEADS}; this one's is {embedding_dim}: use --mapping_type mlp"
-            )
+        check_heads("transformer", embedding_dim, NUM_HEADS, "use --mapping_type mlp")
         self.prefix_length_clip = prefix_length_clip
         self.transformer = Transformer(embedding_dim, num_layers)
-        self.linear = nn.Linear(prefix_dim, prefix_length_clip * embedding_dim)
+        self.linear = nn.Linear(prefix_dim, embedding_dim if num_tokens else prefix_length_clip * embedding_dim)
         self.prefix_const = nn.Parameter(torch.randn(prefix_length, embedding_dim))
+        if num_tokens:
+            self.positions = nn.Parameter(torch.randn(num_tokens, embedding_dim) * POSITION_DEVIATION)
 
     def forward(self, clip_embedding):
-        """Map [B, D] to a prefix [B, P, E]."""
-        clip_tokens = self.linear(clip_embedding).unflatten(-1, (self.prefix_length_clip, -1))  # [B, K, E]
+        """Map [B, D], or [B, K, D], to a prefix [B, P, E]."""
+        clip_tokens = self.linear(clip_embedding)
+        if clip_embedding.ndim == 3:
+            clip_tokens = clip_tokens + self.positions
+        else:
+            clip_tokens = clip_tokens.unflatten(-1, (self.prefix_length_clip, -1))  # [B, K, E]
         constants = self.prefix_const.expand(len(clip_tokens), -1, -1)  # [B, P, E]
         mixed = self.transformer(torch.cat((clip_tokens, constants), dim=1))  # [B, K + P, E]
         return mixed[:, self.prefix_length_clip :]
 
     @staticmethod
     def recognise(weights, embedding_dim):
-        """See that of MLP; the predecessors trained this one with the language model frozen."""
-        if not {"linear.weight", "prefix_const"} <= weights.keys():
+        """See MappingNetwork; the predecessors trained this one with the language model frozen."""
+        if not {"linear.weight", "prefix_const"} <= weights.keys() or "positions" in weights:
             return None
         projected, prefix_dim = weights["linear.weight"].shape
         return {
@@ -139,8 +183,63 @@ class TransformerMapper(nn.Module):
         }
 
 
-# --mapping_type -> its class, whose `options` are the fields of CaptionConfig that it alone reads, with their defaults
-MAPPING_NETWORKS = {"mlp": MLP, "transformer": TransformerMapper}
+class ResamplerLayer(nn.Module):
+    """A pre-norm layer in which queries read tokens and each other."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.norm_tokens = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = FeedForward(dim)
+
+    def forward(self, queries, tokens):
+        """Map queries [B, P, E], given tokens [B, K, E], to [B, P, E]."""
+        normed = self.norm1(queries)
+        queries = queries + self.attn(normed, torch.cat((self.norm_tokens(tokens), normed), dim=1))
+        return queries + self.mlp(self.norm2(queries))
+
+
+class Resampler(MappingNetwork):
+    """P learned queries read K tokens by cross-attention.
+
+    Source: the Perceiver resampler of Flamingo (arXiv 2204.14198), section 2.1 and appendix A.1.1; here a token's
+    place is a learned position, the feed-forward layer is that of the transformer above, and nothing normalises what
+    comes out, as there.
+    """
+
+    options = {"num_layers": 4, "num_heads": NUM_HEADS}
+    needs_tokens = True
+
+    def __init__(self, prefix_dim, embedding_dim, prefix_length, num_layers, num_heads, num_tokens):
+        super().__init__()
+        check_heads("resampler", embedding_dim, num_heads, "pass another --num_heads")
+        self.linear = nn.Linear(prefix_dim, embedding_dim)
+        self.positions = nn.Parameter(torch.randn(num_tokens, embedding_dim) * POSITION_DEVIATION)
+        self.queries = nn.Parameter(torch.randn(prefix_length, embedding_dim))
+        self.layers = nn.ModuleList(ResamplerLayer(embedding_dim, num_heads) for _ in range(num_layers))
+
+    def forward(self, clip_embedding):
+        """Map [B, K, D] to a prefix [B, P, E]."""
+        tokens = self.linear(clip_embedding) + self.positions  # [B, K, E]
+        queries = self.queries.expand(len(tokens), -1, -1)  # [B, P, E]
+        for layer in self.layers:
+            queries = layer(queries, tokens)
+        return queries
+
+
+def check_heads(name, embedding_dim, num_heads, remedy):
+    """Refuse a width that attention cannot share out over its heads; raises ValueError."""
+    if embedding_dim % num_heads:
+        raise ValueError(
+            f"--mapping_type {name} needs a language model whose embedding width is divisible by {num_heads}; this "
+            f"one's is {embedding_dim}: {remedy}"
+        )
+
+
+# --mapping_type -> its class
+MAPPING_NETWORKS = {"mlp": MLP, "transformer": TransformerMapper, "resampler": Resampler}
 
 
 def build_mapping_network(config, embedding_dim):
@@ -153,11 +252,11 @@ def build_mapping_network(config, embedding_dim):
     """
     network = MAPPING_NETWORKS[config.mapping_type]
     options = {name: getattr(config, name) for name in network.options}
-    return network(config.prefix_dim, embedding_dim, config.prefix_length, **options)
+    return network(config.prefix_dim, embedding_dim, config.prefix_length, num_tokens=config.num_tokens, **options)
 
 
 def recognise_mapping_network(weights, embedding_dim):
-    """Return what a mapping network's weights tell of its CaptionConfig, or None where no network has such.
+    """Return what a mapping network's weights tell of its CaptionConfig; None: no network on vectors has such.
 
     Args:
         weights: name -> tensor, of the network alone.

@@ -47,7 +47,8 @@ class Reranker:
         Args:
             model: ClipCaptionModel, in evaluation mode.
             tokenizer: of its language model.
-            encode_texts: function of a list of texts to [number, D]; None: the encoder has no text tower.
+            encode_texts: function of a list of texts to [number, D]; None: the encoder has no text tower, or
+                gives tokens of an image, which are compared with no text.
         """
         self.model, self.tokenizer, self.encode_texts = model, tokenizer, encode_texts
         self.most = sys.maxsize  # candidates at a time, as far as is known
@@ -60,10 +61,13 @@ class Reranker:
             decoding: DecodingConfig with `rerank`.
             keys: as of `generate_captions`.
         Returns: per image, at most `num_captions` Captions of different texts, best first.
-        Raises: ValueError where `clip` is asked for and there is no text tower.
+        Raises: ValueError where `clip` is asked for and there is nothing to compare with.
         """
         if decoding.rerank == CLIP and self.encode_texts is None:
-            raise ValueError(f"--rerank {CLIP} needs an encoder with a text tower; use --rerank {MBR}")
+            raise ValueError(
+                f"--rerank {CLIP} needs an encoder with a text tower, and one vector an image to compare with texts; "
+                f"use --rerank {MBR}"
+            )
         groups = self._candidates(clip_embedding, candidates_config(decoding), keys)
         if decoding.rerank == MBR:
             ranked = rank_by_consensus(groups, weighted=decoding.method == BEAM)

@@ -51,7 +51,7 @@ def test_transformer_mapper_matches_plain_attention(language_model):
     keys, values = layer.to_keys_values(x).reshape(2, 7, 2, 8, 2).unbind(2)
     weights = (torch.einsum("bnhd,bmhd->bnmh", queries, keys) * 2**-0.5).softmax(dim=2)
     mixed = torch.einsum("bnmh,bmhd->bnhd", weights, values).reshape(2, 7, 16)
-    assert torch.allclose(layer(x), layer.project(mixed), atol=1e-6)
+    assert torch.allclose(layer(x, x), layer.project(mixed), atol=1e-6)
 
 
 def test_loading_draws_no_random_weights(language_model, tmp_path):
@@ -111,7 +111,7 @@ def test_normalize_prefix(language_model):
 
 
 def test_wrong_width_is_refused(language_model):
-    with pytest.raises(ValueError, match="48 wide.*made for 32"):
+    with pytest.raises(ValueError, match="48 wide.*made for one vector, 32 wide"):
         build(language_model).prefix(torch.randn(1, 48))
 
 

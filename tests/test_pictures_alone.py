@@ -36,7 +36,7 @@ def parse(clip_file, monkeypatch):
 def rows_of(out):
     store = read_store(str(out))
     assert len(store.captions) == 0
-    return store.clip_embedding[range(len(store.clip_embedding))]
+    return store.clip_embedding[range(len(store.clip_embedding))].float()
 
 
 def names_of(out):

@@ -132,7 +132,7 @@ def test_candidates_that_do_not_fit_in_memory(demo, monkeypatch, capsys):
 def test_no_text_tower(demo):
     captioner, embeddings = demo
     ranker = Reranker(captioner.model, captioner.tokenizer)
-    with pytest.raises(ValueError, match="--rerank clip needs an encoder with a text tower; use --rerank mbr"):
+    with pytest.raises(ValueError, match="--rerank clip needs an encoder with a text tower, .*; use --rerank mbr"):
         ranker.caption(embeddings, CLIP)
     assert len(ranker.caption(embeddings, WAYS["mbr"])) == 5
 

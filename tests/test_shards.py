@@ -67,7 +67,7 @@ def test_same_as_the_pickle(folder, store):
     pickled, mapped = read_store(store), read_store(folder)
     assert isinstance(mapped.clip_embedding, MappedEmbeddings) and mapped.prefix_dim == EMBED_DIM
     assert [path.name for path in sorted((folder / "img_emb").iterdir())] == [f"img_emb_000{i}.npy" for i in range(3)]
-    assert torch.allclose(mapped.clip_embedding[range(12)], pickled.clip_embedding, atol=2e-3)
+    assert torch.allclose(mapped.clip_embedding[range(12)].float(), pickled.clip_embedding, atol=2e-3)
     assert [mapped.captions[i] for i in range(24)] == [
         {key: record[key] for key in ("image_id", "caption", "clip_embedding")} for record in pickled.captions
     ]
@@ -149,7 +149,7 @@ DAMAGES = {
         and np.save(f / "img_emb/img_emb_0001.npy", np.zeros((3, EMBED_DIM), np.float16)),
         "metadata_0001.parquet has 4 rows and the npy of its number 3"),
     "another width": (
-        lambda f: np.save(f / "img_emb/img_emb_0001.npy", np.zeros((4, 16), np.float16)), "16 wide .* two encoders"),
+        lambda f: np.save(f / "img_emb/img_emb_0001.npy", np.zeros((4, 16), np.float16)), "16 wide, .* two encoders"),
     "metadata": (
         lambda f: (f / "metadata/metadata_0001.parquet").write_bytes(b"PAR1"), "metadata_0001.parquet is damaged"),
     "empty": (lambda f: [p.unlink() for p in f.rglob("*.*")], "holds no shards"),

@@ -56,7 +56,7 @@ def parse(pictures, clip_file, monkeypatch):
 def contents(out):
     """Return [12, D] rows and the captions of a store."""
     store = read_store(str(out))
-    return store.clip_embedding[range(len(store.clip_embedding))], [
+    return store.clip_embedding[range(len(store.clip_embedding))].float(), [
         store.captions[i] for i in range(len(store.captions))
     ]
 

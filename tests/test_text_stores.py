@@ -37,7 +37,7 @@ def contents(out):
     """Return (rows, captions) of a store."""
     store = read_store(str(out))
     assert store.is_of_texts
-    return store.clip_embedding[range(len(store.clip_embedding))], [
+    return store.clip_embedding[range(len(store.clip_embedding))].float(), [
         store.captions[i] for i in range(len(store.captions))
     ]
 

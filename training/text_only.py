@@ -54,7 +54,9 @@ def read_match(path, noise_angle, store, val_store=None):
     match = read_store(path)
     if match.is_of_texts:
         raise ValueError(f"--match {path} holds texts; it takes images (parse_coco.py --no_captions)")
-    check_encoders(f"--match {path}", match, f"--data {store.path}", store.prefix_dim, store.info)
+    if match.num_tokens:
+        raise ValueError(f"--match {path} holds tokens, and texts are one vector each; extract it with --tokens pooled")
+    check_encoders(f"--match {path}", match, f"--data {store.path}", store.shape, store.info)
     if len(match.clip_embedding) < FEWEST:
         raise ValueError(f"--match {path} holds {len(match.clip_embedding)} images; {FEWEST} are needed")
     return match
@@ -76,6 +78,9 @@ def _check_modality(store, noise_angle, match, val_store):
             f"--noise_angle is for texts, and --data {store.path} holds images: leave it out, or make a store of texts "
             "by parse_coco.py --text_only"
         )
+    if noise_angle is not None and store.num_tokens:
+        raise ValueError(f"--noise_angle is for texts, and --data {store.path} holds tokens of images: leave it out")
+
     if noise_angle is not None and not store.info:
         note(f"warning: no json beside --data {store.path} says what its rows are: they are taken for texts'")
     if val_store and val_store.is_of_texts:

@@ -10,7 +10,7 @@ from metrics.coco import caption_statistics, coco_scores, too_few_distinct
 from metrics.scripts import uncut_warning
 from models.decoding import generate_captions
 from models.placement import is_sharded
-from utils.cli import note, progress_bar
+from utils.cli import in_words, note, progress_bar
 from utils.distributed import all_union, share
 
 SAMPLES = 8  # images captioned after every epoch
@@ -45,7 +45,7 @@ class Validation:
             trained: FeatureStore that is trained on.
         Raises: ValueError where their encoders differ.
         """
-        check_encoders(f"--val_data {store.path}", store, f"--data {trained.path}", trained.prefix_dim, trained.info)
+        check_encoders(f"--val_data {store.path}", store, f"--data {trained.path}", trained.shape, trained.info)
         images = images_of(store)
         self.clip_embedding, self.rows = store.clip_embedding, {i: row for i, (row, _) in images.items()}
         self.references = {i: texts for i, (_, texts) in images.items()}
@@ -102,17 +102,19 @@ class Validation:
         return all_union(captions)
 
 
-def check_encoders(name, store, other, prefix_dim, described):
+def check_encoders(name, store, other, shape, described):
     """Refuse a store of another encoder than the one that is trained on.
 
     Args:
         name: of the FeatureStore `store`, with its flag. other: of what it must fit, such as the store of --data.
-        prefix_dim, described: the width of that one's encoder and what is known of it; see `known_encoder`.
+        shape, described: that of an image's embedding by that one's encoder, and what is known of it; see
+            `known_encoder`.
     Raises: ValueError.
     """
     ours, theirs = known_encoder(store.info), known_encoder(described)
-    if store.prefix_dim != prefix_dim or (ours and theirs and ours != theirs):
+    if store.shape != shape or (ours and theirs and ours != theirs):
+        what = "are of different encoders" if len(store.shape) == len(shape) else "do not both hold tokens"
         raise ValueError(
-            f"{name} and {other} are of different encoders ({ours or 'unknown'}, {store.prefix_dim} wide; "
-            f"{theirs or 'unknown'}, {prefix_dim} wide); extract both with one"
+            f"{name} and {other} {what} ({ours or 'unknown'}: {in_words(store.shape)}; {theirs or 'unknown'}: "
+            f"{in_words(shape)}); extract both with one, and the same --tokens"
         )

@@ -67,6 +67,11 @@ def nearest(word, valid):
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def in_words(shape):
+    """Say what shape an image's embedding has: (D,), or (K, D) of tokens."""
+    return f"{shape[0]} tokens, {shape[1]} wide each" if len(shape) == 2 else f"one vector, {shape[0]} wide"
+
+
 def positive_int(text):
     """Argparse type: an integer of at least 1."""
     value = int(text) if text.lstrip("+-").isdigit() else 0
