@@ -1,10 +1,14 @@
-"""Caption images: files, folders or globs -> captions.
+"""Caption images: files, folders, globs or tars -> captions.
 
     python predict.py photo.jpg
     python predict.py photos/ --checkpoint coco_train/coco_prefix_latest.pt --use_beam_search --out captions.json
 
 prints `path<TAB>caption` per image. A checkpoint that train.py wrote needs no other flag; a predecessor's bare .pt is
 recognised from its keys and shapes. `class Predictor` is the same for other code.
+
+    torchrun --standalone --nproc_per_node 8 predict.py "cc12m/{00000..00999}.tar" --out captions/
+
+writes a parquet file per tar, and goes on where it was stopped; --data STORE captions a store's embeddings.
 """
 
 if __name__ == "__main__":
@@ -16,13 +20,20 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+from features.extraction import Reading
 from features.images import ImageError, add_max_pixels_flag, set_max_pixels
 from features.listing import as_line, find_images
 from features.loader import prepare_readers
-from features.results import is_table, name_shared, record, shared_ids, write_results
+from features.results import is_table, name_shared, record, shared_ids, write_part, write_results
+from features.sources import FoundPictures, Tars
+from features.store import read_store
+from features.tars import expand_tars, names_tars
+from models.bulk import CaptionFolder, caption_source, caption_store, is_bulk
 from models.captioner import Captioner, captioner_files, stored_decoding
-from models.decoding import BEAM, DECODERS, GREEDY, NO_RERANK, RERANKS, SAMPLE, DecodingConfig
+from models.decoding import BEAM, CLIP, DECODERS, GREEDY, NO_RERANK, RERANKS, SAMPLE, DecodingConfig
+from models.made_by import made_by
 from models.pretrained import ALIASES, NAMES
+from training.validation import check_encoders
 from utils.cli import (
     Parser,
     non_negative_int,
@@ -32,19 +43,32 @@ from utils.cli import (
     progress_bar,
     run,
 )  # fmt: skip
-from utils.devices import add_device_flags
+from utils.devices import add_device_flags, pick_devices
+from utils.distributed import connected, is_main, own_device, world_size
 from utils.outputs import check_output, lock
 from utils.precision import add_dtype_flag
+
+BATCH = 32  # images at a time, unless --batch_size says
 
 
 def get_parser(decoding=None):
     """Return the command line's parser; `decoding` is the DecodingConfig of a variant of this command."""
     parser = Parser(__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, folder, or quoted glob")
     parser.add_argument(
-        "--out", metavar="FILE", help="also write [{image_id, caption}], COCO's result format, or the same as .csv"
+        "images", nargs="*", metavar="IMAGE",
+        help="image file, folder, or quoted glob; or tars of img2dataset's kind, a folder of them, "
+        "\"DIR/{00000..00999}.tar\", several joined by ::",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", metavar="STORE", help="caption a feature store's embeddings instead; needs --out DIR/"
     )
+    parser.add_argument(
+        "--out", metavar="FILE",
+        help="also write [{image_id, caption}], COCO's result format, or the same as .csv; DIR/: write nothing but "
+        "parquet files of key, caption, logprob and error there, one per tar or shard, and go on with those",
+    )  # fmt: skip
     add_captioner_flags(parser, decoding or DecodingConfig())
+    parser.set_defaults(batch_size=None)
     return parser
 
 
@@ -63,7 +87,7 @@ def add_captioner_flags(parser, decoding):
     )
     add_decoding_flags(parser, decoding)
     batches = parser.add_argument_group("batches")
-    batches.add_argument("--batch_size", type=positive_int, default=32, help="images at a time")
+    batches.add_argument("--batch_size", type=positive_int, default=32, help="images at a time (default: 32)")
     batches.add_argument(
         "--num_workers", type=non_negative_int, default=min(4, os.cpu_count() or 1), help="processes that read images"
     )
@@ -140,11 +164,11 @@ def check_out(args, paths, num_captions):
     check_output("--out", args.out, inputs, (".json", ".csv") if Path(args.out).suffix else ())
 
 
-def captioner_of(args):
-    """Return the Captioner that the command line asks for."""
+def captioner_of(args, with_encoder=True):
+    """Return the Captioner that the command line asks for; `with_encoder` as its own."""
     return Captioner(
         args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device, args.pn,
-        args.dtype, args.offload_dir, args.max_memory,
+        args.dtype, args.offload_dir, args.max_memory, with_encoder,
     )  # fmt: skip
 
 
@@ -189,6 +213,47 @@ class Predictor:
         if errors:
             raise ImageError(f"{image}: {errors[image]}")
         return captions[image][0].text
+
+
+def find_pictures(arguments):
+    """Return (what is to be captioned: files, or pictures in tars; {name: why one in a tar is left out})."""
+    if not any(map(names_tars, arguments)):
+        return find_images(arguments), {}
+    pictures, left_out = Tars(expand_tars(arguments), False).read()
+    return list(pictures), left_out
+
+
+def caption_in_bulk(args, decoding):
+    """Caption into a folder of parquet files, in one process or several; returns the exit status."""
+    if not args.out or not is_bulk(args.out):
+        raise ValueError("--data needs --out DIR/, a folder, which a parquet file per shard is written into")
+    store, source = None, None
+    if args.data:
+        store = read_store(args.data)
+        if store.is_of_texts:
+            raise ValueError(f"--data {args.data} holds embeddings of texts; name a store of images")
+    elif any(map(names_tars, args.images)):
+        source = Tars(expand_tars(args.images), False)
+    else:
+        found = {path: [] for path in find_images(args.images)}
+        source = FoundPictures(found, {}, " ".join(args.images))
+    workers = args.num_workers if source and (source.count or sys.maxsize) > (args.batch_size or BATCH) else 0
+    prepare_readers(source.count if source else 0, workers)
+    device = own_device(pick_devices(args.device))
+    if world_size() > 1:
+        args.device = str(device)
+    folder = CaptionFolder(args.out, made_by(args, decoding))
+    with connected(device), lock(args.out) if is_main() else contextlib.nullcontext():
+        captioner = captioner_of(args, with_encoder=not store or decoding.rerank == CLIP)
+        try:
+            if store:
+                own = captioner.model.config.shape, captioner.described
+                check_encoders(f"--data {store.path}", store, f"--checkpoint {args.checkpoint}", *own)
+                return caption_store(captioner, store, folder, decoding, args.batch_size)
+            reading = Reading(args.batch_size or BATCH, workers)
+            return caption_source(captioner, source, folder, decoding, reading)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on from here") from None
 
 
 def caption_all(captioner, paths, decoding, batch_size, num_workers, results):
@@ -242,21 +307,6 @@ def results_kept(args, paths, results):
             raise
 
 
-def write_part(out, results, shared):
-    """Write the results of a stopped run, beside a file that is there already: it may be whole.
-
-    Args:
-        out, results, shared: as of `write_results`.
-    Returns: where they are.
-    """
-    part, number = Path(out), 1
-    while part.exists():
-        part = Path(out).with_suffix(f".partial{number if number > 1 else ''}{Path(out).suffix}")
-        number += 1
-    write_results(str(part), results, shared)
-    return part if number == 1 else f"{part}; {out} stays as it was"
-
-
 def main(argv=None, parser=None):
     """Caption what the command line names; returns 2 where an image could not be read.
 
@@ -264,18 +314,27 @@ def main(argv=None, parser=None):
     """
     args = (parser or get_parser()).parse_args(argv)
     set_max_pixels(args.max_pixels)
-    decoding, paths = decoding_config(args), find_images(args.images)
+    if bool(args.images) == bool(args.data):
+        raise ValueError("name images, or a store by --data STORE, and not both")
+    decoding = decoding_config(args)
+    if args.data or is_bulk(args.out):
+        return caption_in_bulk(args, decoding)
+    if world_size() > 1:
+        raise ValueError("several processes share out parts of --out DIR/ alone; start one, or name a folder")
+    paths, unreadable = find_pictures(args.images)
     if args.out:
         check_out(args, paths, decoding.num_captions)
-    results = {}
+    results, total, batch_size = {}, len(paths) + len(unreadable), args.batch_size or BATCH
+    for name, reason in unreadable.items():
+        note(f"skipped {as_line(name)}: {reason}")
     with results_kept(args, paths, results):
-        workers = 0 if len(paths) <= args.batch_size else args.num_workers
+        workers = 0 if len(paths) <= batch_size else args.num_workers
         prepare_readers(len(paths), workers)
         captioner = captioner_of(args)
-        unreadable = caption_all(captioner, paths, decoding, args.batch_size, workers, results)
+        unreadable |= caption_all(captioner, paths, decoding, batch_size, workers, results)
     if unreadable:
         others = "; the others are captioned" if results else ""
-        note(f"error: {len(unreadable)} of {len(paths)} images could not be read{others}")
+        note(f"error: {len(unreadable)} of {total} images could not be read{others}")
         return 2
     return 0
 

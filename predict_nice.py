@@ -11,7 +11,6 @@ if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import predict
@@ -22,9 +21,9 @@ from features.listing import as_line, images_in, list_folder
 from features.loader import prepare_readers
 from features.results import name_shared, result_id, shared_ids
 from models.captioner import captioner_files
-from models.pretrained import ALIASES, PRETRAINED
+from models.made_by import difference, made_by
 from utils.cli import Parser, note, progress_bar, run
-from utils.files import read_json, sha256, write_json, write_table
+from utils.files import read_json, write_json, write_table
 from utils.outputs import check_output, lock
 
 FOLDER = Path("output_caption")
@@ -78,19 +77,6 @@ def read_done(path):
     return {number if isinstance(number, int) else key: done[key] for key, number in numbers.items()}
 
 
-def made_by(args, decoding):
-    """Return what decides the captions: the captioner, by its files' content, and how it decodes."""
-    files = captioner_files(args.checkpoint, args.clip_model_type, args.language_model)
-    digests = sorted({sha256(file) for file in files if os.path.isfile(file)})
-    # of what is no file, as the published captioners and names of the hub, no more is known
-    name = ALIASES.get(args.checkpoint, args.checkpoint)
-    names = {"checkpoint": name} if name in PRETRAINED else {}  # whatever lies in a folder of that name
-    named = {flag: getattr(args, flag) for flag in ("clip_model_type", "language_model")}
-    names |= {flag: name for flag, name in named.items() if name and not os.path.exists(name)}
-    settings = {"dtype": args.dtype, "normalize_prefix": args.normalize_prefix}
-    return {"files": digests, "names": names, "settings": settings, "decoding": asdict(decoding)}
-
-
 def check_made_by(out, made, done):
     """Refuse to go on with the captions of another captioner or decoding.
 
@@ -104,14 +90,9 @@ def check_made_by(out, made, done):
     earlier = read_json(path) if done and path.is_file() else None
     if done and earlier is None:
         note(f"warning: {out} does not say which captioner made its {len(done):,} captions; they are kept as they are")
-    if earlier in (None, made):
+    what = difference(earlier, made)
+    if earlier is None or what is None:
         return
-    parts = {part: earlier.get(part) for part in made} if isinstance(earlier, dict) else {}
-    what = "captioner"
-    if all(parts.get(part) == made[part] for part in ("files", "names")):
-        flags = [flag for part in ("settings", "decoding") for flag, value in made[part].items()
-                 if (parts[part] or {}).get(flag) != value]  # fmt: skip
-        what = f"way of decoding ({', '.join(flags)})"
     raise ValueError(
         f"{out} holds captions of another {what}: give the same flags to go on, or another --ofile, or move it away"
     )

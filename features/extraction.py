@@ -72,7 +72,7 @@ def encode_parts(encoder, parts, encoded, reading, bar):
         parts: of a Source.
         encoded: per part, the fingerprints of pictures that are encoded already.
         bar: progress bar of pictures.
-    Yields: (Planned, fingerprints of a batch, [B, *shape] its embeddings) per batch; when all of a part have come,
+    Yields: (Planned, the readable pictures of a batch, [B, *shape] their embeddings); when all of a part have come,
         (Planned, None, None).
     Raises: ValueError at the first fault with `reading.strict`, and where the encoder gives NaN.
     """
@@ -111,7 +111,7 @@ def encode_parts(encoder, parts, encoded, reading, bar):
             plan.skipped[str(picture)] = reason
         plan.batches -= 1
         if pictures:
-            yield plan, [plan.keys[picture] for picture in pictures], embeddings
+            yield plan, pictures, embeddings
         bar.update(len(pictures) + len(errors))
         yield from finished()
     yield from finished()
@@ -148,9 +148,9 @@ def write_pickle(encoder, source, out, reading, info):
     going_on(len(encoded) if own is None else source.count - int(all_sum(own)), source.count)
     partial, unreadable = PartialStore(f"{out}.rank{rank()}" if rank() else out, identity), {}
     with progress_bar(own, "images", "img") as bar:
-        for plan, keys, embeddings in encode_parts(encoder, parts, [encoded] * len(parts), reading, bar):
-            if keys:
-                partial.append(keys, embeddings)
+        for plan, pictures, embeddings in encode_parts(encoder, parts, [encoded] * len(parts), reading, bar):
+            if pictures:
+                partial.append([plan.keys[picture] for picture in pictures], embeddings)
             else:
                 unreadable |= plan.skipped
     partial.close()
@@ -197,10 +197,10 @@ def write_folder(encoder, source, out, reading, info):
     going_on(done, count)
     partial = None
     with progress_bar(count, "images", "img", initial=done) as bar:
-        for plan, keys, embeddings in encode_parts(encoder, [parts[n] for n in own], encoded, reading, bar):
+        for plan, pictures, embeddings in encode_parts(encoder, [parts[n] for n in own], encoded, reading, bar):
             partial = partial or PartialStore(files[plan.number], identity)
-            if keys:
-                partial.append(keys, embeddings)
+            if pictures:
+                partial.append([plan.keys[picture] for picture in pictures], embeddings)
                 continue
             number, counts = own[plan.number], count_records(plan.pictures, len(plan.keys), plan.records)
             rows = partial.embeddings([plan.keys[picture] for picture in plan.pictures])

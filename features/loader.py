@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from features.images import ImageError, max_pixels, read_image, set_max_pixels
+from features.tars import TarMember
 
 FEW = 128  # images, for which processes that are not forked take longer to start (seconds) than they save
 NEEDED = ["features.loader", "torchvision.transforms"]  # what reading takes, imported once for all processes
@@ -175,7 +176,7 @@ class ImageFiles(Dataset):
     """Image files, preprocessed for the encoder."""
 
     def __init__(self, paths, preprocess):
-        self.paths, self.preprocess = paths and [str(path) for path in paths], preprocess
+        self.paths, self.preprocess = paths and [_small(path) for path in paths], preprocess
 
     def __getitem__(self, index):
         """Return (index, [3, R, R] pixels, None), or (index, None, why the file could not be read).
@@ -187,6 +188,11 @@ class ImageFiles(Dataset):
             return index, self.preprocess(read_image(picture)), None
         except ImageError as error:
             return index, None, str(error)
+
+
+def _small(path):
+    """Return a path as text, which is quicker to send to processes that read; a TarMember as it is."""
+    return path if isinstance(path, TarMember) else str(path)
 
 
 def collate_images(samples):

@@ -1,5 +1,7 @@
 """Results of captioning: whose caption it is, and the file they are written to."""
 
+from pathlib import Path
+
 from features.annotations import image_id_of
 from features.listing import as_line, as_text
 from utils.files import write_json, write_table
@@ -54,6 +56,21 @@ def write_results(out, results, shared):
         write_table(out, columns, [[row.get(column, "") for column in columns] for row in rows])
     else:
         write_json(out, rows)
+
+
+def write_part(out, results, shared):
+    """Write the results of a stopped run, beside a file that is there already: it may be whole.
+
+    Args:
+        out, results, shared: as of `write_results`.
+    Returns: where they are.
+    """
+    part, number = Path(out), 1
+    while part.exists():
+        part = Path(out).with_suffix(f".partial{number if number > 1 else ''}{Path(out).suffix}")
+        number += 1
+    write_results(str(part), results, shared)
+    return part if number == 1 else f"{part}; {out} stays as it was"
 
 
 def is_table(out):

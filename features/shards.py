@@ -313,8 +313,12 @@ class MappedCaptions:
         part = bisect.bisect_right(self.ends, number)
         row = int(self.embedding_index[number])
         caption = self.texts[part][int(number) - (self.ends[part] - len(self.texts[part]))].as_py()
-        image_id = self.ids[part][row - int(self.starts_of_rows[part])].as_py()
-        return {"image_id": image_id, "caption": caption, "clip_embedding": row}
+        return {"image_id": self.image_id(row), "caption": caption, "clip_embedding": row}
+
+    def image_id(self, row):
+        """Return the id of a row's image, whether it has captions or not."""
+        part = bisect.bisect_right(self.starts_of_rows, row) - 1
+        return self.ids[part][row - int(self.starts_of_rows[part])].as_py()
 
     def update(self, digest):
         """Feed a hashlib digest with the row, the length and the bytes of every caption."""

@@ -73,11 +73,15 @@ class Part:
 
     Args:
         pictures: {picture: [its records]}.
-        count: how many, where that is known before they are read.
+        name: of the files that are made of it, unlike other parts'.
+        of: what it belongs to, for people: a tar, or what the command line named.
+
+    Attributes:
+        count: how many pictures, where that is known before they are read.
     """
 
-    def __init__(self, pictures):
-        self.pictures, self.count = pictures, len(pictures)
+    def __init__(self, pictures, name="", of=""):
+        self.pictures, self.name, self.of, self.count = pictures, name, of, len(pictures)
 
     def made_of(self):
         """Return plain data that changes when the part does, its captions too."""
@@ -103,21 +107,22 @@ class Part:
 class FoundPictures(Source):
     """Pictures or Sentences that are all in memory, such as those of annotations and folders."""
 
-    def __init__(self, pictures, skipped):
+    def __init__(self, pictures, skipped, of=""):
         """Take what has been found.
 
         Args:
             pictures: {picture: [its records]}.
             skipped: {name: why it is left out}.
+            of: what the command line named.
         """
-        self.pictures, self.skipped, self.count = pictures, skipped, len(pictures)
+        self.pictures, self.skipped, self.of, self.count = pictures, skipped, of, len(pictures)
 
     def parts(self):
         """Return parts of `shard_rows` pictures."""
         paths, rows = list(self.pictures), shard_rows(len(self.pictures))
         return [
-            Part({path: self.pictures[path] for path in paths[start : start + rows]})
-            for start in range(0, len(paths), rows)
+            Part({path: self.pictures[path] for path in paths[start : start + rows]}, f"captions_{number:04d}", self.of)
+            for number, start in enumerate(range(0, len(paths), rows))
         ]
 
     def made_of(self):
@@ -147,7 +152,7 @@ class TarPart(Part):
     count = None
 
     def __init__(self, path, name, captions, unique):
-        self.path, self.name, self.captions, self.unique = path, name, captions, unique
+        self.path, self.name, self.of, self.captions, self.unique = path, name, path, captions, unique
 
     def made_of(self):
         """See Part."""

@@ -36,12 +36,14 @@ class FeatureStore:
             MappedCaptions; none of them in a store of pictures alone.
         info: what the json beside the store says, or {}.
         path: where it was read from.
+        images: in a pickle of pictures alone, the record of each row.
     """
 
     clip_embedding: torch.Tensor
     captions: list
     info: dict
     path: Path
+    images: list | None = None
 
     @property
     def is_of_texts(self):
@@ -206,7 +208,7 @@ def read_store(path):
     alone = value["captions"] == [] and isinstance(value.get("images"), list)
     if not (alone and len(value["images"]) == len(embedding)):
         _check_captions(value["captions"], len(embedding), path)
-    return FeatureStore(embedding, value["captions"], info, path)
+    return FeatureStore(embedding, value["captions"], info, path, value.get("images"))
 
 
 def _check_shape(shape, info, path):

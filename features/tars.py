@@ -96,14 +96,14 @@ def expand_tars(arguments):
         else:
             found = list(itertools.chain.from_iterable(map(_expand_glob, _expand_braces(name, name))))
         if not found:
-            raise FileNotFoundError(f"{name or repr(name)} names no tar; check the path")
+            raise FileNotFoundError(f"{name or repr(name)} names no tar, as the other inputs do; check the path")
         tars += found
     tars = list(dict.fromkeys(tars))
     for tar in tars:
         if COMPRESSED.search(tar):
             raise ValueError(f"{tar} is compressed, and pictures cannot be read where they lie: unpack it to a .tar")
         if not tar.lower().endswith(".tar"):
-            raise ValueError(f"{tar} is no tar, as the other inputs are: give tars, or files and folders of pictures")
+            raise ValueError(f"{tar} names no tar, as the other inputs do: give tars, or files and folders of pictures")
     missing = [tar for tar in tars if not os.path.isfile(tar)]
     if missing:
         raise FileNotFoundError(f"{len(missing):,} of {len(tars):,} tars do not exist, {missing[0]} the first")

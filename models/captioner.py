@@ -3,11 +3,13 @@
 Axes: B batch, D CLIP width.
 """
 
+import hashlib
 import os
 from pathlib import Path
 
 from encoders import load_encoder, named_sha256
 from features.loader import encode_files
+from features.tars import TarMember
 from models.checkpoint import config_path, load_captioner
 from models.decoding import NO_RERANK, DecodingConfig, generate_captions
 from models.placement import place
@@ -24,7 +26,7 @@ class Captioner:
 
     def __init__(
         self, checkpoint="coco", clip_model_type=None, language_model=None, normalize_prefix=None, device=None, pn=None,
-        dtype=None, offload_dir=None, max_memory=None,
+        dtype=None, offload_dir=None, max_memory=None, with_encoder=True,
     ):  # fmt: skip
         """Load everything.
 
@@ -33,6 +35,7 @@ class Captioner:
             clip_model_type, language_model, normalize_prefix: what a bare checkpoint does not say.
             device, pn, offload_dir, max_memory: the flags of these names; None takes a GPU if there is one.
             dtype: the flag --dtype.
+            with_encoder: load the encoder too; without it, embeddings alone can be captioned.
         Raises: ValueError where an argument contradicts the checkpoint; FileNotFoundError where a file is missing.
         """
         self.decoding = stored_decoding(checkpoint) or DecodingConfig()
@@ -60,6 +63,12 @@ class Captioner:
             raise ValueError(
                 f"--dtype {dtype} changes weights that --pn auto and --load_in do not let go; leave it out"
             )
+        given = {"clip_model_type": clip_model_type, "clip_sha256": _sha256(clip_model_type)}
+        own = {"clip_model_type": self.model.config.clip_model_type, "clip_sha256": self.model.config.clip_sha256}
+        self.described = given if clip_model_type else own  # what is known of its encoder
+        if not with_encoder:
+            self.encoder, self.reranker = None, Reranker(self.model, self.tokenizer)
+            return
         source = encoder_source(self.model.config, checkpoint, clip_model_type, described)
         self.encoder = load_encoder(source, self.device, dtype, self.model.config.tokens)
         if self.encoder.shape != self.model.config.shape:
@@ -100,7 +109,8 @@ class Captioner:
 
 def image_key(path):
     """Return what an image file's random numbers come from: its name and bytes, wherever it lies."""
-    return f"{Path(path).name} {sha256(path)}".encode("utf-8", "surrogateescape")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if isinstance(path, TarMember) else sha256(path)
+    return f"{Path(path).name} {digest}".encode("utf-8", "surrogateescape")
 
 
 def stored_decoding(checkpoint):

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass, field
 
 import pytest
@@ -88,6 +89,12 @@ def make_demo(folder, beside):
     for picture in (ROOT / "demo" / "images").iterdir():
         shutil.copy(picture, folder)
     (beside / "out").mkdir()
+
+
+def make_tar(folder, beside):
+    with tarfile.open(beside / "00000.tar", "w") as tar:
+        for file in sorted((folder / "00000").iterdir()):
+            tar.add(file, file.name)
 
 
 def unchanged(folder, _beside):
@@ -223,8 +230,13 @@ CASES = {
         Step(SCORE + "{c}/captions.json {c}/references.json", 0, ("warning: ", "words")),
     ]),
     "a folder for a file": Case("", [
-        Step(PREDICT + "{c} --out {t}/out", 2, ("is a folder; name a file in it",), captions=0),
+        Step(PREDICT + "{c} --out {t}/out", 0, ("out/: 1 files, 10 captions",), captions=0),
     ], make_demo),
+    "img2dataset's tar": Case("img2dataset", [
+        Step(PREDICT + "{t}/00000.tar", captions=1),
+        Step(PREDICT + "{t}/00000.tar --out {t}/out/", 0, ("out/: 1 files, 1 captions",), captions=0),
+        Step(PARSE.replace("--annotations", "--images {t}/00000.tar --out {t}/s/"), 0, ("1 images, 1 captions",)),
+    ], make_tar),
     "captions as a table": Case("", [
         Step(PREDICT + "{c} --out {t}/c.csv", captions=10),
         Step(SCORE + "{t}/c.csv {t}/refs.json --subset", 0, ("2 images",)),

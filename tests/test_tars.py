@@ -113,7 +113,7 @@ def test_names(tmp_path):
         ("{00000..00001.tar", "a brace without its other one"),
         ("00000.tar.gz", "is compressed"),
         ("00000.tgz", "is compressed"),
-        ("00000.tar::photo.jpg", "photo.jpg is no tar"),
+        ("00000.tar::photo.jpg", "photo.jpg names no tar"),
         ("none*.tar", "names no tar"),
     ],
 )

@@ -1,0 +1,271 @@
+"""Captions at scale: a Source or a feature store in, a parquet file per part out, each written whole.
+
+    OUT/00000.parquet    key, caption, logprob, error; captions too, where a picture gets several
+    OUT/_made_by.json    what captioned, and how
+
+A part that is on the disk stays, unless what it was made of has changed. Several processes share the parts out.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from features.extraction import encode_parts, known_count
+from features.images import reader
+from features.listing import as_text
+from features.shards import MappedCaptions, shard_rows, shard_stamp
+from features.tars import TarMember
+from models.captioner import image_key
+from models.made_by import difference
+from models.rerank import draws_samples
+from utils.cli import note, progress_bar
+from utils.devices import is_out_of_memory
+from utils.distributed import all_gather, all_sum, is_main, share
+from utils.files import atomic_path, read_json, write_json
+from utils.outputs import check_folder
+
+MADE_BY = "_made_by.json"  # readers of parquet folders pass over names that begin so
+STAMP = b"clipcap"  # key of a parquet's metadata
+ROWS_AT_ONCE = {"cpu": 256, "cuda": 1024}  # of a store, unless --batch_size says
+
+
+def is_bulk(out):
+    """Tell whether --out names a folder of captions."""
+    return bool(out) and (str(out).endswith(os.sep) or os.path.isdir(out))
+
+
+class CaptionFolder:
+    """A folder of captions, a parquet file per part."""
+
+    def __init__(self, folder, made):
+        """Take a folder, which need not exist, and what captions it now.
+
+        Args:
+            folder: to write.
+            made: as `models.made_by.made_by` returns it.
+        Raises: ValueError where it cannot be written, or holds captions of another captioner, or other files.
+        """
+        self.folder, self.made = Path(folder), made
+        check_folder("--out", folder)
+        beside = self.folder / MADE_BY
+        files = sorted(self.folder.rglob("*.parquet"))
+        if not files:
+            return
+        if not beside.is_file():
+            raise ValueError(f"--out {folder} holds parquet files that are not of predict.py, {files[0]}; name another")
+        other = difference(read_json(beside).get("made_by"), made)
+        if other:
+            raise ValueError(
+                f"--out {folder} holds captions of another {other}: give the same flags to go on, or name another --out"
+            )
+
+    def begin(self):
+        """Write what captions, before the first caption."""
+        if is_main():
+            write_json(self.folder / MADE_BY, {"made_by": self.made})
+
+    def file(self, name):
+        """Return a part's file."""
+        return self.folder / f"{name}.parquet"
+
+    def finished(self, name, of, stamp, part=None):
+        """Return the counts of a part that is on the disk as it would be made now, or None.
+
+        Args:
+            name, stamp: of the part.
+            of: what it is made of, by name.
+            part: of a Source; None: rows of a store.
+        Raises: ValueError where the file is of something else.
+        """
+        file = self.file(name)
+        if not file.is_file():
+            return None
+        try:
+            stored = json.loads((pq.read_schema(file).metadata or {})[STAMP])
+        except (pa.ArrowException, OSError, ValueError, KeyError):
+            raise ValueError(f"{file} is damaged or not of predict.py; remove it, or name another --out") from None
+        if stored["of"] != of:
+            raise ValueError(f"{file} holds captions of {stored['of']}, not of {of}; name another --out")
+        if stored["stamp"] != stamp or (part and part.has_readable(stored["skipped"], stored["reader"])):
+            return None
+        return stored["counts"]
+
+    def write(self, name, of, stamp, captions, skipped):
+        """Write a part, whole or not at all.
+
+        Args:
+            name, of, stamp: as of `finished`.
+            captions: (key, list of Caption, best first) pairs.
+            skipped: {key: why there is no caption}.
+        Returns: its counts.
+        """
+        keys, groups = [key for key, _ in captions] + list(skipped), [group for _, group in captions]
+        none = [None] * len(skipped)
+        columns = {
+            "key": pa.array(keys, pa.string()),
+            "caption": pa.array([group[0].text.strip() for group in groups] + none, pa.string()),
+            "logprob": pa.array([group[0].logprob for group in groups] + none, pa.float64()),
+            "error": pa.array([None] * len(groups) + list(skipped.values()), pa.string()),
+        }
+        if any(len(group) > 1 for group in groups):
+            texts = [[caption.text.strip() for caption in group] for group in groups]
+            columns["captions"] = pa.array(texts + none, pa.list_(pa.string()))
+        counts = {"captions": len(captions), "errors": len(skipped)}
+        made = {"of": of, "stamp": stamp, "counts": counts, "skipped": skipped, "reader": reader()}
+        with atomic_path(self.file(name)) as temporary:
+            pq.write_table(pa.table(columns).replace_schema_metadata({STAMP: json.dumps(made)}), temporary)
+        return counts
+
+    def tell(self, counts, parts, what):
+        """Say what there is in the end; all processes must call it.
+
+        Args:
+            counts: {part's number: its counts} of this process and of what was there.
+            parts: how many there are.
+            what: `images` or `rows`.
+        Returns: the exit status: 2 where something has no caption.
+        """
+        whole = {number: own for process in all_gather(counts) for number, own in process.items()}
+        captions, errors = (sum(own[key] for own in whole.values()) for key in ("captions", "errors"))
+        note(f"{self.folder}/: {parts:,} files, {captions:,} captions")
+        if errors:
+            others = f"; the others are captioned, and {self.folder}/ says why not these" if captions else ""
+            note(f"error: {errors:,} of {captions + errors:,} {what} could not be read{others}")
+            return 2
+        return 0
+
+
+class Batches:
+    """Captions batches, in halves from one that does not fit the device's memory on."""
+
+    def __init__(self, captioner, decoding):
+        self.captioner, self.decoding, self.most = captioner, decoding, sys.maxsize
+
+    def __call__(self, embeddings, keys=None):
+        """Caption embeddings [B, *shape]; returns per row a list of Caption, best first.
+
+        `keys`: see `generate_captions`.
+        """
+        captions = []
+        while len(captions) < len(embeddings):
+            rows = slice(len(captions), len(captions) + self.most)
+            batch = embeddings[rows]
+            try:
+                captions += self.captioner.caption_embeddings(batch, self.decoding, keys and keys[rows])
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(batch) == 1:
+                    raise
+            # here, not above: the error, while it is handled, keeps the tensors that filled the memory
+            self.most = len(batch) // 2
+            note(f"warning: {len(batch)} captions do not fit in memory; going on with {self.most} at a time")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return captions
+
+
+def caption_source(captioner, source, folder, decoding, reading):
+    """Caption the pictures of a Source.
+
+    Args:
+        captioner: Captioner.
+        source: Source.
+        folder: CaptionFolder.
+        decoding: DecodingConfig.
+        reading: features.extraction.Reading.
+    Returns: the exit status.
+    """
+    parts, caption = source.parts(), Batches(captioner, decoding)
+    stamps = [shard_stamp(folder.made, part.made_of()) for part in parts]
+    counts = {n: folder.finished(part.name, part.of, stamps[n], part) for n, part in enumerate(parts)}
+    own, counts = _begin(folder, counts)
+    todo, captions = [parts[number] for number in own], []
+    with progress_bar(known_count(todo), "images", "img") as bar:
+        for plan, pictures, embeddings in encode_parts(captioner.encoder, todo, [()] * len(todo), reading, bar):
+            if pictures:
+                keys = [image_key(picture) for picture in pictures] if draws_samples(decoding) else None
+                captions += zip(map(picture_key, pictures), caption(embeddings, keys), strict=True)
+                continue
+            number, part = own[plan.number], plan.part
+            names = {str(picture): picture_key(picture) for picture in plan.keys}
+            skipped = {
+                names.get(name) or name.removeprefix(f"{part.of}/"): reason for name, reason in plan.skipped.items()
+            }
+            counts[number] = folder.write(part.name, part.of, stamps[number], captions, skipped)
+            captions = []
+    return folder.tell(counts, len(parts), "images")
+
+
+def picture_key(picture):
+    """Return the key of a picture's row: of one in a tar, its key there, else its path."""
+    return os.path.splitext(picture.name)[0] if isinstance(picture, TarMember) else as_text(picture)
+
+
+def _begin(folder, counts):
+    """Say what is there and begin the folder; returns (the parts' numbers of this process, counts of finished ones)."""
+    finished = {number: own for number, own in counts.items() if own is not None}
+    all_sum(0)  # all have looked before one writes
+    folder.begin()
+    if finished and len(finished) < len(counts):
+        note(f"going on: {len(finished):,} of {len(counts):,} files are there")
+    return share([number for number in counts if number not in finished]), finished
+
+
+def caption_store(captioner, store, folder, decoding, batch_size):
+    """Caption the rows of a FeatureStore; arguments as those of `caption_source`.
+
+    Args:
+        batch_size: rows at a time; None: as many as pay.
+    """
+    parts, caption = store_parts(store), Batches(captioner, decoding)
+    batch_size = batch_size or ROWS_AT_ONCE.get(captioner.device.type, 256)
+    of, ids = str(store.path), row_ids(store)
+    lengths = store.clip_embedding[np.arange(min(8, len(store.clip_embedding)))].float().norm(dim=-1)
+    if not captioner.model.config.normalize_prefix and torch.allclose(lengths, torch.ones_like(lengths), atol=1e-2):
+        note(f"warning: the embeddings of {of} are normalised, and those the captioner was trained on may not be")
+    stamps = [shard_stamp(folder.made, made_of) for _, _, made_of in parts]
+    own, counts = _begin(folder, {n: folder.finished(parts[n][0], of, stamp) for n, stamp in enumerate(stamps)})
+    with progress_bar(sum(len(parts[number][1]) for number in own), "rows", "row") as bar:
+        for number in own:
+            name, rows, _ = parts[number]
+            groups = []
+            for start in range(0, len(rows), batch_size):
+                batch = np.asarray(rows[start : start + batch_size])
+                groups += caption(store.clip_embedding[batch].float())
+                bar.update(len(batch))
+            captions = list(zip(map(ids, rows), groups, strict=True))
+            counts[number] = folder.write(name, of, stamps[number], captions, {})
+    return folder.tell(counts, len(parts), "rows")
+
+
+def store_parts(store):
+    """Return the parts of a FeatureStore: (name, its rows, plain data that changes when they do), as its shards are."""
+    if isinstance(store.captions, MappedCaptions):
+        files = store.clip_embedding.files
+        ends = [int(end) for end in store.clip_embedding.ends]
+    else:
+        size = shard_rows(len(store.clip_embedding))
+        files = [store.path] * -(-len(store.clip_embedding) // size)
+        ends = [min(end, len(store.clip_embedding)) for end in range(size, len(files) * size + 1, size)]
+    parts = []
+    for number, (file, start, end) in enumerate(zip(files, [0, *ends], ends, strict=False)):
+        status = os.stat(file)
+        parts.append((
+            f"captions_{number:04d}", range(start, end), [str(file), status.st_size, status.st_mtime_ns, start, end]
+        ))  # fmt: skip
+    return parts
+
+
+def row_ids(store):
+    """Return a function of a store's row to the key of its caption: the image's id as text, else the row's number."""
+    if isinstance(store.captions, MappedCaptions):
+        return lambda row: str(store.captions.image_id(row))
+    ids = {record["clip_embedding"]: record.get("image_id") for record in reversed(store.captions)}
+    ids |= {row: record.get("image_id") for row, record in enumerate(store.images or ())}
+    return lambda row: str(row if ids.get(row) is None else ids[row])
