@@ -16,7 +16,7 @@ import os
 
 import numpy as np
 
-from encoders import load_encoder
+from encoders import load_encoder, split_path
 from features.annotations import FORMATS
 from features.finder import ImageFinder
 from features.images import add_max_pixels_flag, set_max_pixels
@@ -134,6 +134,7 @@ def score_files(args, finder):
         training = set(ptb.tokenize([record["caption"] for record in read_records(args.train_captions, "train")]))
     if args.clip_model_type:  # first, for an image may be missing
         encoder = load_encoder(args.clip_model_type, pick_device(args.device))
+        encoder.check_texts("CLIPScore")
         embeddings = embed_images(encoder, {i: references.find_image(finder, i) for i in ids}, args.num_workers)
     scores = [coco_scores(system, references.captions, args.metrics, args.tokenizer) for system in systems]
     if args.clip_model_type:
@@ -259,7 +260,7 @@ def check_flags(args):
     """Refuse flags that cannot work, before any scoring; Raises: ValueError."""
     inputs = {
         "the captions": args.captions, "the references": args.references, "the captions of --compare": args.compare,
-        "the training captions": args.train_captions, "the encoder": args.clip_model_type,
+        "the training captions": args.train_captions, "the encoder": split_path(args.clip_model_type or "")[1],
     }  # fmt: skip
     for flag, path, endings in (("--out", args.out, (".json",)), ("--html", args.html, (".html", ".htm"))):
         if path:

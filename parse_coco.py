@@ -19,9 +19,10 @@ if __name__ == "__main__":
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
-from encoders import load_encoder
+from encoders import FORMS, load_encoder, split_path
 from encoders.base import PATCHES, POOLED
 from features.annotations import FORMATS
 from features.check import find_faults, find_tar_faults
@@ -66,7 +67,7 @@ def get_parser():
     )
     encoder = parser.add_argument_group("encoder")
     encoder.add_argument(
-        "--clip_model_type", default="ViT-B/32", help="a name of OpenAI's clip, or the path of a CLIP .pt"
+        "--clip_model_type", default="ViT-B/32", metavar="NAME", help=f"{FORMS} (default: %(default)s)"
     )
     encoder.add_argument(
         "--tokens", choices=(POOLED, PATCHES),
@@ -86,7 +87,8 @@ def get_parser():
 
 def default_out(clip_model_type, split, tokens=None):
     """Return the predecessors' name of the store of a model and split; other ones for tokens and what stands alone."""
-    model = Path(clip_model_type).stem if Path(clip_model_type).is_file() else clip_model_type.replace("/", "_")
+    before, path = split_path(clip_model_type)
+    model = re.sub("[/:]", "_", before + Path(path).stem if path and Path(path).exists() else clip_model_type)
     return f"data/coco/oscar_split_{model}{f'_{PATCHES}' * (tokens == PATCHES)}_{split}.pkl"
 
 
@@ -113,7 +115,8 @@ def main(argv=None):
         return check(args)
     split = "images" if args.no_captions else f"{args.split}_text" if args.text_only else args.split
     out = args.out or default_out(args.clip_model_type, split, args.tokens)
-    inputs = {"the annotations": args.annotations, "the encoder": args.clip_model_type, "the images": args.images}
+    encoder_file = split_path(args.clip_model_type)[1]
+    inputs = {"the annotations": args.annotations, "the encoder": encoder_file, "the images": args.images}
     check_store_output(out, inputs)
     source = gather(args)
     prepare_readers(0 if args.text_only else source.count, args.num_workers)

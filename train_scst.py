@@ -19,10 +19,9 @@ from dataclasses import dataclass
 import torch
 
 import train
-from encoders import load_encoder
 from features.image_dataset import ImageDataset
 from models.bare import OPT_EMBEDDINGS, guess_normalization
-from models.captioner import encoder_source, stored_decoding
+from models.captioner import encoder_of, stored_decoding
 from models.checkpoint import beside, load_captioner, load_weights, read_config
 from models.clip_caption import build_captioner
 from models.decoding import DecodingConfig
@@ -168,8 +167,9 @@ def prepare(args, decoding, described, config, training, store, placement):
     if CIDER in rewards:
         made.append(CiderReward(dataset.references))
     if CLIP in rewards:
-        source = encoder_source(config, args.init_from, args.clip_model_type, described is not None)
-        made.append(ClipReward(load_encoder(source, device)))
+        encoder = encoder_of(config, args.init_from, args.clip_model_type, described is not None, device)
+        encoder.check_texts(f"--reward {training.reward}")
+        made.append(ClipReward(encoder))
     objective = SelfCritical(
         model, tokenizer, dataset, made, training.samples, decoding, training.seed, training.kl, reference
     )

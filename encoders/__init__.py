@@ -4,8 +4,11 @@ A family is a module of its own, which alone imports its library: a class that l
 """
 
 import importlib
+import os
 
 from encoders import openai_clip
+from encoders.base import SUFFIXES, folder_sha256
+from utils.files import sha256
 
 OPENAI = "encoders.openai_clip", "OpenAIClip", None
 FAMILIES = {  # how a name begins -> module, class, what it is installed by
@@ -59,13 +62,24 @@ def split_path(name):
     rest = name[len(form) + 1 :]
     if form in WITH_FILE:
         model, slash, rest = rest.partition("/")
-        return f"{form}:{model}{slash}", rest or None
-    return f"{form}:", None if form == "hf-hub" else rest
+        is_path = os.path.isfile(rest) or os.path.splitext(rest)[1] in SUFFIXES
+        return f"{form}:{model}{slash}", rest if is_path else None
+    return f"{form}:", rest if form == "local-dir" or (form == "hf" and os.path.isdir(rest)) else None
 
 
 def named_sha256(name):
     """Return the SHA-256 of the one file that a published name stands for; None: it says none."""
     return None if _form(name) else openai_clip.named_sha256(name)
+
+
+def encoder_sha256(name):
+    """Return the SHA-256 of an encoder's weights, as far as it can be told without loading it; None: it cannot."""
+    path = split_path(name)[1]
+    if path is None:
+        return named_sha256(name)
+    if os.path.isdir(path):
+        return folder_sha256(path)
+    return sha256(path) if os.path.isfile(path) else None
 
 
 def known_encoder(described):

@@ -10,10 +10,11 @@ from pathlib import Path
 import open_clip
 from open_clip.factory import _find_checkpoint_in_dir
 from open_clip.modified_resnet import ModifiedResNet
+from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
-from encoders.base import POOLED, RESNET_STRIDE, ImageEncoder, plain_steps, quiet
+from encoders.base import POOLED, RESNET_STRIDE, ImageEncoder, folder_sha256, plain_steps, quiet
 from encoders.timm import patch_grid, patch_tokens
 from utils.cli import nearest, note
 from utils.files import reason, sha256
@@ -57,7 +58,7 @@ class OpenClip(ImageEncoder):
             self.grid = (visual.image_size // RESNET_STRIDE,) * 2
         size = config.size if isinstance(config.size, tuple | list) else (config.size, config.size)
         self._take(model, plain_steps(image_transform_v2(config, is_train=False)), size)
-        self.sha256 = sha256(path)
+        self.sha256 = folder_sha256(rest) if form == "local-dir" else sha256(path)
 
     def _published(self, arch, tag):
         """Return (file, options of open_clip's builder) of a tag."""
@@ -166,9 +167,7 @@ def _own(arch, path):
         digest = sha256(path)
         known = {bool(config.get("quick_gelu")) for config in published if _is_of(digest, config)}
         if computes and False in known:
-            raise ValueError(
-                f"{path} was trained with GELU and {arch} computes QuickGELU: take open_clip:{plain}/{path}"
-            )
+            raise ValueError(f"{path} was trained with GELU, {arch} computes QuickGELU: take open_clip:{plain}/{path}")
         if not known:
             note(
                 f"warning: {path} does not say whether it was trained with QuickGELU, as OpenAI's, MetaCLIP's and "
@@ -194,11 +193,10 @@ def _folder_or_repository(name, form, rest):
         if path is None:
             raise FileNotFoundError(f"--clip_model_type {name}: {rest} holds no file of weights")
         return path
-    fetch = open_clip.download_pretrained_from_hf
     try:
         with quiet():
-            cached_first(lambda: fetch(rest, filename="open_clip_config.json"))
-            return cached_first(lambda: fetch(rest))
+            cached_first(lambda: download_pretrained_from_hf(rest, filename="open_clip_config.json"))
+            return cached_first(lambda: download_pretrained_from_hf(rest))
     except (OSError, ValueError, RuntimeError) as error:
         raise FileNotFoundError(
             f"--clip_model_type {name} is not in the cache and cannot be fetched ({reason(error)}): check the name "

@@ -119,7 +119,10 @@ def _load(clip, name, device):
     if name not in clip.available_models() and not Path(name).is_file():
         names = clip.available_models()
         hint = nearest(name, names)
-        raise ValueError(f"--clip_model_type {name} is neither a file nor one of {', '.join(names)}{hint}")
+        raise ValueError(
+            f"--clip_model_type {name} is neither a file nor one of {', '.join(names)}{hint}; other libraries' are "
+            f"open_clip:ARCH/TAG, hf-hub:ORG/REPO, timm:NAME, hf:ORG/REPO"
+        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.load. is deprecated")

@@ -3,11 +3,11 @@
 Axes: B batch, D width, K patches.
 """
 
-import contextlib
 import math
 from pathlib import Path
 
 import timm
+from huggingface_hub import hf_hub_download
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
@@ -87,34 +87,39 @@ def _config(model_name):
 
     Raises: ValueError for one that is none, or whose inputs have no fixed size.
     """
-    if not timm.is_model(model_name.partition(".")[0]):
-        raise ValueError(f"--clip_model_type timm:{model_name} is unknown{nearest(model_name, timm.list_models())}")
-    if model_name.startswith(VARIABLE):
+    arch, _, tag = model_name.partition(".")
+    if not timm.is_model(arch):
+        raise ValueError(f"--clip_model_type timm:{model_name} is unknown{nearest(arch, timm.list_models())}")
+    if arch.startswith(VARIABLE):
         raise ValueError(f"--clip_model_type timm:{model_name} takes inputs of variable size (NaFlex): use a fixed one")
-    config = timm.get_pretrained_cfg(model_name, allow_unregistered=False) if "." in model_name else None
-    if config is None and "." in model_name:
-        tags = timm.list_pretrained(f"{model_name.partition('.')[0]}.*")
+    names = timm.list_pretrained(f"{arch}.*")
+    if tag and model_name not in names:
         raise ValueError(
-            f"--clip_model_type timm:{model_name}: there is no such tag{nearest(model_name, tags) or f'; of {tags}'}"
+            f"--clip_model_type timm:{model_name}: there is no such tag of {arch}, which has "
+            f"{', '.join(name.partition('.')[2] for name in names) or 'none'}"
         )
-    return config or timm.get_pretrained_cfg(model_name)
+    return timm.get_pretrained_cfg(model_name)
 
 
 def _fetch(model_name):
-    """Return the file of a name's published weights; raises FileNotFoundError."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    """Return the file of a name's published weights.
 
-    config = _config(model_name)
+    Raises: ValueError where there are none; FileNotFoundError where they are neither here nor to be fetched.
+    """
+    config, remedy = _config(model_name), f"pass timm:{model_name}/FILE"
     if not config.hf_hub_id:
-        raise ValueError(f"--clip_model_type timm:{model_name}: timm knows no weights; pass timm:{model_name}/FILE")
+        raise ValueError(f"--clip_model_type timm:{model_name}: timm knows no weights on the hub; {remedy}")
     repo, _, revision = config.hf_hub_id.partition("@")
-    names = [config.hf_hub_filename] if config.hf_hub_filename else HUB_FILES
-    repo = f"{repo}{config.architecture}.{config.tag}" if repo.endswith("/") else repo
-    for filename in names:
-        with contextlib.suppress(EntryNotFoundError), quiet():
-            return Path(cached_first(lambda f=filename: hf_hub_download(repo, f, revision=revision or None)))
-    return None
+    for filename in [config.hf_hub_filename] if config.hf_hub_filename else HUB_FILES:
+        try:
+            with quiet():
+                return Path(cached_first(lambda f=filename: hf_hub_download(repo, f, revision=revision or None)))
+        except (OSError, ValueError) as error:  # of a file that a repository does not have, too
+            missing = error
+    raise FileNotFoundError(
+        f"--clip_model_type timm:{model_name}: its weights are not in the cache and cannot be fetched "
+        f"({reason(missing)}): check the network, or {remedy}"
+    )
 
 
 def _load(model_name, path, own):

@@ -3,10 +3,10 @@
 Axes: B batch, D width, K patches or queries, N texts.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from PIL.Image import Resampling
 from torchvision.transforms import InterpolationMode
 from transformers import (
@@ -20,15 +20,14 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from encoders.base import PATCHES, POOLED, ImageEncoder, quiet
-from utils.files import reason, sha256
+from encoders.base import PATCHES, POOLED, ImageEncoder, folder_sha256, quiet
+from utils.files import reason
 from utils.hub import cached_first
 
 BLIP2 = "blip-2"
 BOTH_TOWERS = ("clip", "siglip")
 VISION_ONLY = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit")
 VARIABLE = ("siglip2", "siglip2_vision_model")  # NaFlex; SigLIP 2 of a fixed size calls itself siglip
-WEIGHTS = ("*.safetensors", "*.bin")
 
 
 class Transformers(ImageEncoder):
@@ -66,7 +65,8 @@ class Transformers(ImageEncoder):
         self._take(model, Processor(processor), _pixels(processor, side))
         if self.kind == BLIP2:  # queries lie in none
             self.grid = None
-        self.sha256 = _digest(source)
+        folder = source if Path(source).is_dir() else snapshot_download(source, local_files_only=True)
+        self.sha256 = folder_sha256(folder)
 
     def _check_kind(self, name, tokens):
         """Refuse what is not read; raises ValueError."""
@@ -196,15 +196,3 @@ def _read(source, name, read):
             f"--clip_model_type {name}: {source} is neither a folder nor in the local cache, and the hub gave no such "
             f"model ({reason(error)}): check the name, or pass hf:FOLDER"
         ) from None
-
-
-def _digest(source):
-    """Return the SHA-256 of a model's file of weights, or of the hashes of its several files."""
-    folder = Path(source)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(source, local_files_only=True))
-    files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHTS)))
-    hashes = [sha256(file) for file in files]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()

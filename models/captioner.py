@@ -7,7 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from encoders import load_encoder, named_sha256
+from encoders import encoder_sha256, load_encoder, split_path
 from features.loader import encode_files
 from features.tars import TarMember
 from models.checkpoint import config_path, load_captioner
@@ -63,19 +63,13 @@ class Captioner:
             raise ValueError(
                 f"--dtype {dtype} changes weights that --pn auto and --load_in do not let go; leave it out"
             )
-        given = {"clip_model_type": clip_model_type, "clip_sha256": _sha256(clip_model_type)}
+        named = clip_model_type and {"clip_model_type": clip_model_type, "clip_sha256": encoder_sha256(clip_model_type)}
         own = {"clip_model_type": self.model.config.clip_model_type, "clip_sha256": self.model.config.clip_sha256}
-        self.described = given if clip_model_type else own  # what is known of its encoder
+        self.described = named or own  # what is known of its encoder
         if not with_encoder:
             self.encoder, self.reranker = None, Reranker(self.model, self.tokenizer)
             return
-        source = encoder_source(self.model.config, checkpoint, clip_model_type, described)
-        self.encoder = load_encoder(source, self.device, dtype, self.model.config.tokens)
-        if self.encoder.shape != self.model.config.shape:
-            raise ValueError(
-                f"encoder {source} gives of an image {in_words(self.encoder.shape)}, and {checkpoint} was trained on "
-                f"{in_words(self.model.config.shape)}; pass its own --clip_model_type"
-            )
+        self.encoder = encoder_of(self.model.config, checkpoint, clip_model_type, described, self.device, dtype)
         self.reranker = Reranker(
             self.model, self.tokenizer, self.encoder.encode_texts if self.encoder.compares_texts else None
         )
@@ -128,6 +122,30 @@ def stored_decoding(checkpoint):
     return DecodingConfig.from_dict(stored["decoding"], path)
 
 
+def encoder_of(config, checkpoint, given, described, device, dtype=None):
+    """Load the encoder that a captioner was trained on.
+
+    Args:
+        config: CaptionConfig. checkpoint: its file. given: --clip_model_type, or None.
+        described: whether `config` is from a json beside the checkpoint.
+        device, dtype: see `load_encoder`.
+    Raises: ValueError where the encoder is another one than the captioner's; as `encoder_source`.
+    """
+    source = encoder_source(config, checkpoint, given, described)
+    encoder = load_encoder(source, device, dtype, config.tokens)
+    if encoder.shape != config.shape:
+        raise ValueError(
+            f"encoder {source} gives of an image {in_words(encoder.shape)}, and {checkpoint} was trained on "
+            f"{in_words(config.shape)}; pass its own --clip_model_type"
+        )
+    if described and config.clip_sha256 and encoder.sha256 != config.clip_sha256:
+        raise ValueError(
+            f"the weights of {source} are others than {checkpoint} was trained on (SHA-256 {encoder.sha256[:8]}…, not "
+            f"{config.clip_sha256[:8]}…); pass its own --clip_model_type"
+        )
+    return encoder
+
+
 def encoder_source(config, checkpoint, given, described):
     """Return the encoder to load: the one given, if it does not contradict the checkpoint, else the checkpoint's own.
 
@@ -135,7 +153,8 @@ def encoder_source(config, checkpoint, given, described):
     """
     own = config.clip_model_type
     if given:
-        hashes = [digest or _sha256(name) for name, digest in ((given, None), (own, config.clip_sha256))]
+        known = config.clip_sha256 or (encoder_sha256(own) if own else None)
+        hashes = [encoder_sha256(given), known]
         same = hashes[0] == hashes[1] if all(hashes) else given == own
         if described and own and not same:
             raise ValueError(
@@ -145,20 +164,16 @@ def encoder_source(config, checkpoint, given, described):
         return given
     if not own:
         raise ValueError(f"{checkpoint} does not say which encoder it was trained on; pass --clip_model_type")
-    if not config.clip_sha256 or named_sha256(own) == config.clip_sha256:
-        return own
+    prefix, path = split_path(own)
+    if not config.clip_sha256 or (path is None and encoder_sha256(own) in (None, config.clip_sha256)):
+        return own  # a name that says no hash is compared when its weights are here
     # a file may be named from where training ran, or from beside the checkpoint
-    for file in (Path(own), config_path(checkpoint).parent / own):
-        if file.is_file() and sha256(file) == config.clip_sha256:
-            return str(file)
+    for file in (Path(path or own), config_path(checkpoint).parent / (path or own)):
+        if encoder_sha256(f"{prefix}{file}") == config.clip_sha256:
+            return f"{prefix}{file}"
     raise FileNotFoundError(
         f"the encoder {own} of {checkpoint} is not there, or is another file by now; pass --clip_model_type FILE"
     )
-
-
-def _sha256(encoder):
-    """Return the SHA-256 of an encoder's file, given by its path or a name of OpenAI's; None: neither."""
-    return named_sha256(encoder) or (sha256(encoder) if encoder and Path(encoder).is_file() else None)
 
 
 def captioner_files(checkpoint, clip_model_type=None, language_model=None):
@@ -178,7 +193,7 @@ def captioner_files(checkpoint, clip_model_type=None, language_model=None):
         config = read_json(described)
         model = config.get("model") if isinstance(config, dict) else None
         named += [model.get(key) for key in ("clip_model_type", "language_model")] if isinstance(model, dict) else []
-    for name in filter(None, named):
+    for name in filter(None, (name and (split_path(name)[1] or name) for name in named)):
         for path in (Path(name), described.parent / name):
             files += path.iterdir() if path.is_dir() else [path]
     return [file for file in files if os.path.exists(file)]

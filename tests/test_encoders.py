@@ -1,6 +1,8 @@
 """Every family of encoders gives what its own library gives, on random weights."""
 
 import json
+import shutil
+import sys
 
 import clip
 import numpy as np
@@ -9,12 +11,21 @@ import pytest
 import timm
 import torch
 import transformers
+from conftest import run_script, train
+from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_scripts import one_line_error
 from timm.data import create_transform, resolve_model_data_config
 from transformers import AutoImageProcessor
 
-from encoders import load_encoder
+from encoders import load_encoder, split_path
+from features.loader import encode_files
+from features.store import read_store
+from models.captioner import encoder_of
+from models.clip_caption import CaptionConfig
 from utils.files import sha256
+from utils.precision import PackedLinear
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32}
@@ -246,3 +257,232 @@ def test_blip2(hf_folder, picture):
     assert torch.allclose(encoder.encode_images(pixels), expected, **CLOSE)
     with pytest.raises(ValueError, match="--tokens pooled: .* is a BLIP-2"):
         load_encoder(f"hf:{folder}", tokens="pooled")
+
+
+# ---- names
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    """Two small architectures in open_clip's registry: `small`, `small-quickgelu`; returns {name: file of weights}."""
+    folder, files = tmp_path_factory.mktemp("configs"), {}
+    for name, special in (("small", {}), ("small-quickgelu", {"quick_gelu": True})):
+        config = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT} | special
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    for name in ("small", "small-quickgelu"):
+        torch.manual_seed(0)
+        files[name] = folder / f"{name}.pt"
+        torch.save(randomize(open_clip.create_model(name)).state_dict(), files[name])
+    return files
+
+
+@torch.inference_mode()
+def test_quickgelu_follows_the_weights(registered, monkeypatch, capsys):
+    """A tag's own activation is taken; where the architecture computes another that cannot be, it is refused."""
+    file = registered["small"]
+    tags = {"old": {"file": str(file), "quick_gelu": True}, "new": {"file": str(file)}}
+    pretrained = open_clip.pretrained._PRETRAINED
+    monkeypatch.setitem(pretrained, "small", tags)
+    monkeypatch.setitem(pretrained, "small-quickgelu", tags)
+    found = {tag: load_encoder(f"open_clip:small/{tag}") for tag in tags}
+    pixels = pixels_of(found["old"])
+    for tag, quick in (("old", True), ("new", False)):
+        plain = open_clip.create_model("small", pretrained=str(file), force_quick_gelu=quick).eval()
+        assert torch.allclose(found[tag].encode_images(pixels), plain.encode_image(pixels), **CLOSE)
+        assert found[tag].describe()["clip_tag"] == tag
+    assert not torch.allclose(found["old"].encode_images(pixels), found["new"].encode_images(pixels), **CLOSE)
+    with pytest.raises(ValueError, match="small-quickgelu computes QuickGELU, new was trained with GELU"):
+        load_encoder("open_clip:small-quickgelu/new")
+    capsys.readouterr()
+    load_encoder(f"open_clip:small/{file}")
+    assert "does not say whether it was trained with QuickGELU" in capsys.readouterr().err
+    digest = sha256(file)
+    tags["old"]["url"] = f"https://host/vit-quickgelu-{digest[:8]}.pt"
+    found["file"] = load_encoder(f"open_clip:small/{file}")
+    assert torch.equal(found["file"].encode_images(pixels), found["old"].encode_images(pixels))
+    tags["new"]["url"] = tags["old"].pop("url")
+    with pytest.raises(
+        ValueError, match="trained with GELU, small-quickgelu computes QuickGELU: take open_clip:small/"
+    ):
+        load_encoder(f"open_clip:small-quickgelu/{file}")
+    assert not capsys.readouterr().err
+
+
+def test_bad_names(registered, hf_folder, clip_file, tmp_path, monkeypatch):
+    """Each is one line that names the value and the remedy, and exits with 2."""
+    other = tmp_path / "other.pt"
+    torch.save(timm.create_model("test_resnet").state_dict(), other)
+    (tmp_path / "x.txt").write_text("a dog")
+    (tmp_path / "empty").mkdir()
+    siglip2 = tmp_path / "naflex"
+    transformers.Siglip2Config().save_pretrained(siglip2)
+    gpt2 = tmp_path / "gpt2"
+    transformers.GPT2Config().save_pretrained(gpt2)
+    lacking = hf_folder("dinov2")
+    kept = {key: value for key, value in load_file(lacking / "model.safetensors").items() if "layer.1" not in key}
+    save_file(kept, lacking / "model.safetensors", {"format": "pt"})
+    for name, *said in (
+        ("open_clip:VIT-B-32/openai", "open_clip knows no such architecture", "did you mean ViT-B-32"),
+        ("open_clip:ViT-B-32/laion2b_s32b_b82k", "is neither a file nor a tag of ViT-B-32", "ViT-L-14"),
+        ("open_clip:ViT-B-32", "is neither a file nor a tag"),
+        ("open_clip:ViT-B-32/openai", "not in the cache and cannot be fetched", "pass open_clip:ViT-B-32/FILE"),
+        (f"open_clip:small/{other}", "holds no weights of small"),
+        (f"open_clip:small/{tmp_path}/x.txt", "holds no weights of small"),
+        (f"open_clip:small/{tmp_path}/no.pt", "is neither a file nor a tag"),
+        (f"local-dir:{tmp_path}/empty", "holds no open_clip_config.json"),
+        ("hf-hub:laion/no-such-model", "cannot be fetched", "local-dir:FOLDER"),
+        ("timm:vit_smal_patch14_dinov2", "is unknown; did you mean vit_small_patch14_dinov2"),
+        ("timm:vit_small_patch14_dinov2.lvd", "there is no such tag", "lvd142m"),
+        ("timm:vit_small_patch14_dinov2.lvd142m", "cannot be fetched", "timm:vit_small_patch14_dinov2.lvd142m/FILE"),
+        (f"timm:test_vit/{other}", "timm:test_vit"),
+        (f"timm:test_vit/{tmp_path}/no.pt", "does not exist"),
+        ("timm:naflexvit_base_patch16_siglip.v2_webli", "inputs of variable size (NaFlex)"),
+        (f"hf:{siglip2}", "inputs of variable size (NaFlex)"),
+        (f"hf:{gpt2}", "is a gpt2, none of clip, siglip"),
+        (f"hf:{lacking}", "its weights are another model's, they lack encoder.layer.1."),
+        (f"hf:{tmp_path}/empty", "holds no config.json"),
+        ("hf:google/no-such-model", "neither a folder nor in the local cache"),
+        (str(other), "is no CLIP in OpenAI's format"),
+        ("ViT-B/23", "did you mean ViT-B/32", "open_clip:ARCH/TAG"),
+        ("openclip:ViT-B-32/openai", "is neither a file nor one of", "open_clip:ARCH/TAG"),
+    ):
+        flags = ("--text_only", "--annotations", tmp_path / "x.txt", "--out", tmp_path / "x.pkl")
+        one_line_error(run_script("parse_coco.py", "--clip_model_type", name, *flags, check=2), *said)
+    for library, module in (("timm", "timm"), ("open_clip", "open_clip")):
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, f"encoders.{module}", raising=False)
+            patch.setitem(sys.modules, library, None)
+            names = {"timm": "timm:test_vit", "open_clip": f"local-dir:{tmp_path}"}
+            command = ("parse_coco.py", "--clip_model_type", names[module], *flags)
+            one_line_error(run_script(*command, check=2), f"needs {library}", "pip install")
+
+
+# ---- from images to captions
+
+
+@pytest.fixture(scope="module")
+def named(open_clip_folder, hf_folder, tmp_path_factory):
+    """Names of small encoders, by family."""
+    folder = tmp_path_factory.mktemp("towers")
+    torch.save(randomize(timm.create_model("test_vit")).state_dict(), folder / "vit.pt")
+    return {
+        "open_clip": f"local-dir:{open_clip_folder('plain')}",
+        "timm": f"timm:test_vit/{folder / 'vit.pt'}",
+        "hf": f"hf:{hf_folder('siglip')}",
+        "vision": f"hf:{hf_folder('dinov2')}",
+    }
+
+
+@pytest.mark.parametrize("family", ("open_clip", "timm", "hf", "vision"))
+def test_from_images_to_captions(family, named, photos, language_model, clip_file, tmp_path):
+    """The captioner's json leads to its encoder; another one, or one whose weights have changed, is refused."""
+    name, store = named[family], tmp_path / "s.pkl"
+    images = ("--annotations", photos / "captions.csv", "--images", photos, "--num_workers", 0)
+    run_script("parse_coco.py", "--clip_model_type", name, *images, "--out", store)
+    info, encoder = json.loads((tmp_path / "s.json").read_text()), load_encoder(name)
+    assert info["clip_model_type"] == name and info["clip_sha256"] == encoder.sha256
+    assert info["preprocessing"].keys() >= {"size", "interpolation", "mean", "std"}
+    [(_, embeddings, _)] = encode_files(encoder, sorted(photos.glob("*.jpg")), 12)
+    assert torch.allclose(read_store(store).clip_embedding, embeddings, **CLOSE)
+    again = run_script("parse_coco.py", "--clip_model_type", name, *images, "--out", store)
+    assert "nothing to do" in again.stderr
+    train(store, language_model, tmp_path / "run")
+    flags = (photos, "--checkpoint", tmp_path / "run" / "run_latest.pt", "--num_workers", 0)
+    assert len(run_script("predict.py", *flags).stdout.splitlines()) == 12
+    assert len(run_script("predict.py", *flags, "--clip_model_type", name).stdout.splitlines()) == 12
+    one_line_error(run_script("predict.py", *flags, "--clip_model_type", clip_file, check=2), "contradicts")
+    reranked = run_script("predict.py", *flags, "--rerank", "clip", check=0 if encoder.has_texts else 2)
+    if not encoder.has_texts:
+        one_line_error(reranked, "--rerank clip needs an encoder with a text tower")
+        texts = ("--text_only", "--annotations", photos / "captions.csv", "--out", tmp_path / "t.pkl")
+        one_line_error(run_script("parse_coco.py", "--clip_model_type", name, *texts, check=2), "--text_only")
+        reward = ("--init_from", flags[2], "--data", store, "--reward", "clip", "--out_dir", tmp_path / "scst")
+        one_line_error(run_script("train_scst.py", *reward, check=2), "--reward clip", "has no text tower")
+        captions, references = tmp_path / "c.json", photos / "captions.csv"
+        run_script("predict.py", *flags, "--out", captions)
+        score = (captions, references, "--images", photos, "--clip_model_type", name, "--metrics", "CIDEr")
+        one_line_error(run_script("evaluate.py", *score, check=2), "CLIPScore", "has no text tower")
+
+
+def test_encoder_that_moved_or_changed(named, photos, language_model, tmp_path):
+    """A file beside the checkpoint is found by its hash; other weights of the same name are refused."""
+    before, path = split_path(named["timm"])
+    shutil.copy(path, tmp_path / "vit.pt")
+    images = ("--annotations", photos / "captions.csv", "--images", photos, "--num_workers", 0)
+    run_script(
+        "parse_coco.py", "--clip_model_type", f"{before}{tmp_path / 'vit.pt'}", *images, "--out", tmp_path / "s.pkl"
+    )
+    train(tmp_path / "s.pkl", language_model, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "run.json").read_text())
+    config["model"]["clip_model_type"] = f"{before}vit.pt"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(config))
+    (tmp_path / "vit.pt").rename(tmp_path / "run" / "vit.pt")
+    flags = (photos, "--checkpoint", tmp_path / "run" / "run_latest.pt", "--num_workers", 0)
+    assert len(run_script("predict.py", *flags).stdout.splitlines()) == 12
+    torch.save(randomize(timm.create_model("test_vit")).state_dict(), tmp_path / "run" / "vit.pt")
+    one_line_error(run_script("predict.py", *flags, check=2), "is another file by now")
+    folder = shutil.copytree(named["open_clip"].partition(":")[2], tmp_path / "tower")
+    run_script("parse_coco.py", "--clip_model_type", f"local-dir:{folder}", *images, "--out", tmp_path / "o.pkl")
+    train(tmp_path / "o.pkl", language_model, tmp_path / "other")
+    weights = folder / "open_clip_pytorch_model.bin"
+    torch.save({key: value * 1.01 for key, value in torch.load(weights).items()}, weights)
+    flags = (photos, "--checkpoint", tmp_path / "other" / "run_latest.pt", "--num_workers", 0)
+    one_line_error(run_script("predict.py", *flags, check=2), "is another file by now")
+    one_line_error(run_script("predict.py", *flags, "--clip_model_type", f"local-dir:{folder}", check=2), "contradicts")
+
+
+def put_into_cache(cache, repo, folder):
+    """Lay a folder's files out as the hub's library keeps those of a repository."""
+    kept = cache / f"models--{repo.replace('/', '--')}"
+    shutil.copytree(folder, kept / "snapshots" / "0")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0")
+
+
+@torch.inference_mode()
+def test_names_of_the_hub(named, tmp_path, monkeypatch):
+    """What is in the hub's cache is read without asking the hub, and is the same as from a folder."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    vit = tmp_path / "vit"
+    vit.mkdir()
+    shutil.copy(split_path(named["timm"])[1], vit / "pytorch_model.bin")
+    put_into_cache(tmp_path, "timm/test_vit.r160_in1k", vit)
+    put_into_cache(tmp_path, "some/clip", named["open_clip"].partition(":")[2])
+    put_into_cache(tmp_path, "some/siglip", named["hf"].partition(":")[2])
+    for name, family in (("timm:test_vit", "timm"), ("hf-hub:some/clip", "open_clip"), ("hf:some/siglip", "hf")):
+        encoder, same = load_encoder(name), load_encoder(named[family])
+        pixels = pixels_of(encoder)
+        assert torch.equal(encoder.encode_images(pixels), same.encode_images(pixels)) and encoder.sha256 == same.sha256
+        assert encoder.has_texts == same.has_texts
+        if encoder.has_texts:
+            assert torch.equal(encoder.encode_texts(["a star"]), same.encode_texts(["a star"]))
+        config = CaptionConfig(encoder.embed_dim, clip_model_type=name, clip_sha256=encoder.sha256)
+        assert encoder_of(config, tmp_path / "run.pt", None, True, "cpu").name == name
+        config.clip_sha256 = "0" * 64  # the hub has other weights by now
+        with pytest.raises(ValueError, match=f"the weights of {name} are others than .* pass its own"):
+            encoder_of(config, tmp_path / "run.pt", None, True, "cpu")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", ("bf16", "int8"))
+@pytest.mark.parametrize("family", ("open_clip", "timm", "hf", "vision"))
+def test_dtypes(family, dtype, named):
+    exact, rounded = load_encoder(named[family]), load_encoder(named[family], dtype=dtype)
+    pixels = pixels_of(exact)
+    expected, found = exact.encode_images(pixels), rounded.encode_images(pixels)
+    assert found.dtype == torch.float32 and 0 < (found - expected).norm() < 0.1 * expected.norm()
+    if exact.has_texts:
+        expected, found = (
+            exact.encode_texts(["a star", "two red rings"]),
+            rounded.encode_texts(["a star", "two red rings"]),
+        )
+        assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_layers_are_packed(named):
+    """All of a tower's layers but those that read their weights themselves."""
+    for name in named.values():
+        modules = list(load_encoder(name).model.modules())
+        assert sum(isinstance(module, PackedLinear) for module in modules) >= 8
+        assert not any(type(m) is torch.nn.Linear for b in modules if "Block" in type(b).__name__ for m in b.children())
