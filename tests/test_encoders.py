@@ -15,14 +15,16 @@ from conftest import run_script, train
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_OPT import opt_folder  # noqa: F401
 from test_scripts import one_line_error
 from timm.data import create_transform, resolve_model_data_config
 from transformers import AutoImageProcessor
 
 from encoders import load_encoder, split_path
+from features.listing import as_line
 from features.loader import encode_files
 from features.store import read_store
-from models.captioner import encoder_of
+from models.captioner import Captioner, encoder_of
 from models.clip_caption import CaptionConfig
 from utils.files import sha256
 from utils.precision import PackedLinear
@@ -486,3 +488,42 @@ def test_layers_are_packed(named):
         modules = list(load_encoder(name).model.modules())
         assert sum(isinstance(module, PackedLinear) for module in modules) >= 8
         assert not any(type(m) is torch.nn.Linear for b in modules if "Block" in type(b).__name__ for m in b.children())
+
+
+@torch.inference_mode()
+def test_blip2_from_images_to_captions(hf_folder, photos, opt_folder, tmp_path):  # noqa: F811
+    """Its queries' outputs, as the library computes them, are stored and lead to the same captions as the images."""
+    folder = hf_folder("blip-2")
+    images = ("--annotations", photos / "captions.csv", "--images", photos, "--num_workers", 0)
+    run_script("parse_coco.py", "--clip_model_type", f"hf:{folder}", *images, "--out", tmp_path / "s.pkl")
+    store = read_store(tmp_path / "s.pkl")
+    model = transformers.Blip2ForConditionalGeneration.from_pretrained(folder).eval()
+    process = AutoImageProcessor.from_pretrained(folder)
+    pictures = [Image.open(path).convert("RGB") for path in sorted(photos.glob("*.jpg"))]
+    pixels = process(images=pictures, return_tensors="pt").pixel_values
+    expected = output_of(model.qformer, lambda: model.get_image_features(pixel_values=pixels)).last_hidden_state
+    assert store.info["tokens"] == "patches" and store.info["shape"] == [5, 32]
+    assert torch.allclose(store.clip_embedding[range(12)], expected, **CLOSE)
+    with torch.inference_mode(False):
+        run_script(
+            "train_OPT.py", "--data", tmp_path / "s.pkl", "--language_model", opt_folder, "--out_dir", tmp_path / "run",
+            "--epochs", 1, "--bs", 4, "--num_layers", 2, "--prefix_length", 6, "--lr", 1e-2, "--warmup_steps", 2,
+            "--only_prefix", "--device",
+        )  # fmt: skip
+    checkpoint = tmp_path / "run" / "coco_prefix_latest.pt"
+    done = run_script("predict.py", photos, "--checkpoint", checkpoint, "--num_workers", 0)
+    captioner = Captioner(checkpoint, device="cpu")
+    groups = captioner.caption_embeddings(expected, captioner.decoding)
+    said = [line.split("\t")[1] for line in done.stdout.splitlines()]
+    assert said == [as_line(group[0].text.strip()) for group in groups]
+
+
+@pytest.mark.parametrize("family", ("open_clip", "timm", "hf"))
+def test_patches_from_images_to_captions(family, named, photos, language_model, tmp_path):
+    """The captioner loads its encoder for tokens, whatever the encoder."""
+    images = ("--annotations", photos / "captions.csv", "--images", photos, "--num_workers", 0)
+    flags = ("--clip_model_type", named[family], "--tokens", "patches")
+    run_script("parse_coco.py", *flags, *images, "--out", tmp_path / "s.pkl")
+    train(tmp_path / "s.pkl", language_model, tmp_path / "run", "--mapping_type", "resampler", "--num_layers", 1)
+    flags = (photos, "--checkpoint", tmp_path / "run" / "run_latest.pt", "--num_workers", 0)
+    assert len(run_script("predict.py", *flags).stdout.splitlines()) == 12
