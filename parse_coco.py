@@ -65,6 +65,12 @@ def get_parser():
     data.add_argument(
         "--check", action="store_true", help="print every bad record as place, file, reason; encode nothing"
     )
+    add_encoder_flags(parser)
+    return parser
+
+
+def add_encoder_flags(parser):
+    """Add the flags that say by which encoder pictures are embedded, and how."""
     encoder = parser.add_argument_group("encoder")
     encoder.add_argument(
         "--clip_model_type", default="ViT-B/32", metavar="NAME", help=f"{FORMS} (default: %(default)s)"
@@ -82,14 +88,18 @@ def get_parser():
     add_max_pixels_flag(encoder)
     encoder.add_argument("--device", help="torch device (default: a GPU if there is one)")
     add_dtype_flag(encoder)
-    return parser
+
+
+def model_in_names(clip_model_type, tokens=None):
+    """Return how a store's default name says its encoder, as the predecessors do, and that it holds tokens."""
+    before, path = split_path(clip_model_type)
+    model = re.sub("[/:]", "_", before + Path(path).stem if path and Path(path).exists() else clip_model_type)
+    return model + f"_{PATCHES}" * (tokens == PATCHES)
 
 
 def default_out(clip_model_type, split, tokens=None):
     """Return the predecessors' name of the store of a model and split; other ones for tokens and what stands alone."""
-    before, path = split_path(clip_model_type)
-    model = re.sub("[/:]", "_", before + Path(path).stem if path and Path(path).exists() else clip_model_type)
-    return f"data/coco/oscar_split_{model}{f'_{PATCHES}' * (tokens == PATCHES)}_{split}.pkl"
+    return f"data/coco/oscar_split_{model_in_names(clip_model_type, tokens)}_{split}.pkl"
 
 
 def check(args):

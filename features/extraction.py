@@ -262,14 +262,14 @@ def build_captions(read):
     ]
 
 
-def is_done(out, info):
-    """Tell whether the store exists and was made of the same things, with nothing skipped."""
+def is_done(out, info, source):
+    """Tell whether the store exists and was made of the same things, with nothing skipped that may be read by now."""
     if not (Path(out).is_file() and info_path(out).is_file()):
         return False
     stored = read_json(info_path(out))
     made_of = ("clip_model_type", "dtype", "annotations_sha256", "split", "made_of")
     same = known_encoder(stored) == known_encoder(info) and all(stored.get(key) == info[key] for key in made_of)
-    return same and not stored.get("skipped")
+    return same and not source.has_readable(stored.get("skipped") or {})
 
 
 def report_skipped(skipped):
@@ -298,7 +298,7 @@ def make_store(encoder, source, out, reading, info):
         "made_of": shard_stamp(encoder.identity(), source.made_of()),
         "versions": {"clipcap": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
     }  # fmt: skip
-    if not source.skipped and not folder and is_done(out, info):
+    if not source.skipped and not folder and is_done(out, info, source):
         what = "captions" if texts else "images"
         count = source.count or read_json(info_path(out))[what]
         note(f"{out} is complete: {count:,} {what} of {info['annotations'] or 'no annotations'}; nothing to do")

@@ -58,6 +58,10 @@ class Source:
         """
         return share(self.parts())
 
+    def has_readable(self, skipped):
+        """Tell whether pictures that an earlier run left out of a pickle are worth another look: {name: reason}."""
+        return bool(skipped)
+
     def read(self):
         """Return all pictures and what is left out, as `Part.read` does; for what is held in memory anyway."""
         pictures, skipped = {}, {}

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, run_script
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import parse_conceptual
 from encoders import openai_clip
 from features import references
 from metrics import coco
@@ -80,14 +81,26 @@ def lay_out_published(folder, photos, records):
     heads = [{"id": i, "file_name": f"{i}ea2.jpg", "domain": ("in-domain", "out-domain")[i % 2]} for i in range(4)]
     annotations = [{"image_id": i, "caption": records[i]["caption"]} for i in range(4)]
     write_json(folder / "data/nocaps/nocaps_val_4500_captions.json", {"images": heads, "annotations": annotations})
-    for number, (head, record) in enumerate(zip(heads, records, strict=False), 1):
+    for number, head in enumerate(heads, 1):
         picture = photos / f"COCO_val2014_{number:012d}.jpg"
         shutil.copy(picture, folder / "data" / "nocaps" / "val" / head["file_name"])
-        for split in ("train", "val"):
-            piece = folder / "data" / "cc" / split / "00000"
-            piece.mkdir(parents=True, exist_ok=True)
-            shutil.copy(picture, piece / f"{number:09d}.jpg")
-            (piece / f"{number:09d}.txt").write_text(record["caption"])
+    (folder / "data" / "conceptual").mkdir(parents=True)
+    for table in parse_conceptual.TABLES.values():
+        lines = (f"{record['caption']}\thttp://pictures.example/{number}" for number, record in enumerate(records[:12]))
+        (folder / "data" / "conceptual" / table).write_text("\n".join(lines) + "\n")
+
+
+class Pictures:
+    """In the place of the internet: number N of twelve photos is at an address that ends in /N."""
+
+    def __init__(self, photos):
+        self.files = sorted(photos.glob("*.jpg"))
+
+    def __call__(self, *_limits):
+        return self
+
+    def fetch(self, address, _stopped):
+        return self.files[int(address.rsplit("/", 1)[1])].read_bytes()
 
 
 @pytest.fixture
@@ -118,6 +131,7 @@ def workplace(tmp_path, photos, clip_file, language_model, twelve_layers, monkey
     monkeypatch.setattr(openai_clip, "_load", clip_of_that_name)
     monkeypatch.setattr(language, "_from_pretrained", model_of_that_name)
     monkeypatch.setattr(captioner, "fetch", fetched)
+    monkeypatch.setattr(parse_conceptual, "Fetcher", Pictures(photos))
     return tmp_path
 
 

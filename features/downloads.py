@@ -1,0 +1,427 @@
+"""A table of captions and addresses -> picture files, fetched in threads, going on to the address after a kill.
+
+A table is cut into blocks of lines. Each has a journal with a line for every address that is settled, fetched or dead;
+it follows the picture's file, so that what it names is there. A process downloads the blocks of its own parts.
+"""
+
+import collections
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+from features.fetching import OF_THE_HOST, Dead, host_of
+from features.images import is_readable, reader
+from features.shards import shard_rows
+from features.sources import Part, Source
+from utils.cli import note
+from utils.distributed import all_union, is_main, share
+from utils.files import read_json, sha256, write_json, write_text
+
+BLOCK = 1024  # lines of a table that share a journal, and are a part of a pickle
+SAMPLE = 200  # lines that tell which column holds the addresses
+LONGEST_LINE = 1 << 16  # bytes
+AHEAD = 1024  # addresses that wait to be fetched, from which one of a host that is not busy is picked
+HOST_TRIES = 3  # addresses in a row that a host does not answer, until it is taken for gone
+HOSTS_LOST = 64  # hosts in a row that do not answer, until the network is taken for down
+PAUSE = 0.5  # seconds between looks at what another process has fetched
+NOT_AN_ADDRESS = "a line without a caption and an address"
+
+
+def add_period(caption):
+    """Return a caption with a full stop at its end, as the predecessor writes them; an empty one stays empty.
+
+    Source: rmokady parse_conceptual.py `add_period`, which fails on empty captions and on a lone full stop.
+    """
+    caption = caption.strip()
+    if caption in ("", "."):
+        return ""
+    if not caption.endswith("."):
+        return caption + "."
+    return caption[:-2] + "." if caption[-2] == " " else caption
+
+
+class Table:
+    """A file of `caption<TAB>address` or `address<TAB>caption` lines, without a header; read block by block.
+
+    Args:
+        path: of the file.
+    Raises: FileNotFoundError; ValueError where neither column holds addresses.
+    """
+
+    def __init__(self, path):
+        self.path, self.starts, self.lines = str(path), [], 0
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path} does not exist; put it there, or pass --data_root")
+        votes, sampled = [0, 0], 0
+        with open(path, "rb") as file:
+            while True:
+                place, line = file.tell(), _read_line(file)
+                if line is None:
+                    break
+                if self.lines % BLOCK == 0:
+                    self.starts.append(place)
+                self.lines += 1
+                if sampled < SAMPLE and line.strip():
+                    sampled += 1
+                    fields = line.decode("utf-8", "replace").split("\t")[:2]
+                    for column, field in enumerate(fields if len(fields) == 2 else ()):
+                        votes[column] += field.strip().startswith(("http://", "https://"))
+        self.column = votes.index(max(votes))  # of the address
+        if 2 * votes[self.column] <= sampled:
+            raise ValueError(f"{path} holds neither caption<TAB>address nor address<TAB>caption lines")
+        self.sha256 = sha256(path)
+
+    def lines_in(self, block):
+        """Return the numbers of a block's lines."""
+        return range(block * BLOCK, min((block + 1) * BLOCK, self.lines))
+
+    def rows(self, block):
+        """Yield (line number from 0, caption, address) of a block; for one that cannot be used, caption is None."""
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[block])
+            for number in self.lines_in(block):
+                try:
+                    fields = _read_line(file).decode().rstrip("\r\n").split("\t")
+                except UnicodeDecodeError:
+                    fields = []
+                if len(fields) < 2 or not fields[self.column].strip():
+                    yield number, None, ""
+                    continue
+                yield number, _unquoted(fields[1 - self.column]), fields[self.column].strip()
+
+
+def _read_line(file):
+    """Read a line; b"" in the place of one that is too long to be one, None at the end."""
+    line = file.readline(LONGEST_LINE)
+    if not line:
+        return None
+    if line.endswith(b"\n") or len(line) < LONGEST_LINE:
+        return line
+    while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+        pass
+    return b""
+
+
+def _unquoted(field):
+    """Return a field without the quotes that a writer of tables has put around it."""
+    whole = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', "")
+    return field[1:-1].replace('""', '"') if whole else field
+
+
+class Downloads:
+    """Fetches a table's addresses in threads, in their order but for hosts that are busy."""
+
+    def __init__(self, table, folder, journals, fetcher, threads=16, per_host=4):
+        """Prepare; `start` begins.
+
+        Args:
+            table: Table.
+            folder: for the pictures, `00000012.jpg` of line 12.
+            journals: folder for what is settled.
+            fetcher: has `fetch(address, stopped)`, which returns bytes or raises Dead.
+            threads: at work at once.
+            per_host: of these, at one host.
+        """
+        self.table, self.folder, self.journals, self.fetcher = table, Path(folder), Path(journals), fetcher
+        self.threads, self.per_host, self.unsettled = threads, per_host, set()
+        self.changed, self.stopped, self.failure = threading.Condition(), threading.Event(), None
+        self.open = {}  # block: its addresses that are not settled, while it is at work
+        self.waiting, self.busy = collections.deque(), collections.Counter()  # jobs; {host: threads at work on it}
+        self.lost, self.silent = {}, collections.Counter()  # {host: why it is gone}; {host: failures in a row}
+        self.suspects = []  # (block, entry, host) of hosts that do not answer: it may be the network
+        self.answered, self.asked = False, 0
+        self.feed, self.workers, self.began = iter(()), [], time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error):
+        self.stopped.set()
+        with self.changed:
+            self.changed.notify_all()
+        for worker in self.workers:  # those in the middle of an answer are left to it; they are daemons
+            worker.join(timeout=0.5)
+
+    def start(self, retry=False):
+        """Begin to fetch this process' share of the blocks, in their order.
+
+        Args:
+            retry: ask again for what was not there but may be by now.
+        Raises: ValueError where the folders are of another table.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.journals.mkdir(parents=True, exist_ok=True)
+        self._check_table()
+        blocks = share(range(len(self.table.starts)))
+        self.unsettled = all_union({block for block in blocks if self._mend(block, retry)})  # waits for all processes
+        self.open = dict.fromkeys(blocks)
+        self.feed, self.began = self._jobs(blocks), time.monotonic()
+        self.workers = [threading.Thread(target=self._work, daemon=True) for _ in range(self.threads)]
+        for worker in self.workers:
+            worker.start()
+
+    def file_of(self, line):
+        """Return the file of a line's picture."""
+        return self.folder / f"{line:08d}.jpg"
+
+    def journal_of(self, block):
+        """Return the journal of a block."""
+        return self.journals / f"{block:06d}.jsonl"
+
+    def settled(self, block):
+        """Return {line: its entry} of a block's journal, which has `bytes`, or `dead` and perhaps `again`.
+
+        Raises: ValueError where it is damaged.
+        """
+        journal, entries = self.journal_of(block), {}
+        data = journal.read_bytes() if journal.is_file() else b""
+        for line in data[: data.rfind(b"\n") + 1].splitlines():  # what a kill left of a last line does not count
+            try:
+                entry = json.loads(line)
+                entries[entry["line"]] = entry
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{journal} is damaged; remove it, and its pictures are fetched again") from None
+        return entries
+
+    def _mend(self, block, retry):
+        """Make a journal fit to go on; returns whether any of the block's lines is left to settle."""
+        journal, entries = self.journal_of(block), self.settled(block)
+        kept = {line: entry for line, entry in entries.items() if not (retry and entry.get("again"))}
+        if len(kept) < len(entries):
+            write_text(journal, "".join(json.dumps(entry) + "\n" for entry in kept.values()))
+        elif journal.is_file():  # what a kill left of a last line
+            os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
+        return len(kept) < len(self.table.lines_in(block))
+
+    def _check_table(self):
+        """Refuse pictures and journals of another table, whose line numbers say nothing here."""
+        stamp = self.journals / "table.json"
+        if stamp.is_file() and read_json(stamp) != {"sha256": self.table.sha256}:
+            raise ValueError(
+                f"{self.folder} holds pictures of another {Path(self.table.path).name} than today's, and line numbers "
+                f"name them; move it and {self.journals} away, or pass another --data_root"
+            )
+        if is_main():
+            write_json(stamp, {"sha256": self.table.sha256})
+
+    def wait(self, blocks):
+        """Wait until blocks are settled, by this process or by the one whose they are.
+
+        Raises: ConnectionError where the network is down; OSError where files cannot be written.
+        """
+        others = set(blocks) - set(share(range(len(self.table.starts))))
+        with self.changed:
+            self.changed.wait_for(lambda: self.failure or not any(block in self.open for block in blocks))
+            if self.failure:
+                raise self.failure
+        while not all(len(self.settled(block)) == len(self.table.lines_in(block)) for block in others):
+            time.sleep(PAUSE)
+
+    def statistics(self):
+        """Return what has become of the table's addresses, as plain data; all must be settled."""
+        counts, reasons, size = collections.Counter(), collections.Counter(), 0
+        for block in range(len(self.table.starts)):
+            for entry in self.settled(block).values():
+                counts["fetched" if "bytes" in entry else "dead"] += 1
+                size += entry.get("bytes", 0)
+                if "dead" in entry:
+                    reasons[entry["dead"]] += 1
+        seconds = time.monotonic() - self.began
+        return {
+            "addresses": self.table.lines, "fetched": counts["fetched"], "dead": counts["dead"],
+            "dead_by_reason": dict(reasons.most_common()), "bytes": size, "hosts_gone": dict(sorted(self.lost.items())),
+            "asked_this_time": self.asked, "addresses_per_s": round(self.asked / max(seconds, 1e-3), 1),
+        }  # fmt: skip
+
+    def _jobs(self, blocks):
+        """Yield (block, line, address, host) of what is not settled; lines that cannot be used are settled here."""
+        for block in blocks:
+            done = self.settled(block)
+            todo = [(line, caption, address) for line, caption, address in self.table.rows(block) if line not in done]
+            self.open[block] = len(todo)
+            for line, caption, address in todo:
+                try:
+                    if caption is None:
+                        raise Dead(NOT_AN_ADDRESS)
+                    yield block, line, address, host_of(address)
+                except Dead as dead:
+                    self._settle(block, {"line": line, "dead": dead.reason})
+            if not todo:
+                self._close(block)
+
+    def _next(self):
+        """Return the next job of a host that is not busy; None at the end."""
+        with self.changed:
+            while not self.stopped.is_set() and not self.failure:
+                while len(self.waiting) < AHEAD and (job := next(self.feed, None)):
+                    self.waiting.append(job)
+                for number, (block, line, _, host) in enumerate(self.waiting):
+                    if host in self.lost or self.busy[host] < self.per_host:
+                        job = self.waiting[number]
+                        del self.waiting[number]
+                        if host not in self.lost:
+                            self.busy[host] += 1
+                            return job
+                        self._settle(block, {"line": line, "dead": self.lost[host], "again": True})
+                        break
+                else:
+                    if not self.waiting:
+                        self._end()
+                        return None
+                    self.changed.wait()
+        return None
+
+    def _end(self):
+        """Settle what is in doubt when nothing else is left: it was the hosts, where others have answered."""
+        if any(self.busy.values()) or not self.suspects:
+            return
+        if self.answered:
+            self._trust_network()
+        else:
+            self.failure = self._network_down()
+            self.changed.notify_all()
+
+    def _work(self):
+        """Fetch until nothing is left; a thread's whole life."""
+        try:
+            while job := self._next():
+                block, line, address, host = job
+                entry = {"line": line}
+                try:
+                    data = self.fetcher.fetch(address, self.stopped)
+                    entry["bytes"] = len(data)
+                except Dead as dead:
+                    entry["dead"] = dead.reason
+                    if dead.again:
+                        entry["again"] = True
+                if self.stopped.is_set():
+                    return
+                if "bytes" in entry:
+                    self._write(line, data)
+                self._finish(block, entry, host)
+        except Exception as error:  # a full disk among others; whoever waits is told
+            with self.changed:
+                self.failure = self.failure or error
+                self.changed.notify_all()
+
+    def _write(self, line, data):
+        """Write a picture; a kill leaves a file of another name, which the next try overwrites."""
+        path = self.file_of(line)
+        temporary = path.with_suffix(".part")
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+
+    def _finish(self, block, entry, host):
+        """Take note of how an address went, and what that tells of its host and the network."""
+        with self.changed:
+            self.busy[host] -= 1
+            self.asked += 1
+            reason = entry.get("dead")
+            if reason in OF_THE_HOST:
+                self.silent[host] += 1
+                if host not in self.lost and (reason == OF_THE_HOST[0] or self.silent[host] >= HOST_TRIES):
+                    self.lost[host] = reason
+                    note(f"warning: {host}: {reason}; its other addresses are left out")
+                self.suspects.append((block, entry, host))
+                if len({host for *_, host in self.suspects}) >= HOSTS_LOST:
+                    self.failure = self._network_down()
+            else:
+                self.silent.pop(host, None)
+                self.answered = True
+                self._settle(block, entry)
+                self._trust_network()
+            self.changed.notify_all()
+
+    def _network_down(self):
+        hosts = len({host for *_, host in self.suspects})
+        return ConnectionError(
+            f"none of the last {hosts:,} hosts could be reached: is there a network? Nothing was noted against them; "
+            f"the same command goes on from here"
+        )
+
+    def _trust_network(self):
+        """Settle the addresses of hosts that did not answer, now that another one has."""
+        for block, entry, _ in self.suspects:
+            self._settle(block, entry)
+        self.suspects = []
+
+    def _settle(self, block, entry):
+        """Write an address's line into its journal."""
+        with open(self.journal_of(block), "ab") as file:
+            file.write(json.dumps(entry).encode() + b"\n")
+        self.open[block] -= 1
+        if not self.open[block]:
+            self._close(block)
+
+    def _close(self, block):
+        self.open.pop(block)
+        self.changed.notify_all()
+
+
+class DownloadedPart(Part):
+    """The pictures of some blocks of a table, which are waited for when it is their turn."""
+
+    count = None
+
+    def __init__(self, downloads, blocks):
+        """Take blocks.
+
+        Args:
+            downloads: Downloads of their table.
+            blocks: range of them.
+        """
+        self.downloads, self.blocks = downloads, blocks
+
+    def made_of(self):
+        """See Part."""
+        return [self.downloads.table.sha256, self.blocks.start, self.blocks.stop]
+
+    def read(self):
+        """See Part."""
+        pictures, downloads = {}, self.downloads
+        downloads.wait(self.blocks)
+        for block in self.blocks:
+            done = downloads.settled(block)
+            for line, caption, _ in downloads.table.rows(block):
+                if "bytes" in done.get(line, ()):
+                    record = {"image_id": f"{line:08d}", "caption": add_period(caption)}
+                    pictures[str(downloads.file_of(line))] = [record]
+        return pictures, {}
+
+    def has_readable(self, skipped, then):
+        """See Part; what was dead and is asked for again counts too."""
+        if self.downloads.unsettled.intersection(self.blocks):
+            return True
+        return then != reader() and any(map(is_readable, skipped))
+
+
+class DownloadedPictures(Source):
+    """The pictures of a table, while they are being fetched."""
+
+    def __init__(self, downloads):
+        """Take Downloads."""
+        self.downloads = downloads
+        self.blocks = range(len(downloads.table.starts))
+
+    def _parts(self, lines):
+        """Return parts of as many lines, a multiple of BLOCK."""
+        size = lines // BLOCK
+        return [DownloadedPart(self.downloads, self.blocks[at : at + size]) for at in range(0, len(self.blocks), size)]
+
+    def parts(self):
+        """See Source; parts of `shard_rows` lines."""
+        return self._parts(shard_rows(self.downloads.table.lines))
+
+    def made_of(self):
+        """See Source; the same however the table is cut."""
+        return [self.downloads.table.sha256]
+
+    def shares(self, _encoded):
+        """See Source; small parts, so that encoding begins with the first pictures."""
+        return share(self._parts(BLOCK))
+
+    def has_readable(self, _skipped):
+        """See Source; dead addresses stay so unless they are asked for again."""
+        return bool(self.downloads.unsettled)
