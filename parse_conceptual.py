@@ -20,7 +20,8 @@ import contextlib
 from pathlib import Path
 
 from encoders import load_encoder
-from features.downloads import DownloadedPictures, Downloads, Table, add_period
+from features.addresses import Table, add_period
+from features.downloads import DownloadedPictures, Downloads
 from features.extraction import Reading, make_store
 from features.fetching import USER_AGENT, Fetcher
 from features.images import set_max_pixels

@@ -1,7 +1,7 @@
 """A table of captions and addresses -> picture files, fetched in threads, going on to the address after a kill.
 
 A table is cut into blocks of lines. Each has a journal with a line for every address that is settled, fetched or dead;
-it follows the picture's file, so that what it names is there. A process downloads the blocks of its own parts.
+it follows the picture's file, so that what it names is there. Several processes share the blocks out.
 """
 
 import collections
@@ -11,103 +11,20 @@ import threading
 import time
 from pathlib import Path
 
+from features.addresses import BLOCK, add_period
 from features.fetching import OF_THE_HOST, Dead, host_of
 from features.images import is_readable, reader
 from features.shards import shard_rows
 from features.sources import Part, Source
 from utils.cli import note
 from utils.distributed import all_union, is_main, share
-from utils.files import read_json, sha256, write_json, write_text
+from utils.files import read_json, write_json, write_text
 
-BLOCK = 1024  # lines of a table that share a journal, and are a part of a pickle
-SAMPLE = 200  # lines that tell which column holds the addresses
-LONGEST_LINE = 1 << 16  # bytes
 AHEAD = 1024  # addresses that wait to be fetched, from which one of a host that is not busy is picked
 HOST_TRIES = 3  # addresses in a row that a host does not answer, until it is taken for gone
 HOSTS_LOST = 64  # hosts in a row that do not answer, until the network is taken for down
 PAUSE = 0.5  # seconds between looks at what another process has fetched
 NOT_AN_ADDRESS = "a line without a caption and an address"
-
-
-def add_period(caption):
-    """Return a caption with a full stop at its end, as the predecessor writes them; an empty one stays empty.
-
-    Source: rmokady parse_conceptual.py `add_period`, which fails on empty captions and on a lone full stop.
-    """
-    caption = caption.strip()
-    if caption in ("", "."):
-        return ""
-    if not caption.endswith("."):
-        return caption + "."
-    return caption[:-2] + "." if caption[-2] == " " else caption
-
-
-class Table:
-    """A file of `caption<TAB>address` or `address<TAB>caption` lines, without a header; read block by block.
-
-    Args:
-        path: of the file.
-    Raises: FileNotFoundError; ValueError where neither column holds addresses.
-    """
-
-    def __init__(self, path):
-        self.path, self.starts, self.lines = str(path), [], 0
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} does not exist; put it there, or pass --data_root")
-        votes, sampled = [0, 0], 0
-        with open(path, "rb") as file:
-            while True:
-                place, line = file.tell(), _read_line(file)
-                if line is None:
-                    break
-                if self.lines % BLOCK == 0:
-                    self.starts.append(place)
-                self.lines += 1
-                if sampled < SAMPLE and line.strip():
-                    sampled += 1
-                    fields = line.decode("utf-8", "replace").split("\t")[:2]
-                    for column, field in enumerate(fields if len(fields) == 2 else ()):
-                        votes[column] += field.strip().startswith(("http://", "https://"))
-        self.column = votes.index(max(votes))  # of the address
-        if 2 * votes[self.column] <= sampled:
-            raise ValueError(f"{path} holds neither caption<TAB>address nor address<TAB>caption lines")
-        self.sha256 = sha256(path)
-
-    def lines_in(self, block):
-        """Return the numbers of a block's lines."""
-        return range(block * BLOCK, min((block + 1) * BLOCK, self.lines))
-
-    def rows(self, block):
-        """Yield (line number from 0, caption, address) of a block; for one that cannot be used, caption is None."""
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[block])
-            for number in self.lines_in(block):
-                try:
-                    fields = _read_line(file).decode().rstrip("\r\n").split("\t")
-                except UnicodeDecodeError:
-                    fields = []
-                if len(fields) < 2 or not fields[self.column].strip():
-                    yield number, None, ""
-                    continue
-                yield number, _unquoted(fields[1 - self.column]), fields[self.column].strip()
-
-
-def _read_line(file):
-    """Read a line; b"" in the place of one that is too long to be one, None at the end."""
-    line = file.readline(LONGEST_LINE)
-    if not line:
-        return None
-    if line.endswith(b"\n") or len(line) < LONGEST_LINE:
-        return line
-    while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
-        pass
-    return b""
-
-
-def _unquoted(field):
-    """Return a field without the quotes that a writer of tables has put around it."""
-    whole = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', "")
-    return field[1:-1].replace('""', '"') if whole else field
 
 
 class Downloads:

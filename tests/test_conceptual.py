@@ -19,8 +19,8 @@ import pytest
 from conftest import ROOT, captions_of, run_process, run_script, train
 from PIL import Image
 
-from features import downloads, fetching
-from features.downloads import Table, add_period
+from features import addresses, fetching
+from features.addresses import Table, add_period
 from features.fetching import Dead, Fetcher, host_of, is_public
 
 
@@ -151,7 +151,7 @@ def test_both_orders_of_columns(tmp_path):
 
 
 def test_bad_lines_keep_the_numbers_of_the_others(tmp_path):
-    long = b"x" * (downloads.LONGEST_LINE + 5) + b"\thttp://h/1\n"
+    long = b"x" * (addresses.LONGEST_LINE + 5) + b"\thttp://h/1\n"
     lines = [b'"a ""big"" dog"\thttp://h/0\r\n', long, b"no address\n", b"\xff\thttp://h/3\n", b"a cat\thttp://h/4"]
     (tmp_path / "t.tsv").write_bytes(b"".join(lines))
     rows = list(Table(tmp_path / "t.tsv").rows(0))
@@ -166,7 +166,7 @@ def test_a_table_of_neither_kind_is_refused(tmp_path):
 
 
 def test_blocks_follow_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(downloads, "BLOCK", 4)
+    monkeypatch.setattr(addresses, "BLOCK", 4)
     (tmp_path / "t.tsv").write_text("".join(f"c {number}\thttp://h/{number}\n" for number in range(10)))
     table = Table(tmp_path / "t.tsv")
     rows = [row for block in range(3) for row in table.rows(block)]
@@ -447,3 +447,16 @@ def test_interrupted_and_two_at_once(web, tmp_path, clip_file):
     web.delay = 0
     parse(tmp_path / "cc", clip_file)
     assert len(read(tmp_path / "cc")["captions"]) == 100
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_addresses(web, tmp_path, clip_file):
+    write_table(tmp_path / "cc", web, 2100, ())  # three blocks
+    words = command(tmp_path / "cc", clip_file)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [record["image_id"] for record in read(tmp_path / "cc")["captions"]] == [f"{n:08d}" for n in range(2100)]
+    told = json.loads((tmp_path / "cc" / "train_downloads.json").read_text())
+    assert told["fetched"] == 2100 and sum(web.asked.values()) == 2100 + 1050  # half of them after a redirect
