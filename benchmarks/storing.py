@@ -14,6 +14,7 @@ import torch
 from benchmarks.workload import caption_lengths
 from features.shards import read_shards, write_shard
 from features.store import info_path
+from models.language import load_tokenizer
 from utils.files import write_json
 
 WIDTH = 512
@@ -23,10 +24,22 @@ MODEL = ROOT / "demo" / "weights" / "gpt2"
 READS = 20_000
 
 
-def write_store(folder, count):
-    """Write shards of made embeddings with captions as long as COCO's: words that are one token each."""
-    from models.language import load_tokenizer
+class MadeRows:
+    """Rows of random numbers, made when they are asked for."""
 
+    def __init__(self, count, shape):
+        self.shape = (count, *shape)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, part):
+        """Return a slice [n, *shape]."""
+        return torch.randn(len(range(self.shape[0])[part]), *self.shape[1:])
+
+
+def write_store(folder, count, shape=(WIDTH,)):
+    """Write shards of made embeddings with captions as long as COCO's: words that are one token each."""
     tokenizer, rng = load_tokenizer(str(MODEL)), np.random.default_rng(0)
     words = [w for i in range(len(tokenizer)) if (w := tokenizer.decode([i])).startswith(" ") and w[1:].isalpha()]
     lengths = caption_lengths(count)
@@ -37,8 +50,9 @@ def write_store(folder, count):
             f"{start + i}.jpg": [{"image_id": start + i, "caption": "".join(words[next(picks)] for _ in range(length))}]
             for i, length in enumerate(own.tolist())
         }
-        write_shard(folder, number, "made", torch.randn(len(own), WIDTH), images, {})
-    write_json(info_path(folder), {"clip_model_type": "made", "embed_dim": WIDTH, "shards": -(-count // SHARD)})
+        write_shard(folder, number, "made", MadeRows(len(own), shape), images, {})
+    info = {"clip_model_type": "made", "embed_dim": shape[-1]} | ({"tokens": "patches"} if len(shape) == 2 else {})
+    write_json(info_path(folder), info | {"shards": -(-count // SHARD)})
 
 
 def first_step(data, out):

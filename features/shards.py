@@ -32,6 +32,7 @@ from utils.files import atomic_path, reason
 
 # bytes that are mapped before their pages are given back; one page fault may map FAULT around a row
 MAPPED, FAULT = 1 << 27, 1 << 20
+LOOKED_AT = 1 << 17  # numbers looked over at a time, which stay in the processor's cache
 WRITTEN = 256  # rows converted and written at a time
 SHARDS = 64  # that a store is cut into, so that many processes have work, while a shard has between these many images
 MIN_ROWS, MAX_ROWS = 1 << 10, 1 << 17
@@ -217,15 +218,33 @@ class MappedEmbeddings:
         for part in np.unique(parts):
             chosen = np.flatnonzero(parts == part)
             within = rows[chosen] - (self.ends[part] - len(self.parts[part]))
+            self._ask_ahead(self.parts[part], within)
             out[chosen] = self.parts[part][within]
-            for place, row in zip(chosen, within, strict=True):
-                # a sum is finite where all numbers are; of one row at a time, which stays in the processor's cache
-                if not torch.isfinite(torch.from_numpy(out[place]).float().sum()):
-                    raise ValueError(f"{self.files[part]}, row {row} holds NaN or infinity; extract it again")
+        out = torch.from_numpy(out)
+        few = max(1, LOOKED_AT // math.prod(self.shape[1:]))
+        for start in range(0, len(out), few):
+            sums = out[start : start + few].float().flatten(1).sum(1)  # finite where all numbers are
+            if not torch.isfinite(sums).all():
+                self._refuse(rows[start + int((~torch.isfinite(sums)).nonzero()[0])])
         self.gathered += len(rows) * self.mapped
         if self.gathered >= MAPPED:
             self._give_pages_back()
-        return torch.from_numpy(out)
+        return out
+
+    def _ask_ahead(self, part, rows):
+        """Let the system read rows of several pages side by side from the disk, not each page when it is met."""
+        size = math.prod(self.shape[1:]) * part.itemsize
+        if size > mmap.PAGESIZE and hasattr(mmap, "MADV_WILLNEED"):
+            for row in rows:
+                start = part.offset + int(row) * size
+                page = start - start % mmap.PAGESIZE
+                part._mmap.madvise(mmap.MADV_WILLNEED, page, start + size - page)
+
+    def _refuse(self, row):
+        """Raise ValueError for a row with NaN or infinity, naming its file."""
+        part = int(np.searchsorted(self.ends, row, side="right"))
+        within = row - (self.ends[part] - len(self.parts[part]))
+        raise ValueError(f"{self.files[part]}, row {within} holds NaN or infinity; extract it again")
 
     def update(self, digest):
         """Feed a hashlib digest with the numbers as they are stored; see FINGERPRINTED."""
