@@ -348,3 +348,19 @@ def test_the_page_explains(trained, photos):
     assert said["clip_score"] is None
     told = service.explain(image, "run", said["caption"] or "a star")
     assert len(told.words) == len(told.heat) and len(told.prefix) == 10
+
+
+def test_stored_tokens_are_captioned(trained, patches, store, photos, tmp_path):
+    import pyarrow.parquet as pq
+
+    def bulk(data, out, check=0):
+        words = ("--data", data, "--out", f"{out}/", "--checkpoint", trained / "run_latest.pt", "--device", "cpu")
+        return run_script("predict.py", *words, check=check)
+
+    bulk(patches, tmp_path / "out")
+    [file] = (tmp_path / "out").glob("*.parquet")
+    said = [
+        line.split("\t")[1] for line in predict(photos, "--checkpoint", trained / "run_latest.pt").stdout.splitlines()
+    ]
+    assert [" ".join(text.split()) for text in pq.read_table(file)["caption"].to_pylist()] == said
+    one_line_error(bulk(store, tmp_path / "other", check=2), "one vector, 32 wide", "4 tokens, 64 wide each")
