@@ -22,7 +22,7 @@ import os
 import re
 from pathlib import Path
 
-from encoders import FORMS, load_encoder, split_path
+from encoders import FORMS, load_encoder, published, split_path
 from encoders.base import PATCHES, POOLED
 from features.annotations import FORMATS
 from features.check import find_faults, find_tar_faults
@@ -76,6 +76,10 @@ def add_encoder_flags(parser):
         "--clip_model_type", default="ViT-B/32", metavar="NAME", help=f"{FORMS} (default: %(default)s)"
     )
     encoder.add_argument(
+        "--list_encoders", nargs="?", const="", metavar="WORD",
+        help="print published encoders whose name holds WORD: name, width, tokens, resolution, whether it reads texts",
+    )  # fmt: skip
+    encoder.add_argument(
         "--tokens", choices=(POOLED, PATCHES),
         help="one vector an image, or all K patch or query tokens of the last layer, before pooling, for train.py's "
         "networks on tokens (default: pooled; patches where the encoder has nothing else)",
@@ -102,6 +106,23 @@ def default_out(clip_model_type, split, tokens=None):
     return f"data/coco/oscar_split_{model_in_names(clip_model_type, tokens)}_{split}.pkl"
 
 
+def list_encoders(word):
+    """Print the published encoders whose name holds a word; returns 0.
+
+    Raises: ValueError where there is none.
+    """
+    row = "{:<62} {:>6} {:>13} {:>6}  {}"
+    print(row.format("--clip_model_type", "pooled", "patches", "pixels", "texts"))
+    number = 0
+    for one in published(word):
+        number += 1
+        tokens = f"{one.tokens} x {one.token_width}" if one.tokens else "-"
+        print(row.format(one.name, one.width or "-", tokens, one.resolution, "yes" if one.has_texts else "no"))
+    if not number:
+        raise ValueError(f"--list_encoders {word}: no name holds it")
+    return 0
+
+
 def check(args):
     """Print every bad record as `place<TAB>file<TAB>reason`; returns 2 where there is one."""
     tars = tar_source(args)
@@ -119,6 +140,8 @@ def check(args):
 def main(argv=None):
     """Extract the features of one split."""
     args = get_parser().parse_args(argv)
+    if args.list_encoders is not None:
+        return list_encoders(args.list_encoders)
     set_max_pixels(args.max_pixels)
     fill_inputs(args)
     if args.check:

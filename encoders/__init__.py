@@ -8,6 +8,7 @@ import os
 
 from encoders import openai_clip
 from encoders.base import SUFFIXES, folder_sha256
+from utils.cli import note
 from utils.files import sha256
 
 OPENAI = "encoders.openai_clip", "OpenAIClip", None
@@ -43,6 +44,17 @@ def load_encoder(name, device="cpu", dtype=None, tokens=None):
     except ModuleNotFoundError as error:
         raise ValueError(f"--clip_model_type {name} needs {error.name}; run: pip install {package}") from None
     return getattr(family, kind)(name, device, dtype, tokens)
+
+
+def published(word=""):
+    """Yield a Published for every name that holds a word, of the libraries that are installed."""
+    for module in ("encoders.openai_clip", *dict.fromkeys(module for module, _, _ in FAMILIES.values())):
+        try:
+            family = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            note(f"{error.name} is not installed: its encoders are left out")
+            continue
+        yield from family.published(word)
 
 
 def _form(name):

@@ -10,6 +10,7 @@ import math
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torchvision.transforms import Compose, ToTensor
@@ -21,6 +22,25 @@ from utils.precision import pick_dtype, prepare_for_inference
 POOLED, PATCHES = "pooled", "patches"
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz")  # of files of weights, the first that are there count
 RESNET_STRIDE = 32  # pixels of a side that a place of a ResNet's last grid stands for
+
+
+class Published(NamedTuple):
+    """What is known of an encoder by its name alone.
+
+    Args:
+        name: as --clip_model_type takes it.
+        width: of a pooled embedding; None: nothing is pooled.
+        tokens, token_width: of --tokens patches; None: it is not told before the encoder is loaded.
+        resolution: pixels of a side.
+        has_texts: whether it embeds texts beside images.
+    """
+
+    name: str
+    width: int | None
+    tokens: int | None
+    token_width: int
+    resolution: int
+    has_texts: bool
 
 
 class ImageEncoder:

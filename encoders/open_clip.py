@@ -9,13 +9,15 @@ from pathlib import Path
 
 import open_clip
 from open_clip.factory import _find_checkpoint_in_dir
+from open_clip.model import CLIPVisionCfg
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
-from encoders.base import POOLED, RESNET_STRIDE, ImageEncoder, folder_sha256, plain_steps, quiet
+from encoders.base import POOLED, RESNET_STRIDE, ImageEncoder, Published, folder_sha256, plain_steps, quiet
 from encoders.timm import patch_grid, patch_tokens
+from encoders.timm import shape_of as timm_shape
 from utils.cli import nearest, note
 from utils.files import reason, sha256
 from utils.hub import cached_first
@@ -211,3 +213,26 @@ def _build(source, path, options):
             return cached_first(lambda: open_clip.create_model(source, **options))
     except Exception as error:  # what conversions of other formats raise
         raise ValueError(f"{path} holds no weights of {source} ({reason(error)})") from None
+
+
+@functools.cache
+def shape_of(arch):
+    """Return (width, patches, width of a patch, resolution) of an architecture, read from its configuration."""
+    config = open_clip.get_model_config(arch)
+    vision = vars(CLIPVisionCfg()) | config["vision_cfg"]
+    resolution = vision["image_size"]
+    if vision["timm_model_name"]:
+        width, reduction, _ = timm_shape(vision["timm_model_name"])
+        patches = reduction and (resolution // reduction) ** 2
+    elif isinstance(vision["layers"], list):
+        width, patches = vision["width"] * RESNET_STRIDE, (resolution // RESNET_STRIDE) ** 2
+    else:
+        width, patches = vision["width"], (resolution // vision["patch_size"]) ** 2
+    return config["embed_dim"], patches, width, resolution
+
+
+def published(word):
+    """Yield a Published for every architecture and tag that hold a word."""
+    for arch, tag in open_clip.list_pretrained():
+        if word in f"open_clip:{arch}/{tag}" and open_clip.get_model_config(arch):
+            yield Published(f"open_clip:{arch}/{tag}", *shape_of(arch), True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from encoders.base import POOLED, RESNET_STRIDE, ImageEncoder
+from encoders.base import POOLED, RESNET_STRIDE, ImageEncoder, Published
 from utils.cli import nearest
 from utils.files import reason, sha256
 from utils.precision import prepare_for_inference
@@ -140,3 +140,18 @@ def _load(clip, name, device):
         ) from None
     except (RuntimeError, KeyError, AttributeError, EOFError) as error:
         raise ValueError(f"{name} is no CLIP in OpenAI's format ({reason(error)})") from None
+
+
+# name -> width of an embedding, patches, width of a patch, resolution
+PUBLISHED = {
+    "RN50": (1024, 49, 2048, 224), "RN101": (512, 49, 2048, 224), "RN50x4": (640, 81, 2560, 288),
+    "RN50x16": (768, 144, 3072, 384), "RN50x64": (1024, 196, 4096, 448), "ViT-B/32": (512, 49, 768, 224),
+    "ViT-B/16": (512, 196, 768, 224), "ViT-L/14": (768, 256, 1024, 224), "ViT-L/14@336px": (768, 576, 1024, 336),
+}  # fmt: skip
+
+
+def published(word):
+    """Yield a Published for every name that holds a word."""
+    for name, shape in PUBLISHED.items():
+        if word in name:
+            yield Published(name, *shape, True)

@@ -3,20 +3,23 @@
 Axes: B batch, D width, K patches.
 """
 
+import functools
 import math
 from pathlib import Path
 
 import timm
+import torch
 from huggingface_hub import hf_hub_download
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from encoders.base import POOLED, ImageEncoder, plain_steps, quiet
+from encoders.base import POOLED, ImageEncoder, Published, plain_steps, quiet
 from utils.cli import nearest
 from utils.files import reason, sha256
 from utils.hub import cached_first
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+VISION_TRANSFORMERS = ("vision_transformer", "eva", "beit", "deit")  # timm's modules whose towers are listed
 VARIABLE = ("naflexvit", "gemma4_vit", "qwen3_vit")  # whose inputs have no fixed size
 
 
@@ -149,3 +152,31 @@ def _load(model_name, path, own):
         what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]} besides"
         raise ValueError(f"{path} holds another model's weights than timm:{model_name}: it {what}")
     return model
+
+
+@functools.cache
+def shape_of(arch):
+    """Return (width, pixels of a side that a patch stands for, [rows, columns] of pixels) of an architecture."""
+    model = outline(arch)
+    stages = getattr(model, "feature_info", None)
+    reduction = stages[-1]["reduction"] if isinstance(stages, list) else None
+    return model.num_features, reduction, resolve_model_data_config(model)["input_size"][1:]
+
+
+def outline(arch):
+    """Return an architecture without weights, of a transformer one layer: what its outputs' shapes depend on."""
+    with quiet(), torch.device("meta"):
+        try:
+            return timm.create_model(arch, num_classes=0, depth=1)
+        except (TypeError, RuntimeError, AssertionError):  # it has no such option
+            return timm.create_model(arch, num_classes=0)
+
+
+def published(word):
+    """Yield a Published for every tag that holds a word, of vision transformers; other towers' names are taken too."""
+    for module in VISION_TRANSFORMERS:
+        for name in timm.list_models(module=module, pretrained=True):
+            if word in f"timm:{name}" and not name.startswith(VARIABLE):
+                width, reduction, size = shape_of(name.partition(".")[0])
+                patches = reduction and math.prod(side // reduction for side in size)
+                yield Published(f"timm:{name}", width, patches, width, max(size), False)

@@ -20,7 +20,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from encoders.base import PATCHES, POOLED, ImageEncoder, folder_sha256, quiet
+from encoders.base import PATCHES, POOLED, ImageEncoder, Published, folder_sha256, quiet
 from utils.files import reason
 from utils.hub import cached_first
 
@@ -196,3 +196,31 @@ def _read(source, name, read):
             f"--clip_model_type {name}: {source} is neither a folder nor in the local cache, and the hub gave no such "
             f"model ({reason(error)}): check the name, or pass hf:FOLDER"
         ) from None
+
+
+# repository -> width of a pooled embedding, tokens, width of a token, resolution, whether there is a text tower
+PUBLISHED = {
+    "google/siglip-base-patch16-224": (768, 196, 768, 224, True),
+    "google/siglip-base-patch16-384": (768, 576, 768, 384, True),
+    "google/siglip-large-patch16-256": (1024, 256, 1024, 256, True),
+    "google/siglip-so400m-patch14-384": (1152, 729, 1152, 384, True),
+    "google/siglip2-base-patch16-224": (768, 196, 768, 224, True),
+    "google/siglip2-large-patch16-256": (1024, 256, 1024, 256, True),
+    "google/siglip2-so400m-patch14-384": (1152, 729, 1152, 384, True),
+    "facebook/dinov2-small": (384, 256, 384, 224, False),
+    "facebook/dinov2-base": (768, 256, 768, 224, False),
+    "facebook/dinov2-large": (1024, 256, 1024, 224, False),
+    "facebook/dinov2-giant": (1536, 256, 1536, 224, False),
+    "openai/clip-vit-base-patch32": (512, 49, 768, 224, True),
+    "openai/clip-vit-base-patch16": (512, 196, 768, 224, True),
+    "openai/clip-vit-large-patch14": (768, 256, 1024, 224, True),
+    "Salesforce/blip2-opt-2.7b": (None, 32, 768, 224, False),
+    "Salesforce/blip2-itm-vit-g": (None, 32, 768, 224, False),
+}
+
+
+def published(word):
+    """Yield a Published for every well-known repository that holds a word; others of their kinds are read too."""
+    for name, shape in PUBLISHED.items():
+        if word in f"hf:{name}":
+            yield Published(f"hf:{name}", *shape)

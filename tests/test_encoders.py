@@ -1,8 +1,10 @@
 """Every family of encoders gives what its own library gives, on random weights."""
 
 import json
+import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import clip
 import numpy as np
@@ -20,7 +22,10 @@ from test_scripts import one_line_error
 from timm.data import create_transform, resolve_model_data_config
 from transformers import AutoImageProcessor
 
-from encoders import load_encoder, split_path
+from encoders import load_encoder, openai_clip, split_path
+from encoders import open_clip as encoders_open_clip
+from encoders import timm as encoders_timm
+from encoders import transformers as encoders_transformers
 from features.listing import as_line
 from features.loader import encode_files
 from features.store import read_store
@@ -527,3 +532,69 @@ def test_patches_from_images_to_captions(family, named, photos, language_model, 
     train(tmp_path / "s.pkl", language_model, tmp_path / "run", "--mapping_type", "resampler", "--num_layers", 1)
     flags = (photos, "--checkpoint", tmp_path / "run" / "run_latest.pt", "--num_workers", 0)
     assert len(run_script("predict.py", *flags).stdout.splitlines()) == 12
+
+
+# ---- what there is
+
+
+def test_list_of_encoders():
+    def listed(*word):
+        lines = run_script("parse_coco.py", "--list_encoders", *word).stdout.splitlines()
+        return {name: rest for name, *rest in map(str.split, lines[1:])}
+
+    assert listed("ViT-B-32-256") == {"open_clip:ViT-B-32-256/datacomp_s34b_b86k": "512 64 x 768 256 yes".split()}
+    assert listed("small_patch14_dinov2")["timm:vit_small_patch14_dinov2.lvd142m"] == "384 1369 x 384 518 no".split()
+    assert listed("blip2-opt")["hf:Salesforce/blip2-opt-2.7b"] == "- 32 x 768 224 no".split()
+    assert listed("ViT-B/32")["ViT-B/32"] == "512 49 x 768 224 yes".split()
+    one_line_error(run_script("parse_coco.py", "--list_encoders", "no-such", check=2), "--list_encoders no-such")
+
+
+def test_tables_of_names():
+    """OpenAI's agree with open_clip's own configurations; transformers' with what their names say."""
+    for one in openai_clip.published(""):
+        arch = one.name.replace("/", "-").replace("@336px", "-336")
+        assert one[1:5] == encoders_open_clip.shape_of(arch), one
+    widths = {"small": 384, "base": 768, "large": 1024, "so400m": 1152, "giant": 1536}
+    for one in encoders_transformers.published(""):
+        words = re.split("[-/]", one.name)
+        patch = [int(word[5:]) for word in words if word.startswith("patch")]
+        side = int(words[-1]) if words[-1].isdigit() else 224
+        assert one.resolution == side and one.has_texts == ("clip" in one.name or "siglip" in one.name)
+        if "Salesforce" not in one.name:
+            assert one.token_width == next(widths[word] for word in words if word in widths), one
+            assert one.tokens == (side // (patch[0] if patch else 14)) ** 2, one
+            assert one.width == (
+                one.token_width if "openai" not in one.name else {768: 512, 1024: 768}[one.token_width]
+            )
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_every_listed_name_has_the_shape_it_says():
+    """Built without weights; of a transformer, one layer."""
+    archs = {one.name.partition(":")[2].partition(".")[0]: one for one in encoders_timm.published("")}
+    assert len(archs) > 150
+    for arch, (_, width, patches, *_) in archs.items():
+        model = encoders_timm.outline(arch).eval()
+        size = resolve_model_data_config(model)["input_size"]
+        features = model.forward_features(torch.empty(1, *size, device="meta"))
+        assert encoders_timm.patch_tokens(model, features, arch).shape == (1, patches, width), arch
+        assert model.forward_head(features, pre_logits=True).shape == (1, width), arch
+    for arch in {one.name.partition(":")[2].partition("/")[0] for one in encoders_open_clip.published("")}:
+        width, patches, token_width, resolution = encoders_open_clip.shape_of(arch)
+        config = open_clip.get_model_config(arch)
+        if "timm_model_name" in config["vision_cfg"]:
+            trunk = encoders_timm.outline(config["vision_cfg"]["timm_model_name"]).eval()
+            features = trunk.forward_features(torch.empty(1, 3, resolution, resolution, device="meta"))
+            assert encoders_timm.patch_tokens(trunk, features, arch).shape == (1, patches, token_width), arch
+            continue
+        few = 1 if isinstance(config["vision_cfg"]["layers"], int) else config["vision_cfg"]["layers"]
+        vision = config["vision_cfg"] | {"layers": few}
+        with torch.device("meta"):
+            tower = open_clip.model._build_vision_tower(config["embed_dim"], vision)
+        encoder = SimpleNamespace(tokens="patches", model=SimpleNamespace(visual=tower.eval()), name=arch)
+        pixels = torch.empty(1, 3, resolution, resolution, device="meta")
+        found = encoders_open_clip.OpenClip._embed(encoder, pixels)
+        assert found.shape == (1, patches, token_width), arch
+        pooled = tower(pixels)
+        assert (pooled[0] if isinstance(pooled, tuple) else pooled).shape == (1, width), arch
