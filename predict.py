@@ -28,7 +28,7 @@ from features.results import is_table, name_shared, record, shared_ids, write_pa
 from features.sources import FoundPictures, Tars
 from features.store import read_store
 from features.tars import expand_tars, names_tars
-from models.bulk import CaptionFolder, caption_source, caption_store, is_bulk
+from models.bulk import CaptionFolder, caption_parts, caption_store, is_bulk
 from models.captioner import Captioner, captioner_files, stored_decoding
 from models.decoding import BEAM, CLIP, DECODERS, GREEDY, NO_RERANK, RERANKS, SAMPLE, DecodingConfig
 from models.made_by import made_by
@@ -251,7 +251,7 @@ def caption_in_bulk(args, decoding):
                 check_encoders(f"--data {store.path}", store, f"--checkpoint {args.checkpoint}", *own)
                 return caption_store(captioner, store, folder, decoding, args.batch_size)
             reading = Reading(args.batch_size or BATCH, workers)
-            return caption_source(captioner, source, folder, decoding, reading)
+            return caption_parts(captioner, source.parts(), folder, decoding, reading)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("the same command goes on from here") from None
 

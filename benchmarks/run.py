@@ -18,12 +18,13 @@ import matplotlib.figure
 import torch
 import transformers
 
-from benchmarks import captioning, extraction, measure, storing, tokens, training, workload
+from benchmarks import bulk, captioning, extraction, measure, storing, tokens, training, workload
 from utils.files import atomic_path, read_json, write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 SECTIONS = {
     "captioning": captioning, "extraction": extraction, "training": training, "storing": storing, "tokens": tokens,
+    "bulk": bulk,
 }  # fmt: skip
 TITLES = {
     "captioning": "Captioning: GPT-2 124M, prefix 10",
@@ -31,6 +32,7 @@ TITLES = {
     "training": "Training: batch 40, captions as long as COCO's",
     "storing": "Folders of shards: embeddings of 512, the demo's small captioner, batch 40",
     "tokens": "Stores of tokens: read and trained on",
+    "bulk": "At scale: tars of JPEG files of 640 x 480, ViT-B/32; stored embeddings, GPT-2 124M",
 }
 NOTES = {
     "captioning": "`plain` runs the whole sequence again for every token, one image at a time; `generate` is "
@@ -43,6 +45,8 @@ NOTES = {
     "to the plain embedding, divided by the largest element.",
     "training": "`plain` pads to the predecessor's length, computes logits everywhere, and gradients of the frozen "
     "language model too. Every row is beside `plain` in fp32, measured in turn with it.",
+    "bulk": "`encode_images` is given pixels that lie ready. From tars, other processes decode; they take as long to "
+    "start for any number of tars. Memory is that of one process which goes through tars of two small pictures each.",
     "storing": "Resident memory includes Python, torch, the models and all that is mapped at that moment.",
     "tokens": "Random batches of 40 are gathered by one thread while training, which is a resampler and a frozen GPT-2 "
     "124M in bf16, computes. `from the disk`: none of the rows held in memory by the system before. `x`: rows read, "

@@ -1,6 +1,7 @@
 """What the benchmarks run on: full-size models with random weights, pictures like photographs, real caption lengths."""
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +83,13 @@ def write_photos(folder, count, seed=0):
         Image.fromarray(pixels).save(encoded, "JPEG", quality=PHOTO_QUALITY)
         paths[-1].write_bytes(encoded.getvalue())
     return paths
+
+
+def write_tar(path, members):
+    """Write a tar of (name, bytes) pairs; returns its path."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path

@@ -170,18 +170,18 @@ class Batches:
         return captions
 
 
-def caption_source(captioner, source, folder, decoding, reading):
-    """Caption the pictures of a Source.
+def caption_parts(captioner, parts, folder, decoding, reading):
+    """Caption the pictures of a Source's parts.
 
     Args:
         captioner: Captioner.
-        source: Source.
+        parts: of a Source.
         folder: CaptionFolder.
         decoding: DecodingConfig.
         reading: features.extraction.Reading.
     Returns: the exit status.
     """
-    parts, caption = source.parts(), Batches(captioner, decoding)
+    caption = Batches(captioner, decoding)
     stamps = [shard_stamp(folder.made, part.made_of()) for part in parts]
     counts = {n: folder.finished(part.name, part.of, stamps[n], part) for n, part in enumerate(parts)}
     own, counts = _begin(folder, counts)
@@ -218,7 +218,7 @@ def _begin(folder, counts):
 
 
 def caption_store(captioner, store, folder, decoding, batch_size):
-    """Caption the rows of a FeatureStore; arguments as those of `caption_source`.
+    """Caption the rows of a FeatureStore; arguments as those of `caption_parts`.
 
     Args:
         batch_size: rows at a time; None: as many as pay.

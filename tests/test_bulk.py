@@ -313,3 +313,20 @@ def test_twenty_kills_leave_what_an_unbroken_run_makes(clip_file, trained, many,
         for place in ("whole", "broken")
     )  # fmt: skip
     assert one == two and len(one) == (12 if kind == "captions" else 24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ("ray", "pyspark"))
+def test_examples_of_clusters(predict, trained, folder, tmp_path, engine):  # noqa: F811
+    """The same captions by Ray Data and by Spark, and a second run finds them."""
+    pytest.importorskip(engine)
+    if engine == "pyspark" and not shutil.which("java"):
+        pytest.skip("Spark needs Java")
+    predict(folder, "--out", f"{tmp_path}/one/")
+    script = {"ray": "docs/examples/ray_captions.py", "pyspark": "docs/examples/spark_captions.py"}[engine]
+    command = [sys.executable, script, "2", *predict_words(trained, folder, "--out", f"{tmp_path}/two/")[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SPARK_LOCAL_IP": "127.0.0.1", "RAY_DISABLE_METRICS": "1"}
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and "3 tars, 0 of them with errors" in done.stdout, done.stderr[-3000:]
+        assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -21,6 +21,7 @@ from test_scripts import equal, one_line_error, parse, weights
 from torch.distributed import TCPStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.workload import write_tar
 from features import shards
 from features.partial import PartialStore
 from features.store import read_store, write_store
@@ -327,13 +328,18 @@ def clip_retrieval_folder(folder):
 
 
 @pytest.mark.slow
-def test_commands_of_the_page(workplace, language_model, monkeypatch):  # noqa: F811
+def test_commands_of_the_page(workplace, photos, language_model, monkeypatch):  # noqa: F811
     """docs/scale.md and the README's torchrun: extraction, training, captioning; torchrun's in two processes."""
     load = language._from_pretrained
     monkeypatch.setattr(language, "_from_pretrained", lambda kind, source, **options: load(
         kind, language_model if source in ("facebook/opt-1.3b", "facebook/opt-2.7b") else source, **options
     ))  # fmt: skip
     clip_retrieval_folder(workplace / "embeddings")
+    (workplace / "cc12m").mkdir()
+    for number in range(4):
+        members = [(f"{number:05d}{i:04d}.{kind}", data) for i, path in enumerate(sorted(photos.glob("*.jpg"))[:3])
+                   for kind, data in (("jpg", path.read_bytes()), ("txt", b"a red star."))]  # fmt: skip
+        write_tar(workplace / "cc12m" / f"{number:05d}.tar", members)
     commands = page_commands("docs/scale.md") + [found for found in page_commands("README.md") if found[0]]
     assert len(commands) >= 11 and sum(several > 1 for several, _ in commands) >= 5
     ranks = [("parse", "train", "predict").index(re.match("parse|train|predict", words[0])[0]) for _, words in commands]

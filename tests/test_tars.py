@@ -13,6 +13,7 @@ from conftest import run_script
 from test_distributed import launch
 from test_scripts import one_line_error
 
+from benchmarks.workload import write_tar
 from features import tars
 from features.images import read_image
 from features.partial import PartialStore
@@ -21,18 +22,6 @@ from features.store import read_store
 from features.tars import TarMember, expand_tars, read_tar
 
 HTML = b"<!DOCTYPE html><html><body>404</body></html>"
-
-
-def write_tar(path, members, cut=None):
-    """Write a tar of (name, bytes) pairs; `cut`: how many bytes of it are kept."""
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    if cut is not None:
-        os.truncate(path, cut)
-    return path
 
 
 @pytest.fixture(scope="session")
