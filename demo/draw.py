@@ -249,17 +249,18 @@ def _clutter(picture, rng, amount):
     return np.asarray(image.resize((SIZE, SIZE), Image.BOX), np.float32)
 
 
-def draw_scene(scene, seed, clutter=1.0):
+def draw_scene(scene, seed, clutter=1.0, layout=place):
     """Draw a scene.
 
     Args:
-        scene: `demo.world.Scene`.
+        scene: `demo.world.Scene`, or another that has groups and a background.
         seed: int or sequence of ints; equal seeds give equal pictures.
         clutter: about how much undescribed detail, 0 for none.
+        layout: function of the scene and a generator that returns what `place` does.
     Returns: RGB PIL image, SIZE x SIZE.
     """
     rng = np.random.default_rng(seed)
-    centres, radii, group = place(scene, rng)
+    centres, radii, group = layout(scene, rng)
     picture = PAINTERS[scene.background](rng).astype(np.float32)
     if clutter:
         picture = _clutter(picture, rng, clutter)

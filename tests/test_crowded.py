@@ -1,0 +1,70 @@
+"""Scenes of many objects, their captions and judge, and the experiment on tokens in its shortest form."""
+
+import json
+
+import numpy as np
+import pytest
+
+from demo import tokens
+from demo.clip_parts import Words
+from demo.crowded import OBJECTS, caption_crowded, draw_crowded, judge_crowded, split_scenes
+from demo.crowded_clip import CONTEXT, targets
+
+
+def test_splits_hold_as_many_objects_as_they_say():
+    for split, (fewest, most) in OBJECTS.items():
+        scenes = [scene for _, scene, _ in split_scenes(split, 200)]
+        assert {len(scene.groups) for scene in scenes} == set(range(fewest, most + 1))
+        assert all(len({(g.colour, g.kind) for g in scene.groups}) == len(scene.groups) for scene in scenes)
+        assert all(len(set(scene.cells)) == len(scene.groups) and max(scene.cells) < 9 for scene in scenes)
+
+
+def test_a_longer_split_begins_with_the_shorter_one():
+    assert split_scenes("crowded", 7)[:3] == split_scenes("crowded", 3)
+
+
+def test_captions_are_judged():
+    _, scene, _ = split_scenes("crowded", 1)[0]
+    caption = caption_crowded(scene, np.random.default_rng(0))
+    names = [f"a {g.size} {g.colour} {g.kind}" for g in scene.groups]
+    place = caption.rsplit(names[-1], 1)[1]
+    number = len(names)
+    assert judge_crowded(caption, scene) == (1, True)
+    assert judge_crowded(", ".join(names[::-1]) + place, scene) == (1, True)  # in any order
+    assert judge_crowded(", ".join(names[1:]) + place, scene) == ((number - 1) / number, False)
+    assert judge_crowded(", ".join([*names, names[0]]) + place, scene) == (number / (number + 1), False)
+    assert judge_crowded(", ".join(names) + " on a table.", scene) == (1, False)
+    assert judge_crowded("nonsense " + caption, scene) == (1, False)
+    assert judge_crowded("", scene) == (0, False)
+
+
+def test_every_caption_fits_the_text_tower():
+    captions = [caption_crowded(scene, np.random.default_rng(0)) for _, scene, _ in split_scenes("crowded", 200)]
+    assert Words().encode(captions).shape[1] <= CONTEXT
+
+
+def test_objects_lie_where_the_targets_say():
+    """Without an object, the patches that are said to hold it look otherwise, and no others."""
+    _, scene, seed = split_scenes("ordinary", 4)[3]
+    present, there = targets([scene])
+    assert present.sum() == len(scene.groups)
+    side = int(there.shape[2] ** 0.5)
+    picture = np.asarray(draw_crowded(scene, seed), np.float32)
+    other = np.asarray(draw_crowded(split_scenes("ordinary", 5)[4][1], seed), np.float32)
+    assert picture.shape == other.shape == (144, 144, 3)
+    cells = {divmod(cell, 3) for cell in scene.cells}
+    for y, x in np.argwhere(there[1, 0].view(side, side).numpy() > 0):
+        assert (int((y + 0.5) * 3 / side), int((x + 0.5) * 3 / side)) in cells
+
+
+@pytest.mark.slow
+def test_the_experiment_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokens.main([
+        "--out", str(tmp_path / "out"), "--scenes", "200", "--test", "8", "--clip_epochs", "1", "--steps", "4",
+        "--epochs", "1", "--seeds", "0", "--networks", "pooled, mlp", "patches, resampler", "--learns", "frozen",
+    ])  # fmt: skip
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(results) == {"pooled, mlp, frozen", "patches, resampler, frozen"}
+    for runs in results.values():
+        assert set(runs["0"]) == {"ordinary", "crowded"} and all(0 <= share <= 1 for share in runs["0"]["crowded"])
