@@ -372,3 +372,16 @@ class PackedAttention(nn.Module):
         """Return the queries (0), keys (1) or values (2) of mapped inputs [T, B, 3 E] as [B, H, T, E / H]."""
         part = mapped.unflatten(-1, (3, self.heads, -1))[..., number, :, :]  # [T, B, H, E / H]
         return part.permute((0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3))
+
+
+def unpack(model):
+    """Put torch's own linear layers in the place of repacked ones, in place, so that others can read the model."""
+    places = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    for parent, name, child in places:
+        if isinstance(child, PackedLinear | PlainLinear):
+            plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+            plain.weight = nn.Parameter(child.weight.detach(), requires_grad=False)
+            if child.bias is not None:
+                plain.bias = nn.Parameter(child.bias.detach().clone(), requires_grad=False)
+            setattr(parent, name, plain)
+    return model

@@ -1,0 +1,181 @@
+"""An exported captioner: pictures or embeddings -> captions.
+
+Axes: B images, D width of an embedding, K its tokens, T prompt tokens, R rows, V vocabulary.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnxruntime import OrtValue
+from PIL import Image
+from tokenizers import Tokenizer
+
+from clipcap_runtime.images import Preprocess, from_array, read_image, to_rgb
+from clipcap_runtime.searches import Stop, beam, greedy, sample
+
+FORMAT = 1  # of captioner.json
+SETTINGS = {  # of decoding that callers may give -> (type, what it must be, whether it is that)
+    "method": (str, "greedy, beam or sample", lambda value: value in ("greedy", "beam", "sample")),
+    "beam_size": (int, "at least 1", lambda value: value >= 1),
+    "entry_length": (int, "at least 1", lambda value: value >= 1),
+    "num_captions": (int, "at least 1", lambda value: value >= 1),
+    "seed": (int, "at least 0", lambda value: value >= 0),
+    "top_p": ((int, float), "above 0 and at most 1", lambda value: 0 < value <= 1),
+    "temperature": ((int, float), "above 0", lambda value: value > 0),
+    "length_penalty": ((int, float), "a number", lambda value: value == value),
+    "stop_token": (str, "a text", lambda value: True),
+    "prompt": (str, "a text", lambda value: True),
+}
+
+
+class Captioner:
+    """What export.py has written to a folder, ready to caption."""
+
+    def __init__(self, folder, threads=None):
+        """Load it.
+
+        Args:
+            folder: that export.py wrote.
+            threads: of the processor; None: as many as it has cores.
+        Raises: ValueError where it is of another version or incomplete; FileNotFoundError where it is no such folder.
+        """
+        self.folder = Path(folder)
+        file = self.folder / "captioner.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} holds no captioner.json: pass a folder that export.py wrote")
+        try:
+            self.config = json.loads(file.read_text(encoding="utf-8"))
+            number = self.config["format"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} is damaged; export the captioner again") from None
+        if number != FORMAT:
+            raise ValueError(f"{file} has format {number} and this version reads {FORMAT}: update, or export again")
+        for name in (*self.config["graphs"], "tokenizer.json", "weights.bin"):
+            if not (self.folder / name).is_file():
+                raise ValueError(f"{folder} lacks {name}; export the captioner again")
+        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.preprocess = Preprocess(**self.config["preprocessing"])
+        self.options = onnxruntime.SessionOptions()
+        self.options.intra_op_num_threads = threads or len(getattr(os, "sched_getaffinity", lambda _: range(0))(0))
+        # waiting threads would take the processor from those that work: measured 4 times slower on a busy machine
+        self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.options.log_severity_level = 3
+        self.encoder, self.prefill, self.step = map(self._session, ("encoder", "prefill", "step"))
+        self.outputs = [output.name for output in self.step.get_outputs()]
+        self.inputs = [put.name for put in self.step.get_inputs()]
+        self._stop = functools.lru_cache(8)(lambda text: Stop(self.tokenizer, text, self.config["end_tokens"]))
+
+    def _session(self, name):
+        file = self.folder / f"{name}.onnx"
+        try:
+            return onnxruntime.InferenceSession(file, self.options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises errors of its own for every cause
+            raise ValueError(f"{file} cannot be loaded ({str(error).splitlines()[0][:200]}); export it again") from None
+
+    def caption(self, image, **decoding):
+        """Return the caption of a picture: a file, a PIL image or an array; a list of captions of a list of them."""
+        if isinstance(image, list | tuple):
+            return [group[0].text for group in self.captions(image, **decoding)]
+        return self.captions([image], **decoding)[0][0].text
+
+    def captions(self, images, **decoding):
+        """Return per picture a list of Captions, best (or first drawn) first.
+
+        Args:
+            images: files, PIL images, arrays [H, W] or [H, W, 1..4]; one batch.
+            decoding: in place of what captioner.json says; see SETTINGS.
+        Raises: ImageError where a picture cannot be read; ValueError for a setting that is none.
+        """
+        pixels = [self.preprocess(_rgb(image)) for image in images]
+        return self._caption_pixels(pixels, [_key(image) for image in images], decoding)
+
+    def caption_pixels(self, pixels, **decoding):
+        """Return what `captions` does for {file: its preprocessed pixels [3, H, W]}."""
+        return self._caption_pixels(list(pixels.values()), [_key(path) for path in pixels], decoding)
+
+    def _caption_pixels(self, pixels, keys, decoding):
+        if not pixels:
+            return []
+        embeddings = self.encoder.run(None, {"pixels": np.stack(pixels)})[0]
+        return self.caption_embeddings(embeddings, keys, **decoding)
+
+    def caption_embeddings(self, embeddings, keys=None, **decoding):
+        """Return what `captions` does for embeddings [B, D] or [B, K, D].
+
+        `keys`: bytes that each image's random numbers come from; None in a place, or for all: the embedding's own.
+        """
+        embeddings, settings = np.asarray(embeddings, np.float32), self.settings(decoding)
+        if list(embeddings.shape[1:]) != self.config["shape"]:
+            raise ValueError(f"embeddings are {list(embeddings.shape[1:])}, not {self.config['shape']}, for each image")
+        if not len(embeddings):
+            return []
+        stop = self._stop(settings["stop_token"])
+        prompt = self.tokenizer.encode(settings["prompt"], add_special_tokens=False).ids
+        prompt = np.array(self.config["begin_tokens"] + prompt, np.int64)
+        length, temperature = self._room(settings["entry_length"], len(prompt)), np.float32(settings["temperature"])
+        first = [OrtValue.ortvalue_from_numpy(array) for array in (embeddings, np.tile(prompt, (len(embeddings), 1)))]
+        names = [put.name for put in self.prefill.get_inputs()]
+        logits, *past = self.prefill.run_with_ort_values(self.outputs, dict(zip(names, first, strict=True)))
+
+        def step(tokens, sources):
+            nonlocal past
+            given = [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(ids, np.int64)) for ids in (tokens, sources)]
+            feeds = dict(zip(self.inputs, [*given, *past], strict=True))
+            logits, *past = self.step.run_with_ort_values(self.outputs, feeds)
+            return logits.numpy() / temperature
+
+        common, count = (step, logits.numpy() / temperature, stop, length), settings["num_captions"]
+        if settings["method"] == "beam":
+            groups = beam(*common, settings["beam_size"], settings["length_penalty"], count)
+        elif settings["method"] == "sample":
+            own = [row.tobytes() for row in embeddings.astype(np.float16)]
+            keys = [key or other for key, other in zip(keys or own, own, strict=True)]
+            groups = sample(*common, keys, count, settings["top_p"], settings["seed"])
+        else:
+            groups = greedy(*common)
+        for caption in (caption for group in groups for caption in group):
+            caption.text = stop.text_until(caption.tokens)
+        return groups
+
+    def settings(self, given):
+        """Return captioner.json's decoding with `given` in its place; raises ValueError."""
+        for name, value in given.items():
+            if name not in SETTINGS:
+                raise ValueError(f"{name} is no setting of decoding; there are {', '.join(SETTINGS)}")
+            kind, what, fits = SETTINGS[name]
+            if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
+                raise ValueError(f"{name} {value!r} is not {what}")
+        settings = self.config["decoding"] | given
+        most = {"greedy": 1, "beam": settings["beam_size"]}.get(settings["method"], settings["num_captions"])
+        if settings["num_captions"] > most:
+            raise ValueError(f"num_captions {settings['num_captions']} is more than the {most} of {settings['method']}")
+        return settings
+
+    def _room(self, entry_length, prompt):
+        """Return how many tokens a caption can have; raises ValueError where the context has no room for one."""
+        context, taken = self.config["context"], self.config["prefix_length"] + prompt
+        if context and context + 1 - taken < 1:
+            raise ValueError(f"prefix and prompt take {taken} positions and the language model has only {context}")
+        return min(entry_length, context + 1 - taken) if context else entry_length
+
+
+def _rgb(image):
+    if isinstance(image, np.ndarray):
+        return from_array(image)
+    return to_rgb(image.copy()) if isinstance(image, Image.Image) else read_image(image)
+
+
+def _key(image):
+    """Return what a file's random numbers come from, its name and bytes; None for what is no file."""
+    if isinstance(image, np.ndarray | Image.Image):
+        return None
+    path = Path(image)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return f"{path.name} {digest}".encode("utf-8", "surrogateescape")
