@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import contextlib
 from pathlib import Path
 
-from encoders import load_encoder
+from encoders import load_encoder, split_path
 from features.addresses import Table, add_period
 from features.downloads import DownloadedPictures, Downloads
 from features.extraction import Reading, make_store
@@ -173,7 +173,7 @@ def main(argv=None):
     splits, root = pick_splits(args), Path(args.data_root)
     stores = {split: store_of(args, split) for split in splits}
     for split, out in stores.items():
-        check_store_output(out, {"the table": root / TABLES[split], "the encoder": args.clip_model_type})
+        check_store_output(out, {"the table": root / TABLES[split], "the encoder": split_path(args.clip_model_type)[1]})
     prepare_readers(None, args.num_workers)
     device = own_device([pick_device(args.device)])
     pick_dtype(args.dtype, device)

@@ -18,17 +18,18 @@ import matplotlib.figure
 import torch
 import transformers
 
-from benchmarks import bulk, captioning, extraction, measure, storing, tokens, training, workload
+from benchmarks import bulk, captioning, extraction, measure, storing, tokens, towers, training, workload
 from utils.files import atomic_path, read_json, write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 SECTIONS = {
-    "captioning": captioning, "extraction": extraction, "training": training, "storing": storing, "tokens": tokens,
-    "bulk": bulk,
+    "captioning": captioning, "extraction": extraction, "towers": towers, "training": training, "storing": storing,
+    "tokens": tokens, "bulk": bulk,
 }  # fmt: skip
 TITLES = {
     "captioning": "Captioning: GPT-2 124M, prefix 10",
     "extraction": "Extraction: ViT-B/32, JPEG files of 640 x 480",
+    "towers": "Other encoders: pixels of their own resolution, random weights",
     "training": "Training: batch 40, captions as long as COCO's",
     "storing": "Folders of shards: embeddings of 512, the demo's small captioner, batch 40",
     "tokens": "Stores of tokens: read and trained on",
@@ -43,6 +44,8 @@ NOTES = {
     "it is a lower bound.",
     "extraction": "`plain` encodes one image per caption, one at a time. `largest difference` is that of any element "
     "to the plain embedding, divided by the largest element.",
+    "towers": "`open_clip` and `timm` are the library's own call in fp32. `largest difference` is that of any element "
+    "to the library's embedding, divided by the largest element.",
     "training": "`plain` pads to the predecessor's length, computes logits everywhere, and gradients of the frozen "
     "language model too. Every row is beside `plain` in fp32, measured in turn with it.",
     "bulk": "`encode_images` is given pixels that lie ready. From tars, other processes decode; they take as long to "
