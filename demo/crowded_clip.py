@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from demo.clip_cache import RESOLUTION
 from demo.clip_parts import Words, build_clip, contrastive_loss, export_state_dict, image_batch, save_packed
-from demo.crowded import SIDE, caption_crowded, draw_crowded, split_scenes
+from demo.crowded import caption_crowded, draw_crowded, layout_of, split_scenes
+from demo.draw import SIZE
 from demo.train_gpt2 import make_sequence, pad_rows
 from demo.world import COLOURS, KINDS, SIZES
 
@@ -51,18 +52,20 @@ class CrowdedHeads(nn.Module):
         return seen + sum(read) / 3
 
 
-def targets(scenes):
-    """Return (present, there) of scenes, as CrowdedHeads takes them."""
+def targets(rows):
+    """Return (present, there) of `split_scenes`' rows, for CrowdedHeads: a patch has what covers its middle."""
     side = RESOLUTION // PATCH
-    present, there = torch.zeros(len(scenes), len(COLOURS) * len(KINDS)), torch.zeros(3, len(scenes), side, side)
-    edges = [round(cell * side / SIDE) for cell in range(SIDE + 1)]
-    for row, scene in enumerate(scenes):
-        for group, cell in zip(scene.groups, scene.cells, strict=True):
+    middles = (np.arange(side) + 0.5) * SIZE / side
+    y, x = np.meshgrid(middles, middles, indexing="ij")
+    present, there = torch.zeros(len(rows), len(COLOURS) * len(KINDS)), torch.zeros(3, len(rows), side, side)
+    for row, (_, scene, seed) in enumerate(rows):
+        centres, radii, _ = layout_of(scene, seed)
+        for group, centre, radius in zip(scene.groups, centres, radii, strict=True):
             present[row, COLOURS.index(group.colour) * len(KINDS) + KINDS.index(group.kind)] = 1
-            y, x = divmod(cell, SIDE)
+            covered = torch.from_numpy(np.hypot(x - centre[0], y - centre[1]) <= radius)
             looks = SIZES.index(group.size), COLOURS.index(group.colour), KINDS.index(group.kind)
             for number, look in enumerate(looks):
-                there[number, row, edges[y] : edges[y + 1], edges[x] : edges[x + 1]] = 1 + look
+                there[number, row][covered] = 1 + look
     return present, there.flatten(2).long()
 
 
@@ -112,14 +115,15 @@ def train_clip(scenes, epochs, path, bs=64, lr=1e-3, seed=0):
         if within == 0:
             order = rng.permutation(scenes - held_out)
         batch = order[within * bs : (within + 1) * bs]
-        shown = [rows[i][1] for i in batch]
+        drawn = [rows[i] for i in batch]
+        shown = [scene for _, scene, _ in drawn]
         tokens = words.encode([caption_crowded(scene, rng) for scene in shown])
         tokens = F.pad(tokens, (0, CONTEXT - tokens.shape[1]))
         with torch.autocast("cpu", torch.bfloat16):
             pooled, patches = embed(model, image_batch(pictures[batch]))
             texts = model.encode_text(tokens)
         contrast = contrastive_loss(pooled, texts, texts.roll(1, 0), model.logit_scale.exp(), shown)
-        loss = contrast + HEADS_WEIGHT * heads.loss(pooled, patches, *targets(shown))
+        loss = contrast + HEADS_WEIGHT * heads.loss(pooled, patches, *targets(drawn))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -128,15 +132,15 @@ def train_clip(scenes, epochs, path, bs=64, lr=1e-3, seed=0):
         model.logit_scale.data.clamp_(0, math.log(100))
         if step % 100 == 0:
             print(f"step {step} of {steps}: contrast {contrast.item():.3f}, loss {loss.item():.3f}", flush=True)
-    return _save(model.eval(), heads, words, pictures[-held_out:], [scene for _, scene, _ in rows[-held_out:]], path)
+    return _save(model.eval(), heads, words, pictures[-held_out:], rows[-held_out:], path)
 
 
 @torch.no_grad()
-def _save(model, heads, words, pictures, scenes, path):
+def _save(model, heads, words, pictures, rows, path):
     """Write the CLIP; returns the share of objects read off their patches."""
     parts = [embed(model, image_batch(pictures[start : start + 256])) for start in range(0, len(pictures), 256)]
     pooled, patches = (torch.cat(part) for part in zip(*parts, strict=True))
-    _, there = targets(scenes)
+    _, there = targets(rows)
     right = torch.ones_like(there[0], dtype=torch.bool)
     for head, place in zip(heads.patch[1:], there[1:], strict=True):
         right &= head(patches).argmax(-1) == place

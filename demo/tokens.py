@@ -9,6 +9,8 @@ of objects named right and of scenes all right, over the seeds, and writes resul
 the same command is skipped on a rerun.
 """
 
+import sys
+
 import numpy as np
 
 from demo.crowded import judge_crowded, split_scenes, write_crowded
@@ -34,7 +36,7 @@ LEARNS = {"frozen": ("--only_prefix",), "LoRA": ("--lora_rank", 8), "tuned": ()}
 TRAINING = ("--bs", 50, "--warmup_steps", 50, "--lr", "1e-3", "--save_every", 100)
 
 
-def make_stores(stages, scenes, test, clip_epochs, steps):
+def make_stores(stages, scenes, test, clip_epochs, steps, readable):
     """Draw the world, train encoder and language model; returns (world, GPT-2's folder, {tokens: store})."""
     out, world = stages.out, stages.out / "world"
     clip, language_model = out / "clip.pt", out / "gpt2"
@@ -43,7 +45,13 @@ def make_stores(stages, scenes, test, clip_epochs, steps):
                    lambda s=split, n=number: write_crowded(s, n, world))  # fmt: skip
 
     def clip_stage():
-        print(f"objects read off held-out patches: {100 * train_clip(scenes, clip_epochs, clip):.1f} %", flush=True)
+        share = train_clip(scenes, clip_epochs, clip)
+        print(f"objects read off held-out patches: {100 * share:.1f} %", flush=True)
+        if share < readable:
+            clip.unlink()
+            sys.exit(
+                f"error: the encoder's patches tell {100 * share:.0f} % of the objects; more --clip_epochs or --scenes"
+            )
 
     def language_stage():
         print(f"loss {train_language_model(scenes, steps, LANGUAGE_MODEL, language_model):.3f}", flush=True)
@@ -93,13 +101,16 @@ def main(argv=None):
     parser = get_parser("Measure pooled vectors against patch tokens.", "tokens")
     parser.set_defaults(scenes=8000, test=500)
     parser.add_argument("--clip_epochs", type=int, default=12, help="of the encoder's training")
+    parser.add_argument("--readable", type=float, default=0.6, help="share of objects that patches must tell")
     parser.add_argument("--steps", type=int, default=600, help="of the language model's training")
     parser.add_argument("--epochs", type=int, default=4, help="of each captioner")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="to measure")
     parser.add_argument("--learns", nargs="+", choices=LEARNS, default=list(LEARNS), help="the language model")
     args = parser.parse_args(argv)
     with stages_in(args.out) as stages:
-        world, language_model, stores = make_stores(stages, args.scenes, args.test, args.clip_epochs, args.steps)
+        world, language_model, stores = make_stores(
+            stages, args.scenes, args.test, args.clip_epochs, args.steps, args.readable
+        )
         results = {}
         for seed in args.seeds:
             for network, (tokens, flags) in ((name, NETWORKS[name]) for name in args.networks):

@@ -9,6 +9,8 @@ from demo import tokens
 from demo.clip_parts import Words
 from demo.crowded import OBJECTS, caption_crowded, draw_crowded, judge_crowded, split_scenes
 from demo.crowded_clip import CONTEXT, targets
+from demo.draw import COLOUR_RGB, SIZE
+from demo.world import COLOURS
 
 
 def test_splits_hold_as_many_objects_as_they_say():
@@ -44,17 +46,21 @@ def test_every_caption_fits_the_text_tower():
 
 
 def test_objects_lie_where_the_targets_say():
-    """Without an object, the patches that are said to hold it look otherwise, and no others."""
-    _, scene, seed = split_scenes("ordinary", 4)[3]
-    present, there = targets([scene])
-    assert present.sum() == len(scene.groups)
-    side = int(there.shape[2] ** 0.5)
-    picture = np.asarray(draw_crowded(scene, seed), np.float32)
-    other = np.asarray(draw_crowded(split_scenes("ordinary", 5)[4][1], seed), np.float32)
-    assert picture.shape == other.shape == (144, 144, 3)
-    cells = {divmod(cell, 3) for cell in scene.cells}
-    for y, x in np.argwhere(there[1, 0].view(side, side).numpy() > 0):
-        assert (int((y + 0.5) * 3 / side), int((x + 0.5) * 3 / side)) in cells
+    """In the middle of a patch that holds an object the picture has about its colour."""
+    rows = split_scenes("crowded", 20)
+    present, there = targets(rows)
+    side, right = int(there.shape[2] ** 0.5), []
+    for (_, scene, seed), own, looks in zip(rows, there[1].view(-1, side, side), present, strict=True):
+        assert looks.sum() == len(scene.groups)
+        picture = np.asarray(draw_crowded(scene, seed), np.float32)
+        plain = {g.colour for g in scene.groups if g.kind in ("circle", "square", "heart")}
+        for y, x in np.argwhere(own.numpy() > 0):
+            colour = COLOURS[own[y, x] - 1]
+            if colour in plain:
+                pixel = picture[int((y + 0.5) * SIZE / side), int((x + 0.5) * SIZE / side)]
+                distances = {name: np.abs(pixel - rgb).sum() for name, rgb in COLOUR_RGB.items()}
+                right.append(min(distances, key=distances.get) == colour)
+    assert len(right) > 100 and np.mean(right) > 0.5  # one in seven by chance
 
 
 @pytest.mark.slow
@@ -62,7 +68,8 @@ def test_the_experiment_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokens.main([
         "--out", str(tmp_path / "out"), "--scenes", "200", "--test", "8", "--clip_epochs", "1", "--steps", "4",
-        "--epochs", "1", "--seeds", "0", "--networks", "pooled, mlp", "patches, resampler", "--learns", "frozen",
+        "--epochs", "1", "--seeds", "0", "--readable", "0", "--networks", "pooled, mlp", "patches, resampler",
+        "--learns", "frozen",
     ])  # fmt: skip
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results) == {"pooled, mlp, frozen", "patches, resampler, frozen"}
