@@ -4,9 +4,11 @@ Only http and https, only hosts on the public internet unless that is allowed: t
 one that was checked, of every redirect too. All waits and sizes have an end.
 """
 
+import contextlib
 import ipaddress
 import random
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from urllib.parse import urljoin
@@ -33,7 +35,12 @@ FORBIDDEN = ("noai", "noimageai", "noindex", "none")  # X-Robots-Tag's words aga
 NO_HOST = "the host does not exist"
 UNREACHABLE = "the host cannot be reached"
 SILENT = "the host does not answer in time"
+SLOW = "too slow"
+UNREADABLE = "an address that cannot be read"
 OF_THE_HOST = (NO_HOST, UNREACHABLE, SILENT)
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are the IPv4 address that is reached
+
+_here = threading.local()  # `.asking`: what the thread is fetching
 
 
 @dataclass
@@ -55,11 +62,46 @@ def is_public(address):
     """Tell whether an IP address is one of the public internet, and no way around to another."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
+    if ip in NAT64:
+        inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     return ip.is_global and not ip.is_multicast and (inner is None or is_public(str(inner)))
 
 
-class _Checked:
-    """Connects to an address that was checked, however often the name is resolved."""
+class _Asking:
+    """One try of an address, redirects and all; its socket is shut when its time is over.
+
+    A timeout of the socket begins anew with each byte, so that a server which sends them one by one would hold a thread
+    for ever.
+    """
+
+    def __init__(self, seconds, allow_private):
+        self.allow_private, self.socket, self.late = allow_private, None, False
+        self.timer = threading.Timer(seconds, self._end)
+        self.timer.daemon = True
+
+    def __enter__(self):
+        _here.asking = self
+        self.timer.start()
+        return self
+
+    def __exit__(self, *_error):
+        self.timer.cancel()
+
+    def _end(self):
+        self.late = True
+        if self.socket:
+            with contextlib.suppress(OSError):  # closed by now
+                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)  # TLS's own would pull away what is being read
+
+
+class _Guarded:
+    """Connects to an address that was checked, however often the name is resolved; tells _Asking its socket."""
+
+    def request(self, *words, **more):
+        super().request(*words, **more)
+        _here.asking.socket = self.sock
+        if _here.asking.late:
+            raise Dead(SLOW)
 
     def _new_conn(self):
         try:
@@ -68,7 +110,7 @@ class _Checked:
             gone = not isinstance(error, socket.gaierror) or error.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
             raise Dead(NO_HOST if gone else UNREACHABLE, again=not gone) from None
         addresses = list(dict.fromkeys(place[0] for *_, place in found))
-        if not all(map(is_public, addresses)):
+        if not _here.asking.allow_private and not all(map(is_public, addresses)):
             raise Dead("a private address")
         for number, address in enumerate(addresses, 1):
             try:
@@ -84,20 +126,20 @@ class _Checked:
         raise Dead(NO_HOST)
 
 
-class _CheckedHTTP(_Checked, HTTPConnection):
+class _GuardedHTTP(_Guarded, HTTPConnection):
     pass
 
 
-class _CheckedHTTPS(_Checked, HTTPSConnection):
+class _GuardedHTTPS(_Guarded, HTTPSConnection):
     pass
 
 
 class _HTTPPool(HTTPConnectionPool):
-    ConnectionCls = _CheckedHTTP
+    ConnectionCls = _GuardedHTTP
 
 
 class _HTTPSPool(HTTPSConnectionPool):
-    ConnectionCls = _CheckedHTTPS
+    ConnectionCls = _GuardedHTTPS
 
 
 class Fetcher:
@@ -119,8 +161,7 @@ class Fetcher:
             num_pools=256, maxsize=per_host, retries=False, timeout=urllib3.Timeout(connect=timeout, read=timeout),
             headers={"User-Agent": user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
         )  # fmt: skip
-        if not allow_private:
-            self.pools.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        self.pools.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
 
     def fetch(self, address, stopped=None):
         """Fetch the picture at an address, in up to TRIES tries.
@@ -133,7 +174,7 @@ class Fetcher:
         """
         for number in range(1, TRIES + 1):
             try:
-                return self._follow(address)
+                return self._try(address)
             except Dead as dead:
                 # a host that was silent for that long is not asked a third time
                 if not dead.again or number >= TRIES - (dead.reason == SILENT):
@@ -143,22 +184,37 @@ class Fetcher:
                     raise
         raise AssertionError("the last try returns or raises")
 
+    def _try(self, address):
+        """Ask once, for `whole` seconds at most."""
+        with _Asking(self.whole, self.allow_private) as asking:
+            try:
+                body = self._follow(address)
+            except Dead:
+                if asking.late:  # what it looks like then is our own doing
+                    raise Dead(SLOW) from None
+                raise
+        if asking.late:  # an answer without a length seems whole when it is cut
+            raise Dead(SLOW)
+        return body
+
     def _follow(self, address):
-        """Ask once, redirects followed."""
-        deadline = time.monotonic() + self.whole
+        """Return the body at an address, redirects followed."""
         for _ in range(MOST_REDIRECTS + 1):
             host_of(address)  # of a redirect's too
             answer = self._ask(address)
             try:
                 place = answer.get_redirect_location()
                 if not place:
-                    return self._read(answer, deadline)
+                    return self._read(answer)
                 answer.drain_conn() if int(answer.headers.get("Content-Length") or PIECE) < PIECE else answer.close()
             except ValueError:
                 answer.close()
             finally:
                 answer.release_conn()
-            address = urljoin(address, place)
+            try:
+                address = urljoin(address, place)
+            except ValueError:  # such as http://[
+                raise Dead(UNREADABLE) from None
         raise Dead("too many redirects")
 
     def _ask(self, address):
@@ -166,7 +222,7 @@ class Fetcher:
         try:
             return self.pools.request("GET", address, preload_content=False, redirect=False)
         except LocationParseError:
-            raise Dead("an address that cannot be read") from None
+            raise Dead(UNREADABLE) from None
         except SSLError:
             raise Dead("its certificate or encryption is not accepted") from None
         except HTTPError as error:
@@ -174,7 +230,7 @@ class Fetcher:
         except (ValueError, OSError):  # headers that are none
             raise Dead("its answer is not HTTP") from None
 
-    def _read(self, answer, deadline):
+    def _read(self, answer):
         """Return the body of an answer that is a picture."""
         status, headers = answer.status, answer.headers
         if status != 200:
@@ -196,9 +252,6 @@ class Fetcher:
                     raise too_large
                 if len(body) >= HEAD:
                     _check_picture(body)  # before the rest of a page or a film
-                if time.monotonic() > deadline:
-                    answer.close()
-                    raise Dead("too slow")
         except HTTPError as error:
             raise _not_reached(error, begun=True) from None
         except OSError:
@@ -219,13 +272,13 @@ def host_of(address):
     try:
         parsed = parse_url(address)
     except (LocationParseError, ValueError):
-        raise Dead("an address that cannot be read") from None
+        raise Dead(UNREADABLE) from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise Dead("no http or https address")
     if parsed.auth is not None:
         raise Dead("an address with a user name")
     if parsed.port == 0:
-        raise Dead("an address that cannot be read")
+        raise Dead(UNREADABLE)
     return parsed.host.lower()
 
 
@@ -248,7 +301,7 @@ def _not_reached(error, begun=False):
     if isinstance(error, NewConnectionError):  # to urllib3 one of the timeouts
         return Dead(UNREACHABLE, again=True)
     if isinstance(error, urllib3.exceptions.TimeoutError):
-        return Dead("too slow" if begun else SILENT, again=True)
+        return Dead(SLOW if begun else SILENT, again=True)
     if begun:
         return Dead("truncated", again=True)
     return Dead(UNREACHABLE, again=True)

@@ -104,6 +104,14 @@ class Web(BaseHTTPRequestHandler):
         elif kind == "drip":
             self.send(200, picture(number)[:100], length=5000)
             server.ended.wait(30)
+        elif kind.startswith("trickle"):  # a byte at a time, never as late as a timeout
+            self.close_connection = True
+            start = {"head": b"HTTP/1.1 200 OK\r\nX-Name: ", "body": b"HTTP/1.1 200 OK\r\n\r\n\xff\xd8\xff"}
+            self.wfile.write(start[kind.removeprefix("trickle_")])
+            while not server.ended.wait(0.05):
+                self.wfile.write(b"x")
+        elif kind == "astray":
+            self.send(302, Location="http://[")
         elif kind == "forbidden":
             self.send(200, picture(number), X_Robots_Tag="noai, noimageai")
         elif kind == "broken":  # begins as a picture does
@@ -177,13 +185,14 @@ def test_blocks_follow_each_other(tmp_path, monkeypatch):
 @pytest.mark.parametrize("address", [
     "127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1",
     "::1", "fe80::1%eth0", "fd00::1", "::ffff:127.0.0.1", "2002:7f00:1::", "255.255.255.255",
+    "64:ff9b::7f00:1",
 ])  # fmt: skip
 def test_private_addresses_are_told(address):
     assert not is_public(address)
 
 
 def test_public_addresses_are_told():
-    assert is_public("93.184.216.34") and is_public("2606:2800:220:1::1")
+    assert is_public("93.184.216.34") and is_public("2606:2800:220:1::1") and is_public("64:ff9b::5db8:d822")
 
 
 @pytest.mark.parametrize(("address", "reason"), [
@@ -207,6 +216,13 @@ def test_this_machine_is_not_asked(web, address):
     assert dead.value.reason == "a private address" and not web.asked
 
 
+def test_a_redirect_to_a_private_address(web, monkeypatch):
+    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
+    with pytest.raises(Dead) as dead:
+        Fetcher(timeout=2).fetch(web.at("inside"))
+    assert dead.value.reason == "a private address" and web.asked == {"/inside/0": 1}
+
+
 def test_what_is_checked_is_what_is_connected_to(web, monkeypatch):
     """A name that is public when it is asked for first, and this machine's afterwards, is connected to as checked."""
     answers = iter(["93.184.216.34", "127.0.0.1"])
@@ -228,7 +244,8 @@ def test_what_is_checked_is_what_is_connected_to(web, monkeypatch):
     ("file", "no http or https address", 1), ("html", "not an image (an HTML page)", 1),
     ("empty", "not an image (an empty file)", 1), ("cut", "truncated", 3), ("gigabyte", "more than 1 MB", 1),
     ("endless", "more than 1 MB", 1), ("silent", "the host does not answer in time", 2), ("drip", "too slow", 3),
-    ("forbidden", "its host forbids this use (X-Robots-Tag)", 1),
+    ("forbidden", "its host forbids this use (X-Robots-Tag)", 1), ("trickle_head", "too slow", 1),
+    ("trickle_body", "too slow", 1), ("astray", "an address that cannot be read", 1),
 ])  # fmt: skip
 def test_what_is_no_picture(web, monkeypatch, kind, reason, asked):
     monkeypatch.setattr(fetching, "BACKOFF", 0.01)
@@ -248,7 +265,7 @@ def test_what_is_a_picture(web, monkeypatch):
 
 
 # ---------------------------------------------------------------- the command
-KINDS = ("404", "500", "forever", "file", "html", "empty", "cut", "gigabyte", "forbidden")
+KINDS = ("404", "500", "forever", "file", "html", "empty", "cut", "gigabyte", "forbidden", "astray")
 
 
 def write_table(root, web, good=40, kinds=KINDS, name="Train_GCC-training.tsv"):
@@ -286,11 +303,11 @@ def test_from_addresses_to_captions(web, tmp_path, clip_file, language_model):
         file.write(f"gone\thttp://127.0.0.1:{free_port()}/x\nno address\nbroken\t{web.at('broken')}\n")
     done = parse(root, clip_file)
     told = json.loads((root / "train_downloads.json").read_text())
-    assert told["fetched"] == 41 and told["dead"] == len(KINDS) + 2 and told["addresses"] == 52
+    assert told["fetched"] == 41 and told["dead"] == len(KINDS) + 2 and told["addresses"] == len(KINDS) + 43
     assert told["dead_by_reason"]["HTTP 404"] == 1
     assert told["dead_by_reason"]["a line without a caption and an address"] == 1
     assert told["bytes"] > 0 and told["addresses_per_s"] > 0
-    assert "41 of 52 addresses fetched" in done.stderr
+    assert f"41 of {len(KINDS) + 43} addresses fetched" in done.stderr
     info = json.loads((root / "conceptual_clip_clip_train.json").read_text())
     assert info["images"] == 40 and info["images_skipped"] == 1
     records = read(root)["captions"]
