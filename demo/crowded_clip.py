@@ -97,7 +97,7 @@ def train_clip(scenes, epochs, path, bs=64, lr=1e-3, seed=0):
     Args:
         scenes: how many, a few of which are held out. epochs: passes over them.
         path: file to write. bs: pictures a step. lr: peak learning rate. seed: of weights and order.
-    Returns: share of the held-out pictures' objects whose colour and kind are read off their patches.
+    Returns: share of the held-out pictures' patches on objects off which the object's colour and kind are read.
     """
     torch.manual_seed(seed)
     rows = split_scenes("train", scenes)
@@ -137,7 +137,7 @@ def train_clip(scenes, epochs, path, bs=64, lr=1e-3, seed=0):
 
 @torch.no_grad()
 def _save(model, heads, words, pictures, rows, path):
-    """Write the CLIP; returns the share of objects read off their patches."""
+    """Write the CLIP; returns what `train_clip` does."""
     parts = [embed(model, image_batch(pictures[start : start + 256])) for start in range(0, len(pictures), 256)]
     pooled, patches = (torch.cat(part) for part in zip(*parts, strict=True))
     _, there = targets(rows)

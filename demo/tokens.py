@@ -46,7 +46,7 @@ def make_stores(stages, scenes, test, clip_epochs, steps, readable):
 
     def clip_stage():
         share = train_clip(scenes, clip_epochs, clip)
-        print(f"objects read off held-out patches: {100 * share:.1f} %", flush=True)
+        print(f"held-out patches that tell the object they show: {100 * share:.1f} %", flush=True)
         if share < readable:
             clip.unlink()
             sys.exit(
@@ -101,13 +101,13 @@ def main(argv=None):
     parser = get_parser("Measure pooled vectors against patch tokens.", "tokens")
     parser.set_defaults(scenes=8000, test=500)
     parser.add_argument("--clip_epochs", type=int, default=12, help="of the encoder's training")
-    parser.add_argument("--readable", type=float, default=0.6, help="share of objects that patches must tell")
+    parser.add_argument("--readable", type=float, default=0.6, help="share of patches that must tell their object")
     parser.add_argument("--steps", type=int, default=600, help="of the language model's training")
     parser.add_argument("--epochs", type=int, default=4, help="of each captioner")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="to measure")
     parser.add_argument("--learns", nargs="+", choices=LEARNS, default=list(LEARNS), help="the language model")
     args = parser.parse_args(argv)
-    with stages_in(args.out) as stages:
+    with stages_in(args.out, ("demo/crowded.py", "demo/crowded_clip.py")) as stages:  # which make the encoder
         world, language_model, stores = make_stores(
             stages, args.scenes, args.test, args.clip_epochs, args.steps, args.readable
         )

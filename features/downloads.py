@@ -296,15 +296,23 @@ class DownloadedPart(Part):
         return [self.downloads.table.sha256, self.blocks.start, self.blocks.stop]
 
     def read(self):
-        """See Part."""
+        """See Part.
+
+        Raises: FileNotFoundError where a picture has gone since.
+        """
         pictures, downloads = {}, self.downloads
         downloads.wait(self.blocks)
         for block in self.blocks:
             done = downloads.settled(block)
             for line, caption, _ in downloads.table.rows(block):
                 if "bytes" in done.get(line, ()):
-                    record = {"image_id": f"{line:08d}", "caption": add_period(caption)}
-                    pictures[str(downloads.file_of(line))] = [record]
+                    file = downloads.file_of(line)
+                    if not file.is_file():
+                        raise FileNotFoundError(
+                            f"{file} was downloaded and is gone; remove {downloads.journal_of(block)}, and its block "
+                            f"is fetched again"
+                        )
+                    pictures[str(file)] = [{"image_id": f"{line:08d}", "caption": add_period(caption)}]
         return pictures, {}
 
     def has_readable(self, skipped, then):

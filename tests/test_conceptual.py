@@ -346,6 +346,19 @@ def test_what_was_not_there_may_be_asked_for_again(web, tmp_path, clip_file, mon
     assert len(read(tmp_path / "cc")["captions"]) == 13
 
 
+def test_a_picture_that_is_gone_is_named_with_the_remedy(web, tmp_path, clip_file):
+    root = tmp_path / "cc"
+    write_table(root, web, 12, ())
+    parse(root, clip_file)
+    (root / "conceptual_clip_clip_train.pkl").unlink()
+    (root / "train" / "00000003.jpg").unlink()
+    done = parse(root, clip_file, check=2)
+    assert "00000003.jpg was downloaded and is gone; remove" in done.stderr and done.stderr.count("\n") == 1
+    (root / "train_downloads" / "000000.jsonl").unlink()
+    parse(root, clip_file)
+    assert len(read(root)["captions"]) == 12
+
+
 def test_shards_of_both_splits(web, tmp_path, clip_file):
     root = tmp_path / "cc"
     write_table(root, web, 12, KINDS[:1])
