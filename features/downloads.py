@@ -23,6 +23,7 @@ from utils.files import read_json, write_json, write_text
 AHEAD = 1024  # addresses that wait to be fetched, from which one of a host that is not busy is picked
 HOST_TRIES = 3  # addresses in a row that a host does not answer, until it is taken for gone
 HOSTS_LOST = 64  # hosts in a row that do not answer, until the network is taken for down
+LAST_WORDS = 0.5  # seconds that all threads together are given when the command is stopped
 PAUSE = 0.5  # seconds between looks at what another process has fetched
 NOT_AN_ADDRESS = "a line without a caption and an address"
 
@@ -58,8 +59,9 @@ class Downloads:
         self.stopped.set()
         with self.changed:
             self.changed.notify_all()
+        end = time.monotonic() + LAST_WORDS
         for worker in self.workers:  # those in the middle of an answer are left to it; they are daemons
-            worker.join(timeout=0.5)
+            worker.join(timeout=max(0, end - time.monotonic()))
 
     def start(self, retry=False):
         """Begin to fetch this process' share of the blocks, in their order.

@@ -40,7 +40,7 @@ class TextEncoder:
         return self.encoder.identity() | {"modality": "text"}
 
     def encode_sentences(self, batches):
-        """Embed lists of Sentences, as `features.loader.encode_pictures` does pictures."""
+        """Embed lists of Sentences, as `features.loader.encode_files` does pictures."""
         for batch in batches:
             yield batch, self.encoder.encode_texts([sentence.text for sentence in batch]), {}
 
