@@ -2,9 +2,9 @@
 
     python benchmarks/run.py
 
-writes benchmarks/results.md, a picture beside it, and benchmarks/results.json. Takes about half an hour on 2 cores;
---only measures some sections again and keeps the others. Systems run in turn and medians are given; look at ratios, for
-absolute figures are this machine's.
+writes benchmarks/results.md, a picture beside it, and benchmarks/results.json. Takes more than half an hour on 2 cores;
+how long in all was not measured. --only measures some sections again and keeps the others. Systems run in turn and
+medians are given; look at ratios, for absolute figures are this machine's.
 """
 
 import argparse
