@@ -1,10 +1,12 @@
-# make demo: set everything up and run the main job, no download of weights. make test: the tests.
+# make demo: set everything up and run the main job, no download of weights. make browser: captions in the browser.
+# make test: the tests.
 PYTHON ?= python3
 VENV ?= .venv
 BASE := $(VENV)/.installed
 STAMP := $(VENV)/.installed-test
+EXPORT := $(VENV)/.installed-export
 
-.PHONY: demo test lint demo-weights clean
+.PHONY: demo browser test lint demo-weights clean
 
 $(BASE): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +21,14 @@ $(STAMP): $(BASE)
 
 demo: $(BASE)
 	$(VENV)/bin/python -m demo.run $(DEMO_FLAGS)
+
+# captions in the browser: exports the demo's captioner, fetches onnxruntime-web by npm, serves the page
+$(EXPORT): $(BASE)
+	$(VENV)/bin/python -m pip install --quiet --editable ".[export]"
+	touch $@
+
+browser: $(EXPORT)
+	$(VENV)/bin/python docs/browser/serve.py $(BROWSER_FLAGS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TEST_FLAGS)
@@ -35,4 +45,4 @@ demo-weights: $(BASE)
 	$(VENV)/bin/python -m demo.run --save_weights
 
 clean:
-	rm -rf $(VENV) demo/out
+	rm -rf $(VENV) demo/out docs/browser/captioner docs/browser/vendor
