@@ -12,8 +12,8 @@ import inspect
 import os
 import sys
 
-import predict
 from features.images import ImageError
+from models.predictor import Predictor as Captioners
 from models.pretrained import NAMES
 from utils.cli import VERSION, Parser, note, positive_int, run
 from utils.files import write_json
@@ -34,7 +34,7 @@ class Predictor(BaseRunner):
 
     def setup(self) -> None:
         """Name the captioners; each is loaded when it is first asked for."""
-        self.predictor = predict.Predictor()
+        self.predictor = Captioners()
         self.predictor.setup(NAMES)
 
     def run(

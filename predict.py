@@ -21,7 +21,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from features.extraction import Reading
-from features.images import ImageError, add_max_pixels_flag, set_max_pixels
+from features.images import add_max_pixels_flag, set_max_pixels
 from features.listing import as_line, find_images
 from features.loader import prepare_readers
 from features.results import is_table, name_shared, record, shared_ids, write_part, write_results
@@ -32,7 +32,8 @@ from models.bulk import CaptionFolder, caption_parts, caption_store, is_bulk
 from models.captioner import Captioner, captioner_files, stored_decoding
 from models.decoding import BEAM, CLIP, DECODERS, GREEDY, NO_RERANK, RERANKS, SAMPLE, DecodingConfig
 from models.made_by import made_by
-from models.pretrained import ALIASES, NAMES
+from models.predictor import Predictor as Predictor  # other code finds it here
+from models.pretrained import NAMES
 from training.validation import check_encoders
 from utils.cli import (
     Parser,
@@ -170,49 +171,6 @@ def captioner_of(args, with_encoder=True):
         args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device, args.pn,
         args.dtype, args.offload_dir, args.max_memory, with_encoder,
     )  # fmt: skip
-
-
-class Predictor:
-    """Captions one image at a time, as the predecessor's class of this name does."""
-
-    def setup(self, models=("coco", "conceptual"), device=None):
-        """Say which captioners there are; each is loaded when it is first asked for.
-
-        Args:
-            models: names or files, the first being the default; or {name: file}.
-            device: torch device; None takes a GPU if there is one.
-        """
-        self.checkpoints = dict(models) if isinstance(models, dict) else {name: name for name in models}
-        self.device, self.captioners = device, {}
-
-    def captioner(self, model=None):
-        """Return the captioner of one of the names given to `setup`; None is the first.
-
-        Raises: ValueError where there is no such model.
-        """
-        model = ALIASES.get(model, model) if model else next(iter(self.checkpoints))
-        if model not in self.checkpoints:
-            raise ValueError(f"model {model!r} is not one of {', '.join(self.checkpoints)}")
-        if model not in self.captioners:
-            self.captioners[model] = Captioner(self.checkpoints[model], device=self.device)
-        return self.captioners[model]
-
-    def predict(self, image, model=None, use_beam_search=False):
-        """Caption one image.
-
-        Args:
-            image: path of an image file.
-            model: one of the names given to `setup`; None is the first.
-            use_beam_search: beam search, whatever the checkpoint's json says.
-        Returns: the caption.
-        Raises: ValueError where there is no such model; ImageError where the image cannot be read.
-        """
-        captioner = self.captioner(model)
-        decoding = replace(captioner.decoding, method=BEAM) if use_beam_search else captioner.decoding
-        captions, errors = next(captioner.caption_files([image], decoding))
-        if errors:
-            raise ImageError(f"{image}: {errors[image]}")
-        return captions[image][0].text
 
 
 def find_pictures(arguments):

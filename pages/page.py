@@ -49,7 +49,7 @@ def build_page(service, queue_size):
     """Return the page.
 
     Args:
-        service: see app.py: `models`, `methods`, `decoding`, `caption`, `explain`.
+        service: see service.py: `models`, `methods`, `decoding`, `caption`, `explain`.
         queue_size: requests that wait; others are refused.
     """
     with Page(title="ClipCap", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:

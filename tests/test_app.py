@@ -22,8 +22,8 @@ import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
-from app import Explanation
 from pages.fragments import STYLE
+from pages.service import Explanation
 from predict import Predictor
 
 gradio = pytest.importorskip("gradio", reason='the page needs gradio: pip install -e ".[app]"')

@@ -11,7 +11,6 @@ from PIL import Image
 from test_stopping import sentencepiece
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import app
 from encoders.base import ImageEncoder
 from features.images import read_image
 from models.captioner import Captioner
@@ -19,6 +18,7 @@ from models.clip_caption import CaptionConfig, build_captioner
 from models.decoding import BEAM, SAMPLE, Caption, DecodingConfig, generate_captions
 from models.explain import masked_images, nearest_words, split_words, token_logprobs, word_heat
 from models.stopping import begin_tokens, continuing_tokens, opening_tokens, spoken
+from pages import service as pages_service
 from pages.fragments import words_html
 
 
@@ -130,9 +130,9 @@ def test_captions_are_explained_as_they_were_decoded(llama, prompt, monkeypatch)
         decoding=own,
         caption_embeddings=caption_embeddings,
     )
-    service = app.Service({"demo": "demo"}, "cpu")
+    service = pages_service.Service({"demo": "demo"}, "cpu")
     service.predictor = SimpleNamespace(captioner=lambda model: stub)
-    monkeypatch.setattr(app, "word_heat", word_heat)
+    monkeypatch.setattr(pages_service, "word_heat", word_heat)
     image = str(ROOT / "demo" / "images" / "200002.jpg")
     for method in ("beam", "sample"):
         answer = service.caption(image, "demo", service.decoding(method, 3, 1.0, 1.0, 0))

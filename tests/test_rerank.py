@@ -10,7 +10,6 @@ import torch
 from conftest import ROOT, run_script
 from test_scripts import one_line_error
 
-import app
 import predict
 import predict_nice
 import predict_OPT
@@ -23,6 +22,7 @@ from models.rerank import Reranker, candidates_config, rank_by_clip, rank_by_con
 from models.searches import Caption
 from pages.errors import Refused
 from pages.fragments import captions_html
+from pages.service import Service
 from utils.files import read_json
 
 IMAGES = sorted(map(str, (ROOT / "demo" / "images").iterdir()))[:5]
@@ -143,7 +143,7 @@ def test_page_without_text_tower(demo):
     captioner = copy.copy(captioner)
     captioner.encoder = copy.copy(captioner.encoder)
     captioner.encoder.has_texts = False
-    service = app.Service({"demo": "demo"}, "cpu")
+    service = Service({"demo": "demo"}, "cpu")
     assert next(iter(service.methods.values())) == "clip"
     service.predictor = SimpleNamespace(captioner=lambda model: captioner)
     with pytest.raises(Refused, match="no text tower"):

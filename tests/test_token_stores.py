@@ -339,7 +339,7 @@ def test_captioner_and_encoder(trained, photos, tmp_path):
 
 
 def test_the_page_explains(trained, photos):
-    from app import Service
+    from pages.service import Service
 
     service = Service({"run": str(trained / "run_latest.pt")}, device="cpu")
     assert "best of 16" not in service.methods
