@@ -5,24 +5,30 @@
 
 serves http://127.0.0.1:7860: upload, paste or pick an image; the best captions of several candidates, with the score
 that chose them, log-probability per token and CLIP score; the image regions that each word rests on; the prefix read
-back as words. Programs call the endpoint /caption, which answers concurrent requests in batches. Only this machine is
-served unless --host says otherwise.
+back as words. Programs call the endpoint /caption, by gradio's client or by themselves, and what they ask at the same
+time is captioned in batches. Only this machine is served unless --host says otherwise.
 """
 
 from pathlib import Path
 
 from features.images import set_max_pixels
+from models.exported import is_export
 from models.pretrained import DEMO, NAMES
 from pages.service import Service
 from utils.cli import Parser, note, positive_int, run
 from utils.devices import keep_few_kernels
+from utils.precision import add_dtype_flag
 
 
 def get_parser():
     """Return the command line's parser."""
     parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", metavar="FILE", help=f"a captioner of yours, besides {', '.join(NAMES)}")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE",
+        help=f"a captioner of yours, besides {', '.join(NAMES)}; or a folder that export.py wrote",
+    )  # fmt: skip
     parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    add_dtype_flag(parser)
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 serves the whole network")
     server.add_argument("--port", type=positive_int, default=7860, help="port")
@@ -34,32 +40,32 @@ def get_parser():
     return parser
 
 
-def make_page(args):
-    """Return the page that the command line asks for, ready to be launched with `launch`.
-
-    Raises: ValueError where gradio is not installed; as `Captioner`.
-    """
-    try:
-        from pages.page import build_page
-    except ModuleNotFoundError as error:
-        raise ValueError(f'the page needs {error.name}; run: pip install -e ".[app]"') from None
+def make_service(args):
+    """Return what the command line asks to serve, its first captioner loaded; raises ValueError, or as `Captioner`."""
+    if args.dtype and args.checkpoint and is_export(args.checkpoint):
+        raise ValueError(
+            f"--dtype {args.dtype}: {args.checkpoint} has the numbers that export.py gave it; leave it out"
+        )
     set_max_pixels(args.max_pixels)
     keep_few_kernels()
     models = {Path(args.checkpoint).stem: args.checkpoint} if args.checkpoint else {}  # visitors see no folders
     models |= {name: name for name in (DEMO, *NAMES) if name not in models}
-    service = Service(models, args.device, args.batch_size)
-    return build_page(service, args.queue_size)
+    return Service(models, args.device, args.batch_size, args.dtype)
 
 
 def main(argv=None):
     """Serve the page until Ctrl-C."""
     args = get_parser().parse_args(argv)
-    page = make_page(args)
-    from pages.page import launch
-
+    try:
+        from pages.page import build_page, launch
+        from pages.route import caption_route
+    except ModuleNotFoundError as error:
+        raise ValueError(f'the page needs {error.name}; run: pip install -e ".[app]"') from None
+    service = make_service(args)
+    page = build_page(service, args.queue_size)
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         note(f"warning: everyone who reaches {args.host} can use this page; it has no password")
-    launch(page, args.host, args.port, args.max_upload_mb, threads=args.batch_size + 8)  # 8: the page's own
+    launch(page, caption_route(service, args.queue_size), args.host, args.port, args.max_upload_mb, service.at_once)
 
 
 if __name__ == "__main__":

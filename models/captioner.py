@@ -24,6 +24,8 @@ from utils.precision import pick_dtype, prepare_for_inference
 class Captioner:
     """Encoder, mapping network, language model and tokenizer, ready to caption."""
 
+    explains = True  # its words can be traced to the picture
+
     def __init__(
         self, checkpoint="coco", clip_model_type=None, language_model=None, normalize_prefix=None, device=None, pn=None,
         dtype=None, offload_dir=None, max_memory=None, with_encoder=True,

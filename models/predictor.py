@@ -1,37 +1,67 @@
 """Captioners by name, for code that captions one image at a time."""
 
+import threading
+from concurrent.futures import Future
 from dataclasses import replace
 
 from features.images import ImageError
 from models.captioner import Captioner
 from models.decoding import BEAM
+from models.exported import ExportedCaptioner, is_export
 from models.pretrained import ALIASES
 
 
 class Predictor:
-    """Captions one image at a time, as the predecessor's class of this name does."""
+    """Captions one image at a time, as the predecessor's class of this name does; threads may load at once."""
 
-    def setup(self, models=("coco", "conceptual"), device=None):
+    def setup(self, models=("coco", "conceptual"), device=None, dtype=None):
         """Say which captioners there are; each is loaded when it is first asked for.
 
         Args:
-            models: names or files, the first being the default; or {name: file}.
-            device: torch device; None takes a GPU if there is one.
+            models: names, files, or folders that export.py wrote, the first being the default; or {name: file}.
+            device: torch device; None takes a GPU if there is one. Exported captioners run on the CPU.
+            dtype: as the flag --dtype; exported captioners have the type that they were exported in.
         """
         self.checkpoints = dict(models) if isinstance(models, dict) else {name: name for name in models}
-        self.device, self.captioners = device, {}
+        self.device, self.dtype = device, dtype
+        self.loads, self.lock = {}, threading.Lock()  # {name: Future of its captioner}
 
     def captioner(self, model=None):
         """Return the captioner of one of the names given to `setup`; None is the first.
 
-        Raises: ValueError where there is no such model.
+        The thread that asks first loads it, others that ask for it meanwhile wait, and nobody else does.
+
+        Raises: ValueError where there is no such model; what loading it raises, to all who wait for it.
         """
+        model = self.name(model)
+        with self.lock:
+            load, own = self.loads.get(model), model not in self.loads
+            if own:
+                load = self.loads[model] = Future()
+        if own:
+            try:
+                load.set_result(self._load(self.checkpoints[model]))
+            except BaseException as error:
+                del self.loads[model]  # who asks later tries again
+                load.set_exception(error)
+        return load.result()
+
+    def name(self, model=None):
+        """Return the name that a model has in `setup`, of its name or alias; raises ValueError where it has none."""
         model = ALIASES.get(model, model) if model else next(iter(self.checkpoints))
         if model not in self.checkpoints:
             raise ValueError(f"model {model!r} is not one of {', '.join(self.checkpoints)}")
-        if model not in self.captioners:
-            self.captioners[model] = Captioner(self.checkpoints[model], device=self.device)
-        return self.captioners[model]
+        return model
+
+    def is_loaded(self, model=None):
+        """Tell whether `captioner` returns at once."""
+        load = self.loads.get(self.name(model))
+        return load is not None and load.done()
+
+    def _load(self, checkpoint):
+        if is_export(checkpoint):
+            return ExportedCaptioner(checkpoint)
+        return Captioner(checkpoint, device=self.device, dtype=self.dtype)
 
     def predict(self, image, model=None, use_beam_search=False):
         """Caption one image.

@@ -17,6 +17,10 @@ class Refused(ValueError):
     """What a visitor asks for cannot be done; the message is written for visitors."""
 
 
+class Unexplained(Refused):
+    """The captioner says nothing of why it says what it says."""
+
+
 def told(error):
     """Return the line that a visitor is told of an error; all that is not meant for visitors goes to the log."""
     if isinstance(error, Refused | ImageError):

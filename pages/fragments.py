@@ -102,6 +102,11 @@ def words_html(picture, words, heat, unseen):
 <p class="soft cc-tell">{"".join(told)}</p></div></div></div>"""
 
 
+def note_html(text):
+    """Return a remark in the place of an explanation."""
+    return f'<div class="cc"><p class="soft">{escape(text)}</p></div>'
+
+
 def prefix_html(prefix):
     """Return the words nearest to every prefix position.
 

@@ -11,14 +11,16 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 
-from pages.errors import FAILED, MALFORMED, Refused, told
-from pages.fragments import EMPTY, HEAD, STYLE, captions_html, prefix_html, words_html
+from pages.errors import FAILED, MALFORMED, Refused, Unexplained, told
+from pages.fragments import EMPTY, HEAD, STYLE, captions_html, note_html, prefix_html, words_html
 from pages.paths import PathsHidden
+from pages.service import RANGES
 from pages.steps import ASK_WHY, FORGET, SHOW_CAPTIONS, SHOW_WHY, WHY_FAILED
 from utils.cli import note
 
 SAMPLES = Path(__file__).resolve().parent.parent / "demo" / "images"
 PRIVATE = {"api_visibility": "private"}
+OWN = 8  # threads of the page itself
 KEPT_SECONDS = 3600  # uploads are deleted after that long
 TYPE = re.compile(r" \(type: <class '\w+'>\)")  # what gradio says besides of a value that is not offered
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none is fetched
@@ -49,7 +51,7 @@ def build_page(service, queue_size):
     """Return the page.
 
     Args:
-        service: see service.py: `models`, `methods`, `decoding`, `caption`, `explain`.
+        service: see service.py: `models`, `methods`, `at_once`, `decoding`, `caption`, `explain`.
         queue_size: requests that wait; others are refused.
     """
     with Page(title="ClipCap", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
@@ -71,10 +73,10 @@ def build_page(service, queue_size):
 
 def _endpoint(service, image, options):
     """Offer /caption to programs."""
-    # as many enter at once as make a batch; the others wait in gradio's queue
+    # so many enter at once; the others wait in gradio's queue
     gr.Button(visible=False).click(
         _captioning(service), [image, *options], gr.JSON(visible=False, label="captions"), api_name="caption",
-        concurrency_limit=service.batch_size, concurrency_id="caption",
+        concurrency_limit=service.at_once, concurrency_id="caption",
     )  # fmt: skip
 
 
@@ -103,7 +105,7 @@ def _events(service, image, options, button, shown):
         browser(change, FORGET, [], [ticket, why_ticket, *shown])
     asking = browser(button.click, FORGET, [], [ticket, why_ticket, *shown])
     asked = asking.success(
-        _showing(service), [image, *options, ticket], answer, concurrency_limit=service.batch_size,
+        _showing(service), [image, *options, ticket], answer, concurrency_limit=service.at_once,
         concurrency_id="caption", trigger_mode="multiple", show_progress_on=captions, **PRIVATE,
     )  # fmt: skip
     explain(browser(asked.success, SHOW_CAPTIONS, [answer, ticket], [why_ticket, *shown]).success)
@@ -135,11 +137,12 @@ def _inputs(service):
     )  # fmt: skip
     methods = list(service.methods.items())
     method = gr.Radio(methods, value=methods[0][1], label="Decoding")
-    count = gr.Slider(1, 10, 3, step=1, label="Captions", info="greedy decoding gives one")
+    count = gr.Slider(*RANGES["num_captions"], step=1, label="Captions", info="greedy decoding gives one")
     with gr.Group(visible=False) as sampling:
-        top_p = gr.Slider(0.05, 1, 0.8, step=0.05, label="top_p", info="probability to sample from")
-        temperature = gr.Slider(0.1, 2, 1, step=0.1, label="Temperature")
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
+        top_p = gr.Slider(*RANGES["top_p"], step=0.05, label="top_p", info="probability to sample from")
+        temperature = gr.Slider(*RANGES["temperature"], step=0.1, label="Temperature")
+        low, high, first = RANGES["seed"]
+        seed = gr.Number(first, label="Seed", precision=0, minimum=low, maximum=high)
     method.change(
         lambda value: gr.update(visible=value == service.methods["sampling"]), method, sampling, queue=False, **PRIVATE
     )
@@ -178,7 +181,10 @@ def _explaining(service):
             return None
         if not image:
             raise Refused("the image is gone: upload, paste or pick one")
-        why = service.explain(image, model, text)
+        try:
+            why = service.explain(image, model, text)
+        except Unexplained as reason:
+            return {"ticket": ticket, "words": note_html(str(reason)), "prefix": ""}
         words = words_html(why.picture, why.words, why.heat, why.unseen)
         return {"ticket": ticket, "words": words, "prefix": prefix_html(why.prefix)}
 
@@ -237,13 +243,14 @@ def _theme():
     )  # fmt: skip
 
 
-def launch(page, host, port, max_upload_mb, threads):
+def launch(page, route, host, port, max_upload_mb, at_once):
     """Serve a page until Ctrl-C.
 
     Args:
+        route: another than gradio's.
         host, port: where.
         max_upload_mb: size of an upload.
-        threads: requests at work at most.
+        at_once: requests at work at most.
     Raises: OSError where the port is taken.
     """
     size = max_upload_mb * 2**20
@@ -251,9 +258,9 @@ def launch(page, host, port, max_upload_mb, threads):
     hidden = Middleware(PathsHidden, folder=page.GRADIO_CACHE)
     try:
         _, address, _ = page.launch(
-            server_name=host, server_port=port, max_file_size=size, max_threads=threads, share=False, ssr_mode=False,
-            prevent_thread_lock=True, quiet=True, theme=_theme(), css=STYLE, footer_links=["api"],
-            app_kwargs={"middleware": [limit, hidden], "exception_handlers": HANDLERS},
+            server_name=host, server_port=port, max_file_size=size, max_threads=at_once + OWN, share=False,
+            ssr_mode=False, prevent_thread_lock=True, quiet=True, theme=_theme(), css=STYLE, footer_links=["api"],
+            app_kwargs={"middleware": [limit, hidden], "routes": [route], "exception_handlers": HANDLERS},
         )  # fmt: skip
     except OSError:
         raise OSError(f"cannot serve on {host}, port {port}: it is taken or not this machine's; pass another") from None

@@ -1,22 +1,26 @@
 """What the page and its endpoint answer: captions with their scores, and why they say what they say."""
 
+import os
+import threading
 import traceback
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from features.images import read_image
-from features.loader import encode_files
-from models.captioner import image_key
+from models.captioner import Captioner, image_key
 from models.decoding import BEAM, CLIP, GREEDY, SAMPLE, DecodingConfig, context_room
 from models.explain import nearest_words, word_heat
 from models.predictor import Predictor
-from models.rerank import clip_value, scores_by_clip
+from models.rerank import clip_value, draws_samples, scores_by_clip
 from models.stopping import continuing_tokens, opening_tokens, spoken
-from pages.errors import Refused
+from pages.errors import Refused, Unexplained
 from utils.batching import Batcher
 
 PICTURE_SIDE = 640  # pixels of the picture that words are shown on
@@ -24,6 +28,9 @@ MAX_TEXT = 1000  # characters of a caption that a visitor writes
 CANDIDATES = 16  # of which the captions are chosen by the encoder's text tower
 BEAMS = 5  # or as many as there are captions to show
 ENTRY_LENGTH = 67  # tokens of a caption, written or decoded, at most
+LOADING = 64  # requests that may wait at once for captioners that are being loaded
+# of captions, smallest, largest and default
+RANGES = {"num_captions": (1, 10, 3), "top_p": (0.05, 1, 0.8), "temperature": (0.1, 2, 1), "seed": (0, 2**31, 0)}
 REMEMBERED = 10_000  # captions whose tokens are kept for their explanation
 
 
@@ -46,26 +53,50 @@ class Explanation:
     prefix: list
 
 
+class Question(NamedTuple):
+    """A picture to caption, ready to be captioned.
+
+    Args:
+        captioner: Captioner.
+        pixels: [3, R, R], preprocessed.
+        key: what its random numbers come from, where there are any.
+        decoding: DecodingConfig.
+        asked: (image, model), as visitors name them.
+    """
+
+    captioner: Captioner
+    pixels: torch.Tensor
+    key: bytes | None
+    decoding: DecodingConfig
+    asked: tuple
+
+
 class Service:
     """What the page and its endpoint answer; many may call at once."""
 
     methods = {"beam search": BEAM, "greedy": GREEDY, "sampling": SAMPLE}  # the first is the default
     reranking = {f"best of {CANDIDATES}": CLIP}  # comes before them where the encoder has a text tower
 
-    def __init__(self, models, device=None, batch_size=16):
+    def __init__(self, models, device=None, batch_size=16, dtype=None):
         """Load the first captioner; the others are loaded when they are first asked for.
 
         Args:
-            models: {name that visitors see: name or file of the captioner}; the first is the default.
+            models: {name that visitors see: name, file or exported folder of the captioner}; the first is the default.
             device: torch device; None takes a GPU if there is one.
             batch_size: images at a time.
+            dtype: as the flag --dtype.
         Raises: as `Captioner`.
         """
         self.models, self.batch_size = list(models), batch_size
+        # requests at work at once: a batch that is captioned, one that is read, those that wait for a captioner
+        self.at_once = 2 * batch_size + LOADING
+        self.loading = threading.BoundedSemaphore(LOADING)
+        # a few threads read for all: so many pictures are unpacked at once, and what a thread keeps is kept so often
+        self.readers = ThreadPoolExecutor(os.cpu_count() or 1, "readers")
         self.batches = Batcher(self._caption_all, batch_size)
         self.said = OrderedDict()  # {(image, model, text): tokens}; the text alone may be written with others
         self.predictor = Predictor()
-        self.predictor.setup(models, device)
+        self.predictor.setup(models, device, dtype)
         first = self.predictor.captioner()
         if first.encoder.compares_texts:
             self.methods = self.reranking | self.methods
@@ -100,10 +131,18 @@ class Service:
         Returns: list of {"caption", "logprob", "clip_score"}, best first: by `logprob`, the mean log-probability per
             token, whatever the method and its length penalty. Those that were chosen among candidates have a `score`
             too, which made the choice and orders them. `clip_score` is None where the encoder has no text tower.
-        Raises: Refused where the image cannot be read or the model not be loaded.
+        Raises: Refused where the model cannot be loaded or asked for that; ImageError where the image cannot be read.
         """
-        self._known(model)  # before it comes into a batch with others'
-        return self.batches((image, model, decoding))
+        captioner = self._captioner(model)
+        if decoding.rerank == CLIP and not captioner.encoder.compares_texts:
+            raise Refused("this model has no text tower to compare images with: take another decoding")
+        pixels = self._read(image, captioner.encoder.preprocess)  # before it is its turn: a batch waits for no file
+        key = image_key(image) if draws_samples(decoding) else None
+        return self.batches(Question(captioner, pixels, key, decoding, (image, model)))
+
+    def _read(self, image, preprocess):
+        """Return what a function makes of an image file; raises ImageError."""
+        return self.readers.submit(lambda: preprocess(read_image(image))).result()
 
     def _known(self, model):
         """Raise Refused for a model that is not offered; None is the default one."""
@@ -111,52 +150,52 @@ class Service:
             raise Refused(f"the model is one of {', '.join(self.models)}")
 
     def _captioner(self, model):
-        """Return a captioner by the name that visitors see.
+        """Return a captioner by the name that visitors see; the thread that asks for it first loads it.
 
-        Raises: Refused where it cannot be loaded; out-of-memory errors as they are.
+        Raises: Refused where it cannot be loaded, or too many wait for it; out-of-memory errors as they are.
         """
         self._known(model)
+        if self.predictor.is_loaded(model):
+            return self.predictor.captioner(model)
+        if not self.loading.acquire(blocking=False):  # who asks for another model must find room
+            raise Refused(f"the model {model} is being loaded for others: try again in a minute")
         try:
             return self.predictor.captioner(model)
         except (ValueError, OSError) as error:
             traceback.print_exception(error)
             raise Refused(f"the model {model} cannot be loaded on this server: choose another") from None
+        finally:
+            self.loading.release()
 
-    def _caption_all(self, requests):
-        """Caption (image, model, decoding) each; returns the captions of each, or the error that befell it."""
-        groups, answers = {}, [None] * len(requests)
-        for number, (_, model, decoding) in enumerate(requests):
-            groups.setdefault((model, astuple(decoding)), []).append(number)
+    def _caption_all(self, questions):
+        """Caption what is asked together; returns the captions of each Question, or the error that befell it."""
+        groups, answers = {}, [None] * len(questions)
+        for number, question in enumerate(questions):
+            groups.setdefault((id(question.captioner), astuple(question.decoding)), []).append(number)
         for numbers in groups.values():
-            images, models, decodings = zip(*(requests[number] for number in numbers), strict=True)
             try:
-                found = self._caption_alike(images, models[0], decodings[0])
+                found = self._caption_alike([questions[number] for number in numbers])
             except Exception as error:  # whatever it is, it is not the other groups'
                 found = [error] * len(numbers)
             for number, answer in zip(numbers, found, strict=True):
                 answers[number] = answer
         return answers
 
-    def _caption_alike(self, images, model, decoding):
-        """Caption image files the same way; see `_caption_all`."""
-        captioner = self._captioner(model)
-        [(indices, embeddings, errors)] = encode_files(captioner.encoder, images, len(images))
-        answers = {index: Refused(reason) for index, reason in errors.items()}
-        if indices:
-            keys = [image_key(images[index]) for index in indices]
-            encode_texts = captioner.encoder.encode_texts if captioner.encoder.compares_texts else None
-            if decoding.rerank == CLIP and not encode_texts:
-                raise Refused("this model has no text tower to compare images with: take another decoding")
-            groups = captioner.caption_embeddings(embeddings, as_trained(decoding, captioner.decoding), keys)
-            answers |= zip(indices, _scored(embeddings, groups, decoding, encode_texts), strict=True)
-            self._remember([images[index] for index in indices], model, groups)
-        return [answers[index] for index in range(len(images))]
+    def _caption_alike(self, questions):
+        """Caption Questions of one captioner and decoding; returns the captions of each."""
+        captioner, decoding = questions[0].captioner, questions[0].decoding
+        embeddings = captioner.encoder.encode_images(torch.stack([question.pixels for question in questions]))
+        keys = [question.key for question in questions] if draws_samples(decoding) else None
+        groups = captioner.caption_embeddings(embeddings, as_trained(decoding, captioner.decoding), keys)
+        self._remember([question.asked for question in questions], groups)
+        encode_texts = captioner.encoder.encode_texts if captioner.encoder.compares_texts else None
+        return _scored(embeddings, groups, decoding, encode_texts)
 
-    def _remember(self, images, model, groups):
-        """Keep the tokens of captions; of an image's equal ones, the likeliest's."""
-        for image, captions in zip(images, groups, strict=True):
+    def _remember(self, asked, groups):
+        """Keep the tokens of captions of each (image, model); of an image's equal ones, the likeliest's."""
+        for image_and_model, captions in zip(asked, groups, strict=True):
             for caption in sorted(captions, key=lambda caption: caption.mean_logprob):
-                self.said[image, model, caption.text.strip()] = caption.tokens
+                self.said[(*image_and_model, caption.text.strip())] = caption.tokens
         while len(self.said) > REMEMBERED:
             self.said.popitem(last=False)
 
@@ -168,13 +207,18 @@ class Service:
             model: name of the captioner.
             text: a caption of its own, or any other.
         Returns: Explanation.
-        Raises: Refused where there is no text or the model cannot be loaded; ImageError where the image cannot be read.
+        Raises: Refused where there is no text or the model cannot be loaded, Unexplained where it cannot be looked
+            into; ImageError where the image cannot be read.
         """
         text = (text or "")[:MAX_TEXT].strip()
         if not text:
             raise Refused("there is no caption to explain: pick one or write one")
+        captioner = self._captioner(model)
+        if not captioner.explains:
+            raise Unexplained("an exported captioner cannot explain its words: serve the checkpoint that it is made of")
+        picture = self._read(image, lambda picture: picture)
         return self.batches.alone(  # memory and cores are for one at a time
-            lambda: self._explain(self._captioner(model), read_image(image), text, self.said.get((image, model, text)))
+            lambda: self._explain(captioner, picture, text, self.said.get((image, model, text)))
         )
 
     def _explain(self, captioner, image, text, tokens):

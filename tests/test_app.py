@@ -288,7 +288,7 @@ def test_long_bodies_are_refused(server, length_told):
 class SlowService:
     """Answers when it is let."""
 
-    models, methods, batch_size = ["demo"], {"greedy": "greedy", "sampling": "sample"}, 1
+    models, methods, at_once = ["demo"], {"greedy": "greedy", "sampling": "sample"}, 1
 
     def __init__(self):
         self.gate = threading.Event()
@@ -304,7 +304,7 @@ class SlowService:
 class GatedService:
     """Says which model and picture it was asked about, when their gate is open."""
 
-    models, methods, batch_size = ["demo", "other", "broken"], {"greedy": "greedy", "sampling": "sample"}, 4
+    models, methods, at_once = ["demo", "other", "broken"], {"greedy": "greedy", "sampling": "sample"}, 4
 
     def __init__(self):
         self.gates = collections.defaultdict(threading.Event)
@@ -475,3 +475,28 @@ def test_wrong_checkpoint():
         done.stderr.startswith("error: --checkpoint no-such is neither a file nor one of")
         and done.stderr.count("\n") == 1
     )
+
+
+def test_plain_endpoint(server, client):
+    """A picture's bytes get what gradio's client gets; what is wrong is told in a line."""
+
+    def ask(query, body=None):
+        body = SAMPLES[0].read_bytes() if body is None else body
+        return fetch(f"{server[0]}/caption?{query}", body, "image/jpeg")
+
+    assert json.loads(ask("method=greedy")[1]) == caption(client, SAMPLES[0], "demo_latest", "greedy")
+    assert json.loads(ask("model=demo&method=beam&num_captions=4")[1]) == caption(client, SAMPLES[0], "demo", "beam", 4)
+    status, best = ask("")
+    assert status == 200 and [found["score"] for found in json.loads(best)] and ask("")[1] == best
+    for query, told in (
+        ("model=no", "the model is one of demo_latest, demo, coco"), ("method=no", "the method is one of clip, beam"),
+        ("model=coco", "the model coco cannot be loaded on this server: choose another"), ("beams=3", "beams is no"),
+        ("num_captions=11", "num_captions is a whole number from 1 to 10"), ("top_p=nan", "top_p is a number from"),
+        ("seed=x", "seed is a whole number from 0 to"),
+    ):  # fmt: skip
+        found, answer = ask(query)
+        line = json.loads(answer)["error"]
+        assert found == 400 and line.startswith(told) and not re.search(r"/|\n|class|Error|https?:", line), query
+    assert ask("", b"text") == (400, '{"error":"not a readable image (a text)"}')
+    assert ask("", b"")[0] == 400 and ask("", b"x" * 2**21)[0] == 413
+    assert fetch(f"{server[0]}/caption")[0] == 405

@@ -128,10 +128,11 @@ def test_captions_are_explained_as_they_were_decoded(llama, prompt, monkeypatch)
         tokenizer=tokenizer,
         encoder=Stub("stub", "cpu", None, None),
         decoding=own,
+        explains=True,
         caption_embeddings=caption_embeddings,
     )
     service = pages_service.Service({"demo": "demo"}, "cpu")
-    service.predictor = SimpleNamespace(captioner=lambda model: stub)
+    service.predictor = SimpleNamespace(captioner=lambda model: stub, is_loaded=lambda model: True)
     monkeypatch.setattr(pages_service, "word_heat", word_heat)
     image = str(ROOT / "demo" / "images" / "200002.jpg")
     for method in ("beam", "sample"):

@@ -145,7 +145,7 @@ def test_page_without_text_tower(demo):
     captioner.encoder.has_texts = False
     service = Service({"demo": "demo"}, "cpu")
     assert next(iter(service.methods.values())) == "clip"
-    service.predictor = SimpleNamespace(captioner=lambda model: captioner)
+    service.predictor = SimpleNamespace(captioner=lambda model: captioner, is_loaded=lambda model: True)
     with pytest.raises(Refused, match="no text tower"):
         service.caption(IMAGES[0], "demo", service.decoding("clip", 3, 1, 1, 0))
     answer = service.caption(IMAGES[0], "demo", service.decoding("beam", 3, 1, 1, 0))
