@@ -5,6 +5,7 @@
 
 The second runs cog's own HTTP server here. It answers `POST /predictions` with a body like
 `{"input": {"image": "https://... or data:...", "model": "coco", "use_beam_search": false}}`.
+In a container, the variables CLIPCAP_CHECKPOINT and CLIPCAP_DTYPE are what the flags are here.
 """
 
 import importlib.util
@@ -13,10 +14,12 @@ import os
 import sys
 
 from features.images import ImageError
+from models.exported import is_export
 from models.predictor import Predictor as Captioners
 from models.pretrained import NAMES
 from utils.cli import VERSION, Parser, note, positive_int, run
 from utils.files import write_json
+from utils.precision import DTYPES, add_dtype_flag
 
 if importlib.util.find_spec("cog") is None:
     note('error: cog_predict.py needs cog; run: pip install -e ".[serve]"')
@@ -24,6 +27,8 @@ if importlib.util.find_spec("cog") is None:
 # cog's builder reads this file without running it: it wants its names imported here and choices written out
 from cog import BaseRunner, Input, Path  # noqa: E402
 
+CHECKPOINT, DTYPE = "CLIPCAP_CHECKPOINT", "CLIPCAP_DTYPE"
+OWN = "own"  # the model that CLIPCAP_CHECKPOINT names
 TYPES = {Path: {"type": "string", "format": "uri"}, str: {"type": "string"}, bool: {"type": "boolean"}}
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 SCHEMA = os.path.join(FOLDER, ".cog", "openapi_schema.json")  # where cog's server looks for it
@@ -33,17 +38,24 @@ class Predictor(BaseRunner):
     """Captions one image, with the inputs of the predecessor's class of this name."""
 
     def setup(self) -> None:
-        """Name the captioners; each is loaded when it is first asked for."""
+        """Name the captioners; each is loaded when it is first asked for, but one of the server's own at once.
+
+        Raises: ValueError for variables that are wrong; as `Captioner`.
+        """
+        own, dtype = os.environ.get(CHECKPOINT), os.environ.get(DTYPE)
+        check_own(own, dtype)
         self.predictor = Captioners()
-        self.predictor.setup(NAMES)
+        self.predictor.setup({name: name for name in NAMES} | ({OWN: own} if own else {}), dtype=dtype)
+        if own:
+            self.predictor.captioner(OWN)
 
     def run(
         self,
         image: Path = Input(description="Input image"),  # noqa: B008
         model: str = Input(  # noqa: B008
             default="coco",
-            choices=["coco", "conceptual", "conceptual-captions", "coco-transformer", "demo"],
-            description="Model to use; demo needs no download and knows a small made world",
+            choices=["coco", "conceptual", "conceptual-captions", "coco-transformer", "demo", "own"],
+            description="Model to use; demo needs no download and knows a small made world, own is the server's own",
         ),
         use_beam_search: bool = Input(  # noqa: B008
             default=False, description="Whether to apply beam search to generate the output text"
@@ -61,6 +73,16 @@ class Predictor(BaseRunner):
             raise ValueError(str(error).removeprefix(f"{image}: ")) from None
         except (ValueError, OSError) as error:
             raise ValueError(f"the model {model} cannot be loaded on this server: choose another") from error
+
+
+def check_own(checkpoint, dtype):
+    """Refuse a captioner of the server's own, or a number type, that there is none of; raises ValueError."""
+    if dtype and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+    if checkpoint and not os.path.exists(checkpoint):
+        raise FileNotFoundError(f"--checkpoint {checkpoint} is no file, and no folder that export.py wrote")
+    if checkpoint and dtype and is_export(checkpoint):
+        raise ValueError(f"--dtype {dtype}: {checkpoint} has the numbers that export.py gave it; leave it out")
 
 
 def openapi():
@@ -96,16 +118,23 @@ def get_parser():
     parser = Parser(__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 serves the whole network")
     parser.add_argument("--port", type=positive_int, default=5000, help="port")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="a captioner of yours, or a folder that export.py wrote: the model `own`"
+    )
+    add_dtype_flag(parser)
     return parser
 
 
 def main(argv=None):
     """Become cog's HTTP server for this file."""
     args = get_parser().parse_args(argv)
+    check_own(args.checkpoint, args.dtype)
     write_json(SCHEMA, openapi())
+    given = {CHECKPOINT: args.checkpoint and os.path.abspath(args.checkpoint), DTYPE: args.dtype}
     os.chdir(FOLDER)
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     environment = {"COG_PREDICT_TYPE_STUB": "cog_predict.py:Predictor", "PORT": str(args.port), "PATH": path}
+    environment |= {name: value for name, value in given.items() if value}
     os.execve(
         sys.executable,
         [sys.executable, "-m", "cog.server.http", "--host", args.host],

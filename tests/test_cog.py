@@ -1,6 +1,7 @@
 """Serving through cog's own HTTP server: its schema, right captions, and bad inputs refused with 422."""
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -10,11 +11,14 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
+from models.captioner import Captioner
+from models.pretrained import DEMO_CHECKPOINT
 from predict import Predictor
 
 for module in ("cog", "coglet"):  # the second, cog's server, is a binary that not every platform has
@@ -29,14 +33,14 @@ def data_uri(content, kind="image/jpeg"):
 IMAGE = data_uri(SAMPLE.read_bytes())
 
 
-@pytest.fixture(scope="module")
-def port():
-    """The port of the server that the command starts, once it is ready."""
+@contextlib.contextmanager
+def serving(*flags):
+    """The command's server; gives its port once it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "cog_predict.py", "--port", str(port)], cwd=ROOT, start_new_session=True,
+        [sys.executable, "cog_predict.py", "--port", str(port), *map(str, flags)], cwd=ROOT, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -53,6 +57,12 @@ def port():
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
         process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def port():
+    with serving() as port:
+        yield port
 
 
 def request(port, method, path, body=None):
@@ -126,6 +136,51 @@ def test_schema_has_the_predecessors_inputs(port):
     assert status == 200 and list(fields) == sorted(["image", "model", "use_beam_search"])
     assert fields["model"]["default"] == "coco" and fields["use_beam_search"]["default"] is False
     assert {"coco", "conceptual-captions"} <= set(schema["components"]["schemas"]["model"]["enum"])
+
+
+def test_own_captioner_and_number_type():
+    """What the flags name is what captions."""
+    expected = Captioner("demo", device="cpu", dtype="bf16")
+    with serving("--checkpoint", DEMO_CHECKPOINT, "--dtype", "bf16") as port:
+        for beam in (False, True):
+            decoding = replace(expected.decoding, method="beam" if beam else "greedy")
+            caption = next(expected.caption_files([SAMPLE], decoding))[0][SAMPLE][0].text
+            inputs = {"image": IMAGE, "model": "own", "use_beam_search": beam}
+            assert request(port, "POST", "/predictions", {"input": inputs})[1]["output"] == caption
+
+
+@pytest.mark.slow
+def test_exported_captioner(tmp_path):
+    pytest.importorskip("onnxruntime")
+    run_script("export.py", "--checkpoint", "demo", "--out", tmp_path / "exported")
+    predictor = Predictor()
+    predictor.setup(["demo"], device="cpu")
+    with serving("--checkpoint", tmp_path / "exported") as port:
+        answer = request(port, "POST", "/predictions", {"input": {"image": IMAGE, "model": "own"}})[1]
+    assert answer["output"] == predictor.predict(str(SAMPLE))
+    done = run_script("cog_predict.py", "--checkpoint", tmp_path / "exported", "--dtype", "int8", check=2)
+    assert done.stderr.startswith("error: --dtype int8: ") and done.stderr.count("\n") == 1
+
+
+def test_variables_of_a_container(monkeypatch):
+    import cog_predict
+
+    monkeypatch.setenv("CLIPCAP_CHECKPOINT", str(DEMO_CHECKPOINT))
+    monkeypatch.setenv("CLIPCAP_DTYPE", "int8")
+    runner = cog_predict.Predictor()
+    runner.setup()
+    assert runner.predictor.is_loaded("own") and not runner.predictor.is_loaded("demo")
+    assert [runner.predictor.captioner(name).encoder.dtype for name in ("own", "demo")] == ["int8"] * 2
+
+
+def test_wrong_settings(monkeypatch):
+    done = run_script("cog_predict.py", "--checkpoint", "no-such.pt", check=2)
+    assert done.stderr == "error: --checkpoint no-such.pt is no file, and no folder that export.py wrote\n"
+    import cog_predict
+
+    monkeypatch.setenv("CLIPCAP_DTYPE", "fp8")
+    with pytest.raises(ValueError, match="^--dtype fp8 is not one of auto, fp32, bf16, int8$"):
+        cog_predict.Predictor().setup()
 
 
 def test_cog_yaml_names_what_is_there():
