@@ -54,13 +54,13 @@ class Words:
 
 
 # ---------------------------------------------------------------- modules
-def build_clip(words, context, vision, layers, width):
-    """Build the CLIP to train: OpenAI's class, with the words' small vocabulary."""
+def build_clip(words, context, vision, layers, width, patch=12):
+    """Build the CLIP to train: OpenAI's class, with the words' small vocabulary; `patch`: pixels of a ViT's."""
     resnet = vision == "resnet"
     return CLIP(
         embed_dim=EMBED_DIM, image_resolution=RESOLUTION,
         vision_layers=tuple(layers) if resnet else layers[0], vision_width=width,
-        vision_patch_size=None if resnet else 12,
+        vision_patch_size=None if resnet else patch,
         context_length=context, vocab_size=len(words.ids),
         transformer_width=64, transformer_heads=1, transformer_layers=2,
     )  # fmt: skip

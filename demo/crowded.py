@@ -65,11 +65,6 @@ def in_cells(scene, rng):
     return centres + rng.uniform(-JITTER, JITTER, centres.shape), radii, np.arange(len(cell))
 
 
-def layout_of(scene, seed):
-    """Return where `draw_crowded` puts a scene's objects, as `in_cells` does."""
-    return in_cells(scene, np.random.default_rng((*seed, 1)))
-
-
 def draw_crowded(scene, seed):
     """Draw a scene; returns an RGB PIL image."""
     return draw_scene(scene, (*seed, 1), layout=in_cells)

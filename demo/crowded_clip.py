@@ -2,7 +2,7 @@
 
 CLIP's contrastive loss teaches a ViT's pooled vector; its patches are only asked to serve that. Two heads are trained
 beside it and thrown away: one reads off the pooled vector which objects there are, so that it holds as many as it can,
-one off each patch which object covers it. Both encoders of demo.tokens are this one tower.
+one off each patch which object its cell holds. Both encoders of demo.tokens are this one tower.
 """
 
 import math
@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from demo.clip_cache import RESOLUTION
 from demo.clip_parts import Words, build_clip, contrastive_loss, export_state_dict, image_batch, save_packed
-from demo.crowded import caption_crowded, draw_crowded, layout_of, split_scenes
-from demo.draw import SIZE
+from demo.crowded import SIDE, caption_crowded, split_scenes
 from demo.train_gpt2 import make_sequence, pad_rows
 from demo.world import COLOURS, KINDS, SIZES
 
-WIDTH, LAYERS, PATCH = 128, 4, 12
+WIDTH, LAYERS, PATCH = 128, 4, 16  # 6 x 6 patches, 2 x 2 to a cell of the grid
 CONTEXT = 48  # tokens of the longest caption
 HEADS_WEIGHT = 4.0
 SHARE_HELD_OUT = 0.05
@@ -41,10 +41,10 @@ class CrowdedHeads(nn.Module):
         Args:
             pooled: [B, D]. patches: [B, K, WIDTH].
             present: [B, looks] 1 where an object of this colour and kind is in the picture.
-            there: [3, B, K] size, colour, kind of the object at each patch, 0 where there is none.
+            there: [3, B, K] size, colour, kind of the object in each patch's cell, 0 where it is empty.
         """
         scaled = F.normalize(pooled.float(), dim=-1) * math.sqrt(pooled.shape[-1])
-        seen = F.binary_cross_entropy_with_logits(self.present(scaled), present, pos_weight=torch.tensor(8.0))
+        seen = F.binary_cross_entropy_with_logits(self.present(scaled), present)
         read = [
             F.cross_entropy(head(patches.float()).flatten(0, 1), place.flatten())
             for head, place in zip(self.patch, there, strict=True)
@@ -52,21 +52,19 @@ class CrowdedHeads(nn.Module):
         return seen + sum(read) / 3
 
 
-def targets(rows):
-    """Return (present, there) of `split_scenes`' rows, for CrowdedHeads: a patch has what covers its middle."""
+def targets(scenes):
+    """Return (present, there) of scenes, for CrowdedHeads."""
     side = RESOLUTION // PATCH
-    middles = (np.arange(side) + 0.5) * SIZE / side
-    y, x = np.meshgrid(middles, middles, indexing="ij")
-    present, there = torch.zeros(len(rows), len(COLOURS) * len(KINDS)), torch.zeros(3, len(rows), side, side)
-    for row, (_, scene, seed) in enumerate(rows):
-        centres, radii, _ = layout_of(scene, seed)
-        for group, centre, radius in zip(scene.groups, centres, radii, strict=True):
+    of_side = np.arange(side) * SIDE // side
+    cell = (of_side[:, None] * SIDE + of_side).ravel()  # [K] cell that a patch lies in
+    present, there = torch.zeros(len(scenes), len(COLOURS) * len(KINDS)), torch.zeros(3, len(scenes), len(cell))
+    for row, scene in enumerate(scenes):
+        for group, place in zip(scene.groups, scene.cells, strict=True):
             present[row, COLOURS.index(group.colour) * len(KINDS) + KINDS.index(group.kind)] = 1
-            covered = torch.from_numpy(np.hypot(x - centre[0], y - centre[1]) <= radius)
             looks = SIZES.index(group.size), COLOURS.index(group.colour), KINDS.index(group.kind)
             for number, look in enumerate(looks):
-                there[number, row][covered] = 1 + look
-    return present, there.flatten(2).long()
+                there[number, row, cell == place] = 1 + look
+    return present, there.long()
 
 
 def embed(model, pixels):
@@ -85,24 +83,27 @@ def warm_up_and_fall(step, steps):
     return min(1, (step + 1) / max(1, steps // 10)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def pictures_of(rows):
-    """Return the pictures of `split_scenes`' rows as CLIP sees them, uint8 [N, R, R, 3]."""
-    side = (RESOLUTION, RESOLUTION)
-    return np.stack([np.asarray(draw_crowded(scene, seed).resize(side, 3)) for _, scene, seed in rows])
+def read_pictures(folder, rows):
+    """Return the written pictures of `split_scenes`' rows as CLIP sees them, uint8 [N, R, R, 3]."""
+    pictures = []
+    for image_id, _, _ in rows:
+        with Image.open(Path(folder) / f"{image_id:06d}.jpg") as image:
+            pictures.append(np.asarray(image.resize((RESOLUTION, RESOLUTION), Image.BICUBIC)))
+    return np.stack(pictures)
 
 
-def train_clip(scenes, epochs, path, bs=64, lr=1e-3, seed=0):
+def train_clip(scenes, folder, epochs, path, bs=64, lr=1e-3, seed=0):
     """Train the CLIP on the first scenes of the train split and write it as `clip.load` reads it.
 
     Args:
-        scenes: how many, a few of which are held out. epochs: passes over them.
+        scenes: how many, a few of which are held out. folder: of their pictures. epochs: passes over them.
         path: file to write. bs: pictures a step. lr: peak learning rate. seed: of weights and order.
-    Returns: share of the held-out pictures' patches on objects off which the object's colour and kind are read.
+    Returns: of the held-out pictures' patches in cells with objects, the share off which colour and kind are read.
     """
     torch.manual_seed(seed)
     rows = split_scenes("train", scenes)
-    pictures, words = pictures_of(rows), Words()
-    model = build_clip(words, CONTEXT, "vit", [LAYERS], WIDTH).float()
+    pictures, words = read_pictures(folder, rows), Words()
+    model = build_clip(words, CONTEXT, "vit", [LAYERS], WIDTH, PATCH).float()
     heads = CrowdedHeads(model.text_projection.shape[1])
     parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
@@ -115,15 +116,14 @@ def train_clip(scenes, epochs, path, bs=64, lr=1e-3, seed=0):
         if within == 0:
             order = rng.permutation(scenes - held_out)
         batch = order[within * bs : (within + 1) * bs]
-        drawn = [rows[i] for i in batch]
-        shown = [scene for _, scene, _ in drawn]
+        shown = [rows[i][1] for i in batch]
         tokens = words.encode([caption_crowded(scene, rng) for scene in shown])
         tokens = F.pad(tokens, (0, CONTEXT - tokens.shape[1]))
         with torch.autocast("cpu", torch.bfloat16):
             pooled, patches = embed(model, image_batch(pictures[batch]))
             texts = model.encode_text(tokens)
         contrast = contrastive_loss(pooled, texts, texts.roll(1, 0), model.logit_scale.exp(), shown)
-        loss = contrast + HEADS_WEIGHT * heads.loss(pooled, patches, *targets(drawn))
+        loss = contrast + HEADS_WEIGHT * heads.loss(pooled, patches, *targets(shown))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -132,15 +132,16 @@ def train_clip(scenes, epochs, path, bs=64, lr=1e-3, seed=0):
         model.logit_scale.data.clamp_(0, math.log(100))
         if step % 100 == 0:
             print(f"step {step} of {steps}: contrast {contrast.item():.3f}, loss {loss.item():.3f}", flush=True)
-    return _save(model.eval(), heads, words, pictures[-held_out:], rows[-held_out:], path)
+    shown = [scene for _, scene, _ in rows[-held_out:]]
+    return _save(model.eval(), heads, words, pictures[-held_out:], shown, path)
 
 
 @torch.no_grad()
-def _save(model, heads, words, pictures, rows, path):
+def _save(model, heads, words, pictures, scenes, path):
     """Write the CLIP; returns what `train_clip` does."""
     parts = [embed(model, image_batch(pictures[start : start + 256])) for start in range(0, len(pictures), 256)]
     pooled, patches = (torch.cat(part) for part in zip(*parts, strict=True))
-    _, there = targets(rows)
+    _, there = targets(scenes)
     right = torch.ones_like(there[0], dtype=torch.bool)
     for head, place in zip(heads.patch[1:], there[1:], strict=True):
         right &= head(patches).argmax(-1) == place

@@ -45,7 +45,7 @@ def make_stores(stages, scenes, test, clip_epochs, steps, readable):
                    lambda s=split, n=number: write_crowded(s, n, world))  # fmt: skip
 
     def clip_stage():
-        share = train_clip(scenes, clip_epochs, clip)
+        share = train_clip(scenes, world / "train", clip_epochs, clip)
         print(f"held-out patches that tell the object they show: {100 * share:.1f} %", flush=True)
         if share < readable:
             clip.unlink()
@@ -99,8 +99,8 @@ def rows_of(results):
 def main(argv=None):
     """Measure what the command line asks for."""
     parser = get_parser("Measure pooled vectors against patch tokens.", "tokens")
-    parser.set_defaults(scenes=8000, test=500)
-    parser.add_argument("--clip_epochs", type=int, default=12, help="of the encoder's training")
+    parser.set_defaults(scenes=12000, test=500)
+    parser.add_argument("--clip_epochs", type=int, default=10, help="of the encoder's training")
     parser.add_argument("--readable", type=float, default=0.6, help="share of patches that must tell their object")
     parser.add_argument("--steps", type=int, default=600, help="of the language model's training")
     parser.add_argument("--epochs", type=int, default=4, help="of each captioner")

@@ -7,7 +7,7 @@ import pytest
 
 from demo import tokens
 from demo.clip_parts import Words
-from demo.crowded import OBJECTS, caption_crowded, draw_crowded, judge_crowded, split_scenes
+from demo.crowded import OBJECTS, SIDE, caption_crowded, draw_crowded, judge_crowded, split_scenes
 from demo.crowded_clip import CONTEXT, targets
 from demo.draw import COLOUR_RGB, SIZE
 from demo.world import COLOURS
@@ -45,22 +45,22 @@ def test_every_caption_fits_the_text_tower():
     assert Words().encode(captions).shape[1] <= CONTEXT
 
 
-def test_objects_lie_where_the_targets_say():
-    """In the middle of a patch that holds an object the picture has about its colour."""
+def test_objects_lie_in_the_cells_that_the_targets_say():
+    """The middle of a cell that holds a full object has about its colour; four patches tell it."""
     rows = split_scenes("crowded", 20)
-    present, there = targets(rows)
+    present, there = targets([scene for _, scene, _ in rows])
     side, right = int(there.shape[2] ** 0.5), []
     for (_, scene, seed), own, looks in zip(rows, there[1].view(-1, side, side), present, strict=True):
-        assert looks.sum() == len(scene.groups)
+        assert looks.sum() == len(scene.groups) and (own > 0).sum() == 4 * len(scene.groups)
         picture = np.asarray(draw_crowded(scene, seed), np.float32)
         plain = {g.colour for g in scene.groups if g.kind in ("circle", "square", "heart")}
-        for y, x in np.argwhere(own.numpy() > 0):
-            colour = COLOURS[own[y, x] - 1]
+        for y, x in np.argwhere(own.numpy()[::2, ::2] > 0):
+            colour = COLOURS[own[2 * y, 2 * x] - 1]
             if colour in plain:
-                pixel = picture[int((y + 0.5) * SIZE / side), int((x + 0.5) * SIZE / side)]
+                pixel = picture[int((y + 0.5) * SIZE / SIDE), int((x + 0.5) * SIZE / SIDE)]
                 distances = {name: np.abs(pixel - rgb).sum() for name, rgb in COLOUR_RGB.items()}
                 right.append(min(distances, key=distances.get) == colour)
-    assert len(right) > 100 and np.mean(right) > 0.5  # one in seven by chance
+    assert len(right) > 40 and np.mean(right) > 0.5  # one in seven by chance
 
 
 @pytest.mark.slow
