@@ -14,6 +14,7 @@ import torch
 
 GREEDY, BEAM, SAMPLE = "greedy", "beam", "sample"
 NO_RERANK, CLIP, MBR = "none", "clip", "mbr"  # how a caption is chosen among candidates; see models.rerank
+ROWS_AT_ONCE = 4  # whose logits a processor's cache holds: several passes over these cost little more than one
 
 
 @dataclass
@@ -88,11 +89,10 @@ class Search:
         self.images = None  # [R] or [B] image of each row, or of each group of beams, at work
 
     def advance(self, logits):
-        """Choose from the logits of all rows at work, [R, V]; the first time those of the images, [B, V].
+        """Choose from the logits of all rows at work, [R, V] of any type; the first time those of the images, [B, V].
 
         Returns: Move.
         """
-        logits = logits / self.config.temperature
         if self.images is not None:
             return self._go_on(logits)
         if self.limits is None:
@@ -122,12 +122,9 @@ class Greedy(Search):
     def _go_on(self, logits):
         """Extend every candidate by one token."""
         number, vocabulary = logits.shape
-        if self.count > 1:
-            logits = logits[self.nodes]
-        tokens = self._choose(logits)  # [R]
-        logprobs = (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
+        tokens, logprobs = self._choose(logits)  # [R] each
         working = [self.captions[row] for row in self.rows.tolist()]
-        for caption, token, logprob in zip(working, tokens.tolist(), logprobs, strict=True):
+        for caption, token, logprob in zip(working, tokens.tolist(), logprobs.tolist(), strict=True):
             caption.tokens.append(token)
             caption.logprob += logprob
         self.lengths = self.lengths + 1
@@ -149,8 +146,9 @@ class Greedy(Search):
         return Move(tokens, sources if moved else None, finished)
 
     def _choose(self, logits):
-        """Return the next token of each row, [R], from logits [R, V]."""
-        return logits.argmax(-1)
+        """Return the next token of each row at work and its log-probability, [R] each, from the step's logits."""
+        tokens, logprobs = best_tokens(logits, 1, self.config.temperature)
+        return tokens[:, 0], logprobs[:, 0]
 
     def _finish(self, images):
         """Return {image: Captions} of the images whose last caption has ended; `images`: of the rows that end."""
@@ -193,6 +191,15 @@ class Nucleus(Greedy):
 
     def _choose(self, logits):
         self.draws = self.draws.to(logits.device)
+        draws = self.draws[self.rows, self.lengths]  # [R]
+        parts = [
+            self._draw(logits[nodes].float() / self.config.temperature, drawn)
+            for nodes, drawn in zip(*(_parts(state) for state in (self.nodes, draws)), strict=True)
+        ]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    def _draw(self, logits, drawn):
+        """Return what `_choose` does for some of the rows, whose logits these are."""
         probabilities = logits.softmax(-1)  # [R, V]
         if self.config.top_p < 1:
             falling, ids = probabilities.sort(descending=True)
@@ -201,10 +208,10 @@ class Nucleus(Greedy):
             probabilities = torch.zeros_like(falling).scatter(-1, ids, falling)
         # by number, not by rank: two tokens as likely as each other would change places with the last digit
         mass = probabilities.cumsum(-1)
-        drawn = self.draws[self.rows, self.lengths].to(logits) * mass[:, -1]  # [R]
-        index = (mass <= drawn[:, None]).sum(-1)
+        index = (mass <= (drawn.to(logits) * mass[:, -1])[:, None]).sum(-1)
         last = (mass < mass[:, -1:]).sum(-1)  # rounding must not step past the nucleus
-        return index.minimum(last)
+        tokens = index.minimum(last)
+        return tokens, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 class Beam(Search):
@@ -218,7 +225,7 @@ class Beam(Search):
     def _begin(self, logits):
         width = min(self.config.beam_size, logits.shape[-1])
         self.images = torch.arange(len(logits), device=logits.device)
-        self.scores, last = logits.log_softmax(-1).topk(width)  # [B, W] sums of log-probabilities, newest tokens
+        last, self.scores = best_tokens(logits, width, self.config.temperature)  # [B, W], sums of log-probabilities
         self.tokens = last[..., None]  # [B, W, T]
         self.lengths = torch.ones_like(self.scores)
         self.stopped = _ended(self.stop, self.tokens)  # [B, W]
@@ -226,8 +233,12 @@ class Beam(Search):
 
     def _go_on(self, logits):
         width = self.scores.shape[1]
-        logits = logits.unflatten(0, (-1, width))  # [B, W, V]
-        self.scores, beams, last, self.lengths = _extend(logits, self.scores, self.lengths, self.stopped, self.config)
+        # the W best tokens of a hypothesis are all that can be among the W best of the image
+        ids, best = best_tokens(logits, width, self.config.temperature)  # [B·W, W]
+        ids, best = (part.unflatten(0, (-1, width)) for part in (ids, best))
+        self.scores, beams, last, self.lengths = _extend(
+            ids, best, self.scores, self.lengths, self.stopped, self.config.length_penalty
+        )
         tokens = self.tokens.gather(1, beams[..., None].expand_as(self.tokens))
         self.tokens = torch.cat((tokens, last[..., None]), dim=-1)
         self.stopped = self.stopped.gather(1, beams) | _ended(self.stop, self.tokens)
@@ -257,27 +268,48 @@ def _ended(stop, tokens):
     return stop(rows[:, -1], lambda row: rows[row].tolist()).view(tokens.shape[:2])
 
 
-def _extend(logits, scores, lengths, stopped, config):
+def _extend(ids, best, scores, lengths, stopped, length_penalty):
     """Choose the W best continuations of each image's W hypotheses.
 
     Args:
-        logits: [B, W, V]. scores, lengths, stopped: [B, W] of the hypotheses so far.
+        ids, best: [B, W, W] the likeliest tokens after each hypothesis, and their log-probabilities, best first.
+        scores, lengths, stopped: [B, W] of the hypotheses so far.
     Returns: scores [B, W], the hypothesis each came from [B, W], its new token [B, W], lengths [B, W].
     """
     width = scores.shape[1]
-    # the W best tokens of a hypothesis are all that can be among the W best of the image
-    best, ids = logits.topk(width)  # [B, W, W]
-    best = best - logits.logsumexp(-1, keepdim=True)
     # a stopped hypothesis goes on in one way only: unchanged, with a token that is never read
     unchanged = torch.full_like(best, -torch.inf)
     unchanged[..., 0] = 0
     best = torch.where(stopped[..., None], unchanged, best)
     sums = scores[..., None] + best
     lengths = lengths + ~stopped
-    means = sums / lengths[..., None] ** config.length_penalty
+    means = sums / lengths[..., None] ** length_penalty
     _, chosen = means.flatten(1).topk(width)  # [B, W] of W·W
     beams = chosen // width
     return sums.flatten(1).gather(1, chosen), beams, ids.flatten(1).gather(1, chosen), lengths.gather(1, beams)
+
+
+def best_tokens(logits, number, temperature):
+    """Return the likeliest tokens of each row, [R, N], and their log-probabilities, best first.
+
+    Args:
+        logits: [R, V] of any type; computed with in float32.
+        number: N.
+        temperature: divides the logits.
+    """
+    tokens, logprobs = [], []
+    for part in _parts(logits):
+        part = part.to(torch.float32, copy=True).div_(temperature)
+        best, ids = part.max(-1, keepdim=True) if number == 1 else part.topk(number)  # the largest alone is faster
+        top = best[:, :1]
+        tokens.append(ids)
+        logprobs.append(best - top - part.sub_(top).exp_().sum(-1, keepdim=True).log_())
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _parts(rows):
+    """Split a tensor's rows into what is worked on at once: all on a GPU, what a processor's cache holds on a CPU."""
+    return rows.split(max(1, len(rows)) if rows.is_cuda else ROWS_AT_ONCE)
 
 
 def make_search(config, stop, keys=None, limits=None):

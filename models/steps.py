@@ -52,7 +52,7 @@ class CachedStep:
         self.first = self._run(inputs_embeds=embeddings)  # [B, V]
 
     def __call__(self, tokens):
-        """Append `tokens` [R]; return the logits of the next, [R, V] float32."""
+        """Append `tokens` [R]; return the logits of the next, [R, V]."""
         if self.mask is not None:
             self.mask = torch.cat((self.mask, torch.ones_like(self.mask[:, :1])), dim=1)
         return self._run(input_ids=tokens[:, None])
@@ -64,7 +64,7 @@ class CachedStep:
                 new = next(iter(inputs.values())).shape[1]
                 inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp(0)[:, -new:]
         out = self.gpt(**inputs, **{self.argument: self.cache}, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].float()
+        return out.logits[:, -1]
 
     def select(self, rows):
         """Let row i become what row `rows[i]` was; `rows` is [R'] of indices."""
@@ -82,7 +82,7 @@ class UncachedStep:
         self.first = self._run()
 
     def __call__(self, tokens):
-        """Append `tokens` [R]; return the logits of the next, [R, V] float32."""
+        """Append `tokens` [R]; return the logits of the next, [R, V]."""
         embedded = self.gpt.get_input_embeddings()(tokens)[:, None].to(self.embeddings)  # [R, 1, E]
         self.embeddings = torch.cat((self.embeddings, embedded), dim=1)
         if self.lengths is not None:
@@ -94,8 +94,8 @@ class UncachedStep:
     def _run(self):
         logits = self.gpt(inputs_embeds=self.embeddings, use_cache=False).logits  # [R, T, V]
         if self.lengths is None:
-            return logits[:, -1].float()
-        return logits[torch.arange(len(logits)), self.lengths - 1].float()
+            return logits[:, -1]
+        return logits[torch.arange(len(logits)), self.lengths - 1]
 
     def select(self, rows):
         """Let row i become what row `rows[i]` was; `rows` is [R'] of indices."""

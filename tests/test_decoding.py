@@ -10,7 +10,7 @@ from conftest import mean_loss, run_script
 from models.clip_caption import CaptionConfig, build_captioner
 from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, generate_captions
 from models.language import load_language_model, load_tokenizer
-from models.searches import Beam, Greedy, Nucleus, decode
+from models.searches import ROWS_AT_ONCE, Beam, Greedy, Nucleus, best_tokens, decode
 from models.steps import CachedStep, UncachedStep
 
 METHODS = {
@@ -185,6 +185,22 @@ def test_captions_end_with_the_context(captioner):
         assert len(generate_captions(model, tokenizer, embeddings[:1], config)[0][0].tokens) == 61
     with pytest.raises(ValueError, match="only 64"):
         generate_captions(model, tokenizer, embeddings[:1], DecodingConfig(prompt="star " * 70))
+
+
+@pytest.mark.parametrize("rows", (1, ROWS_AT_ONCE, 2 * ROWS_AT_ONCE + 1))
+@pytest.mark.parametrize("number, temperature", ((1, 1.0), (1, 0.5), (3, 1.0), (3, 2.0)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_best_tokens(rows, number, temperature, dtype):
+    """They are those of the whole log-softmax, the first of equals; the logits stay as they were."""
+    logits = (4 * torch.randn(rows, 300, generator=torch.Generator().manual_seed(rows))).to(dtype)
+    logits[0, 250] = logits[0, 20] = 40.0
+    before = logits.clone()
+    tokens, logprobs = best_tokens(logits, number, temperature)
+    expected = (logits.double() / temperature).log_softmax(-1)
+    assert logits.equal(before) and logprobs.dtype == torch.float32
+    assert torch.allclose(logprobs.double(), expected.topk(number).values, atol=1e-5)
+    assert torch.allclose(expected.gather(-1, tokens), logprobs.double(), atol=1e-5)
+    assert tokens.shape == (rows, number) and (number > 1 or tokens[0, 0] == 20)
 
 
 @pytest.mark.parametrize(
