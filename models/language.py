@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.activations import NewGELUActivation
 from transformers.utils.logging import disable_progress_bar
 
+from models.attention import attend_in
 from utils.cli import note
 from utils.files import reason
 from utils.hub import hub_answers
@@ -35,7 +36,7 @@ def load_language_model(source, load_in=None, device="cpu"):
     """
     if load_in in (None, "16bit"):
         dtype = torch.bfloat16 if load_in else torch.float32
-        return _fuse_gelu(_from_pretrained(AutoModelForCausalLM, source, dtype=dtype).eval())
+        return attend_in(_fuse_gelu(_from_pretrained(AutoModelForCausalLM, source, dtype=dtype).eval()))
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(f"--load_in {load_in} needs the package bitsandbytes: pip install bitsandbytes")
     quantization = BitsAndBytesConfig(load_in_8bit=load_in == "8bit", load_in_4bit=load_in == "4bit")
@@ -50,7 +51,7 @@ def build_language_model(config, dtype=torch.float32):
     Args:
         config: its configuration, as transformers' object.
     """
-    return _fuse_gelu(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+    return attend_in(_fuse_gelu(AutoModelForCausalLM.from_config(config, dtype=dtype).eval()))
 
 
 def _fuse_gelu(gpt):
