@@ -29,7 +29,7 @@ from utils.files import read_json, sha256, write_json
 from utils.outputs import lock, same_file
 from utils.precision import unpack
 
-FORMAT = 1  # of captioner.json
+FORMAT = 2  # of captioner.json
 ROOT = Path(__file__).resolve().parent
 STEPS = ("Resize", "CenterCrop", "ToTensor", "Normalize")  # of preprocessing, in this order
 

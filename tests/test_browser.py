@@ -367,7 +367,7 @@ def damage(folder, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, told", {
-    "version": "has format 99 and this page reads 1", "sampling": "decoding by sample", "nearest": "by nearest",
+    "version": "has format 99 and this page reads 2", "sampling": "decoding by sample", "nearest": "by nearest",
     "graph": "step.onnx is missing; export", "cut": "cannot be loaded", "words": "byte-level BPE tokenizers only",
     "damaged": "captioner.json is damaged; export", "absent": "captioner.json is missing",
 }.items())  # fmt: skip

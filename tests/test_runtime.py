@@ -201,8 +201,8 @@ def test_bad_input_is_one_line(exported, tmp_path, capsys):
     assert out.count("\t") == 1 and "skipped" in err and "1 of 2 images could not be read; the others" in err
     assert "no image file" in fails(exported, tmp_path / "nothing.jpg")[1]
     assert "no captioner.json" in fails(tmp_path, SCENES[0])[1]
-    (copy / "captioner.json").write_text(json.dumps(described | {"format": 2}))
-    assert "format 2" in fails(copy, SCENES[0])[1]
+    (copy / "captioner.json").write_text(json.dumps(described | {"format": 1}))
+    assert "format 1" in fails(copy, SCENES[0])[1]
     (copy / "captioner.json").write_text(json.dumps(described))
     (copy / "step.onnx").write_bytes(b"none")
     assert "cannot be loaded" in fails(copy, SCENES[0])[1]
