@@ -25,7 +25,8 @@ def get_parser():
     parser = Parser(__doc__)
     parser.add_argument(
         "--checkpoint", metavar="FILE",
-        help=f"a captioner of yours, besides {', '.join(NAMES)}; or a folder that export.py wrote",
+        help=f"a captioner of yours, besides {', '.join(NAMES)}: a file, a folder that export.py wrote, or ORG/NAME of "
+        "the Hugging Face Hub",
     )  # fmt: skip
     parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
     add_dtype_flag(parser)

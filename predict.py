@@ -80,7 +80,10 @@ def add_captioner_flags(parser, decoding):
         decoding: DecodingConfig, where the checkpoint's json does not say.
     """
     model = parser.add_argument_group("captioner")
-    model.add_argument("--checkpoint", default="coco", help=f"{', '.join(NAMES)}, or a file (default: coco)")
+    model.add_argument(
+        "--checkpoint", default="coco",
+        help=f"{', '.join(NAMES)}, a file, or ORG/NAME[@REVISION] of the Hugging Face Hub (default: coco)",
+    )  # fmt: skip
     model.add_argument("--clip_model_type", help="encoder, where the checkpoint does not say or it has moved")
     model.add_argument("--language_model", help="its folder or name, where the checkpoint does not say or it has moved")
     model.add_argument(

@@ -32,6 +32,7 @@ from models.language import (
 from models.lora import add_lora
 from models.mapping import MAPPING_NETWORKS
 from models.placement import place
+from models.pretrained import checkpoint_file
 from training.large_models import add_scale_flags, pick_placement
 from training.log import TrainingLog
 from training.loop import fit
@@ -72,7 +73,7 @@ def get_parser(length=10):
     )
     files.add_argument("--out_dir", default="./checkpoints", help="folder to write")
     files.add_argument("--prefix", default="coco_prefix", help="name that the written files begin with")
-    files.add_argument("--init_from", metavar="FILE", help="checkpoint whose weights training starts from")
+    files.add_argument("--init_from", metavar="FILE", help="checkpoint, or ORG/NAME of the hub, to start from")
     files.add_argument("--resume", action="store_true", help="go on with the run of the same --out_dir and --prefix")
     files.add_argument("--save_every", type=positive_int, default=1, help="epochs between checkpoints")
     files.add_argument("--save_steps", type=positive_int, default=10_000, help="steps between saves to resume from")
@@ -206,8 +207,9 @@ def build_model(config, init_from=None, device="cpu"):
     """
     model = build_captioner(config, load_language_model(config.language_model, config.load_in, device))
     if init_from:
-        weights, own = load_weights(init_from), model.state_dict()
-        before, _, described = read_config(init_from, weights)
+        file = checkpoint_file(init_from, "--init_from")
+        weights, own = load_weights(file), model.state_dict()
+        before, _, described = read_config(file, weights)
         if described and before.normalize_prefix and not config.normalize_prefix:
             raise ValueError(f"--init_from {init_from} was trained on normalised embeddings; pass --normalize_prefix")
         wrong = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [

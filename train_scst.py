@@ -27,6 +27,7 @@ from models.clip_caption import build_captioner
 from models.decoding import DecodingConfig
 from models.lora import add_lora
 from models.placement import place
+from models.pretrained import checkpoint_file
 from train_OPT import DECODING as OPT_DECODING
 from training.rewards import CIDER, CLIP, REWARDS, CiderReward, ClipReward
 from training.self_critical import SelfCritical
@@ -101,9 +102,9 @@ def captioner_config(args, weights):
         weights: its state dict.
     Raises: ValueError where a flag contradicts it.
     """
-    config, _, described = read_config(args.init_from, weights)
+    config, _, described = read_config(args.checkpoint, weights)
     if not described and args.normalize_prefix is None:
-        guess_normalization(args.init_from, config, weights)
+        guess_normalization(args.checkpoint, config, weights)
     elif not described:
         config.normalize_prefix = args.normalize_prefix
     for name in OF_THE_CHECKPOINT:
@@ -128,7 +129,7 @@ def check_data(store, config, described, checkpoint):
 
 def starting_captioner(args, config, device):
     """Return (captioner of --init_from as `config` has it, its tokenizer)."""
-    model, tokenizer, _ = load_captioner(args.init_from, args.language_model, config.normalize_prefix, device)
+    model, tokenizer, _ = load_captioner(args.checkpoint, args.language_model, config.normalize_prefix, device)
     mapping = model.clip_project
     model = build_captioner(config, model.gpt)  # which may be frozen here and was not there
     model.clip_project = mapping
@@ -167,7 +168,7 @@ def prepare(args, decoding, described, config, training, store, placement):
     if CIDER in rewards:
         made.append(CiderReward(dataset.references))
     if CLIP in rewards:
-        encoder = encoder_of(config, args.init_from, args.clip_model_type, described is not None, device)
+        encoder = encoder_of(config, args.checkpoint, args.clip_model_type, described is not None, device)
         encoder.check_texts(f"--reward {training.reward}")
         made.append(ClipReward(encoder))
     objective = SelfCritical(
@@ -182,10 +183,11 @@ def main(argv=None):
     """Train as the command line says."""
     args = get_parser().parse_args(argv)
     check_flags(args)
-    weights = load_weights(args.init_from)
+    args.checkpoint = checkpoint_file(args.init_from, "--init_from")
+    weights = load_weights(args.checkpoint)
     config, described = captioner_config(args, weights)
     args.only_prefix = config.only_prefix
-    decoding = stored_decoding(args.init_from) or (OPT_DECODING if OPT_EMBEDDINGS in weights else DecodingConfig())
+    decoding = stored_decoding(args.checkpoint) or (OPT_DECODING if OPT_EMBEDDINGS in weights else DecodingConfig())
 
     def configure(args, store, val_store):
         check_data(store, config, described, args.init_from)

@@ -63,8 +63,10 @@ def _form(name):
     return form if colon and form in FAMILIES else None
 
 
-def split_path(name):
+def split_path(name, base=""):
     """Return (what comes before the file or folder in a name, its path), the path None where it names a model.
+
+    `base` is where else a folder of `hf:FOLDER` may lie.
 
     `open_clip:ViT-B-32/clip.pt` gives ("open_clip:ViT-B-32/", "clip.pt"), whether the file is there or not.
     """
@@ -76,7 +78,8 @@ def split_path(name):
         model, slash, rest = rest.partition("/")
         is_path = os.path.isfile(rest) or os.path.splitext(rest)[1] in SUFFIXES
         return f"{form}:{model}{slash}", rest if is_path else None
-    return f"{form}:", rest if form == "local-dir" or (form == "hf" and os.path.isdir(rest)) else None
+    is_folder = any(os.path.isdir(folder) for folder in (rest, os.path.join(base, rest)))
+    return f"{form}:", rest if form == "local-dir" or (form == "hf" and is_folder) else None
 
 
 def named_sha256(name):

@@ -13,9 +13,9 @@ from features.tars import TarMember
 from models.checkpoint import config_path, load_captioner
 from models.decoding import NO_RERANK, DecodingConfig, generate_captions
 from models.placement import place
-from models.pretrained import ALIASES, DEMO, DEMO_CHECKPOINT, NAMES, PRETRAINED, fetch
+from models.pretrained import ALIASES, PRETRAINED, checkpoint_file
 from models.rerank import Reranker, draws_samples
-from utils.cli import in_words, nearest
+from utils.cli import in_words
 from utils.devices import Placement, pick_devices
 from utils.files import read_json, sha256
 from utils.precision import pick_dtype, prepare_for_inference
@@ -33,7 +33,7 @@ class Captioner:
         """Load everything.
 
         Args:
-            checkpoint: `coco`, `conceptual`, `coco-transformer`, `demo`, or a file.
+            checkpoint: see `checkpoint_file`.
             clip_model_type, language_model, normalize_prefix: what a bare checkpoint does not say.
             device, pn, offload_dir, max_memory: the flags of these names; None takes a GPU if there is one.
             dtype: the flag --dtype.
@@ -46,15 +46,9 @@ class Captioner:
         name = ALIASES.get(checkpoint, checkpoint)
         if name in PRETRAINED:
             pretrained = PRETRAINED[name]
-            checkpoint = fetch(name)
             clip_model_type = clip_model_type or pretrained.clip_model_type
             normalize_prefix = pretrained.normalize_prefix if normalize_prefix is None else normalize_prefix
-        elif name == DEMO:
-            checkpoint = DEMO_CHECKPOINT
-        elif not Path(checkpoint).exists() and os.sep not in str(checkpoint) and "." not in str(checkpoint):
-            raise FileNotFoundError(
-                f"--checkpoint {checkpoint} is neither a file nor one of {', '.join(NAMES)}{nearest(checkpoint, NAMES)}"
-            )
+        checkpoint = checkpoint_file(checkpoint)
         self.model, self.tokenizer, described = load_captioner(
             checkpoint, language_model, normalize_prefix, self.device
         )
@@ -116,9 +110,10 @@ def stored_decoding(checkpoint):
         checkpoint: as that of Captioner.
     Raises: ValueError where the json is malformed or holds an unknown setting.
     """
-    name = ALIASES.get(checkpoint, checkpoint)
-    path = config_path(DEMO_CHECKPOINT if name == DEMO else name)
-    stored = read_json(path) if name not in PRETRAINED and path.is_file() else None
+    if ALIASES.get(checkpoint, checkpoint) in PRETRAINED:
+        return None
+    path = config_path(checkpoint_file(checkpoint, with_weights=False))
+    stored = read_json(path) if path.is_file() else None
     if not isinstance(stored, dict) or "decoding" not in stored:
         return None
     return DecodingConfig.from_dict(stored["decoding"], path)
@@ -166,7 +161,7 @@ def encoder_source(config, checkpoint, given, described):
         return given
     if not own:
         raise ValueError(f"{checkpoint} does not say which encoder it was trained on; pass --clip_model_type")
-    prefix, path = split_path(own)
+    prefix, path = split_path(own, config_path(checkpoint).parent)
     if not config.clip_sha256 or (path is None and encoder_sha256(own) in (None, config.clip_sha256)):
         return own  # a name that says no hash is compared when its weights are here
     # a file may be named from where training ran, or from beside the checkpoint
@@ -179,7 +174,7 @@ def encoder_source(config, checkpoint, given, described):
 
 
 def captioner_files(checkpoint, clip_model_type=None, language_model=None):
-    """Return the files that a captioner is loaded from, as far as the arguments and its json name them.
+    """Return the files here that a captioner is loaded from, as far as the arguments and its json name them.
 
     Args:
         checkpoint, clip_model_type, language_model: as of `Captioner`.
@@ -188,7 +183,7 @@ def captioner_files(checkpoint, clip_model_type=None, language_model=None):
     if ALIASES.get(checkpoint, checkpoint) in PRETRAINED:
         files, described = [], Path("none")
     else:
-        checkpoint = DEMO_CHECKPOINT if checkpoint == DEMO else checkpoint
+        checkpoint = checkpoint_file(checkpoint, with_weights=False)
         described = config_path(checkpoint)
         files = [checkpoint, described]
     if described.is_file():

@@ -177,6 +177,7 @@ def checkpoint_layers(gpt):
 
 def _from_pretrained(auto_class, source, **options):
     """Call `auto_class.from_pretrained`, from the disk where possible, without minutes of retries elsewhere."""
+    options["trust_remote_code"] = False  # else transformers asks on the terminal whether to run what a folder holds
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file() and auto_class is not AutoTokenizer:
         raise FileNotFoundError(f"{source} holds no config.json: --language_model takes a model's folder or a hub name")
     try:

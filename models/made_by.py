@@ -4,7 +4,7 @@ import os
 from dataclasses import asdict
 
 from models.captioner import captioner_files
-from models.pretrained import ALIASES, PRETRAINED
+from models.pretrained import ALIASES, PRETRAINED, checkpoint_file
 from utils.files import sha256
 
 
@@ -15,10 +15,12 @@ def made_by(args, decoding):
         args: of the command line, with the flags of `predict.add_captioner_flags`.
         decoding: DecodingConfig.
     """
+    name = ALIASES.get(args.checkpoint, args.checkpoint)
+    if name not in PRETRAINED:
+        checkpoint_file(name)  # so that a captioner of the hub is here by now
     files = captioner_files(args.checkpoint, args.clip_model_type, args.language_model)
     digests = sorted({sha256(file) for file in files if os.path.isfile(file)})
     # of what is no file, as the published captioners and names of the hub, no more is known
-    name = ALIASES.get(args.checkpoint, args.checkpoint)
     names = {"checkpoint": name} if name in PRETRAINED else {}  # whatever lies in a folder of that name
     named = {flag: getattr(args, flag) for flag in ("clip_model_type", "language_model")}
     names |= {flag: name for flag, name in named.items() if name and not os.path.exists(name)}

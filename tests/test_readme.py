@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
@@ -17,7 +18,7 @@ import parse_conceptual
 from encoders import openai_clip
 from features import references
 from metrics import coco
-from models import captioner, language, pretrained
+from models import language, pretrained
 from utils.files import read_json, write_json
 
 
@@ -130,14 +131,14 @@ def workplace(tmp_path, photos, clip_file, language_model, twelve_layers, monkey
 
     monkeypatch.setattr(openai_clip, "_load", clip_of_that_name)
     monkeypatch.setattr(language, "_from_pretrained", model_of_that_name)
-    monkeypatch.setattr(captioner, "fetch", fetched)
+    monkeypatch.setattr(pretrained, "fetch", fetched)
     monkeypatch.setattr(parse_conceptual, "Fetcher", Pictures(photos))
     return tmp_path
 
 
 def fetched(name):
     """Return the captioner that an earlier command trained, as if it were the published one."""
-    return f"published/{name}/coco_prefix_latest.pt"
+    return Path(f"published/{name}/coco_prefix_latest.pt")
 
 
 def publish(folder, name):
