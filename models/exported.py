@@ -43,7 +43,7 @@ class ExportedCaptioner(Captioner):
 
     def __init__(self, folder):
         """Load a folder that export.py wrote; raises ValueError where it is incomplete or of another version."""
-        self.runtime = runtime().Captioner(folder)
+        self.runtime = runtime().Captioner(folder, torch.get_num_threads())
         self.decoding = DecodingConfig.from_dict(self.runtime.config["decoding"], Path(folder) / "captioner.json")
         self.encoder = ExportedEncoder(self.runtime)
 
