@@ -18,13 +18,13 @@ import matplotlib.figure
 import torch
 import transformers
 
-from benchmarks import bulk, captioning, extraction, measure, storing, tokens, towers, training, workload
+from benchmarks import bulk, captioning, extraction, measure, serving, storing, tokens, towers, training, workload
 from utils.files import atomic_path, read_json, write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 SECTIONS = {
     "captioning": captioning, "extraction": extraction, "towers": towers, "training": training, "storing": storing,
-    "tokens": tokens, "bulk": bulk,
+    "tokens": tokens, "bulk": bulk, "serving": serving,
 }  # fmt: skip
 TITLES = {
     "captioning": "Captioning: GPT-2 124M, prefix 10",
@@ -34,6 +34,7 @@ TITLES = {
     "storing": "Folders of shards: embeddings of 512, the demo's small captioner, batch 40",
     "tokens": "Stores of tokens: read and trained on",
     "bulk": "At scale: tars of JPEG files of 640 x 480, ViT-B/32; stored embeddings, GPT-2 124M",
+    "serving": "Serving: app.py with the demo's captioner, batches of 16",
 }
 NOTES = {
     "captioning": "`plain` runs the whole sequence again for every token, one image at a time; `generate` is "
@@ -50,6 +51,9 @@ NOTES = {
     "language model too. Every row is beside `plain` in fp32, measured in turn with it.",
     "bulk": "`encode_images` is given pixels that lie ready. From tars, other processes decode; they take as long to "
     "start for any number of tars. Memory is that of one process which goes through tars of two small pictures each.",
+    "serving": "Clients, in another process on the same processor, each ask for the next of 256 pictures as soon as "
+    "they have an answer; `offline` captions the same files in batches, in turn. `share`: of its rate. The plain "
+    "endpoint is one request; gradio's is three: an upload, a question, a wait for its turn.",
     "storing": "Resident memory includes Python, torch, the models and all that is mapped at that moment.",
     "tokens": "Random batches of 40 are gathered by one thread while training, which is a resampler and a frozen GPT-2 "
     "124M in bf16, computes. `from the disk`: none of the rows held in memory by the system before. `x`: rows read, "
