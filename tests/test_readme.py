@@ -212,7 +212,15 @@ def test_servers_know_their_flags():
         importlib.import_module(words[0].removesuffix(".py")).get_parser().parse_args(words[1:])
 
 
-@pytest.mark.parametrize("page", ("README.md", "data/README.md", "docs/your_data.md", "docs/reproduce.md"))
+@pytest.mark.parametrize(
+    "page",
+    (
+        "README.md",
+        "CONTRIBUTING.md",
+        "data/README.md",
+        *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
+    ),
+)
 def test_links_and_files_exist(page):
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)|src=\"([^\"]+)\"", (ROOT / page).read_text()):
         path = next(filter(None, target))
