@@ -6,7 +6,7 @@ BASE := $(VENV)/.installed
 STAMP := $(VENV)/.installed-test
 EXPORT := $(VENV)/.installed-export
 
-.PHONY: demo browser test lint demo-weights clean
+.PHONY: demo demo-full browser test lint demo-weights clean
 
 $(BASE): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ $(STAMP): $(BASE)
 
 demo: $(BASE)
 	$(VENV)/bin/python -m demo.run $(DEMO_FLAGS)
+
+# two captioners on more scenes: the figures of the README
+demo-full: $(BASE)
+	$(VENV)/bin/python -m demo.run --full --out demo/out/full
 
 # captions in the browser: exports the demo's captioner, fetches onnxruntime-web by npm, serves the page
 $(EXPORT): $(BASE)
@@ -42,7 +46,7 @@ demo-weights: $(BASE)
 	$(VENV)/bin/python -m demo.clip_cache
 	$(VENV)/bin/python -m demo.train_clip
 	$(VENV)/bin/python -m demo.train_gpt2
-	$(VENV)/bin/python -m demo.run --save_weights
+	$(VENV)/bin/python -m demo.run --full --out demo/out/full --save_weights
 
 clean:
 	rm -rf $(VENV) demo/out docs/browser/captioner docs/browser/vendor

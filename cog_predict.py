@@ -14,11 +14,12 @@ import os
 import sys
 
 from features.images import ImageError
-from models.captioner_files import is_export
-from models.pretrained import NAMES
-from utils.cli import VERSION, Parser, late_imports, note, positive_int, run
+from models.exported import is_export
+from models.predictor import Predictor as Captioners
+from models.pretrained import NAMES, repository_of
+from utils.cli import VERSION, Parser, note, positive_int, run
 from utils.files import write_json
-from utils.flags import DTYPES, add_dtype_flag
+from utils.precision import DTYPES, add_dtype_flag
 
 if importlib.util.find_spec("cog") is None:
     note('error: cog_predict.py needs cog; run: pip install -e ".[serve]"')
@@ -43,8 +44,6 @@ class Predictor(BaseRunner):
         """
         own, dtype = os.environ.get(CHECKPOINT), os.environ.get(DTYPE)
         check_own(own, dtype)
-        with late_imports():
-            from models.predictor import Predictor as Captioners
         self.predictor = Captioners()
         self.predictor.setup({name: name for name in NAMES} | ({OWN: own} if own else {}), dtype=dtype)
         if own:
@@ -80,8 +79,8 @@ def check_own(checkpoint, dtype):
     """Refuse a captioner of the server's own, or a number type, that there is none of; raises ValueError."""
     if dtype and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
-    if checkpoint and not os.path.exists(checkpoint):
-        raise FileNotFoundError(f"--checkpoint {checkpoint} is no file, and no folder that export.py wrote")
+    if checkpoint and not os.path.exists(checkpoint) and not repository_of(checkpoint):
+        raise FileNotFoundError(f"--checkpoint {checkpoint} is neither a file nor a folder, nor ORG/NAME of the hub")
     if checkpoint and dtype and is_export(checkpoint):
         raise ValueError(f"--dtype {dtype}: {checkpoint} has the numbers that export.py gave it; leave it out")
 
@@ -120,8 +119,10 @@ def get_parser():
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 serves the whole network")
     parser.add_argument("--port", type=positive_int, default=5000, help="port")
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help="a captioner of yours, or a folder that export.py wrote: the model `own`"
-    )
+        "--checkpoint", metavar="FILE",
+        help="a captioner of yours, the model `own`: a file, a folder that export.py wrote, or ORG/NAME of the "
+        "Hugging Face Hub",
+    )  # fmt: skip
     add_dtype_flag(parser)
     return parser
 
@@ -131,7 +132,8 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     check_own(args.checkpoint, args.dtype)
     write_json(SCHEMA, openapi())
-    given = {CHECKPOINT: args.checkpoint and os.path.abspath(args.checkpoint), DTYPE: args.dtype}
+    own = args.checkpoint and os.path.exists(args.checkpoint)
+    given = {CHECKPOINT: os.path.abspath(args.checkpoint) if own else args.checkpoint, DTYPE: args.dtype}
     os.chdir(FOLDER)
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     environment = {"COG_PREDICT_TYPE_STUB": "cog_predict.py:Predictor", "PORT": str(args.port), "PATH": path}

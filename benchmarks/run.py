@@ -2,12 +2,15 @@
 
     python benchmarks/run.py
 
-writes benchmarks/results.md, a picture beside it, and benchmarks/results.json. Takes more than half an hour on 2 cores;
-how long in all was not measured. --only measures some sections again and keeps the others. Systems run in turn and
-medians are given; look at ratios, for absolute figures are this machine's.
+writes benchmarks/results.md, a picture beside it, and the same figures as results.json and results.csv. Takes more than
+half an hour on 2 cores; how long in all was not measured. --only measures some sections again and keeps the others.
+Systems run in turn and medians are given; look at ratios, for absolute figures are this machine's.
 """
 
 import argparse
+import csv
+import datetime
+import io
 import platform
 import sys
 from pathlib import Path
@@ -18,13 +21,13 @@ import matplotlib.figure
 import torch
 import transformers
 
-from benchmarks import bulk, captioning, extraction, measure, storing, tokens, towers, training, workload
+from benchmarks import bulk, captioning, extraction, measure, serving, storing, tokens, towers, training, workload
 from utils.files import atomic_path, read_json, write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 SECTIONS = {
     "captioning": captioning, "extraction": extraction, "towers": towers, "training": training, "storing": storing,
-    "tokens": tokens, "bulk": bulk,
+    "tokens": tokens, "bulk": bulk, "serving": serving,
 }  # fmt: skip
 TITLES = {
     "captioning": "Captioning: GPT-2 124M, prefix 10",
@@ -34,6 +37,7 @@ TITLES = {
     "storing": "Folders of shards: embeddings of 512, the demo's small captioner, batch 40",
     "tokens": "Stores of tokens: read and trained on",
     "bulk": "At scale: tars of JPEG files of 640 x 480, ViT-B/32; stored embeddings, GPT-2 124M",
+    "serving": "Serving: app.py with the demo's captioner, batches of 16",
 }
 NOTES = {
     "captioning": "`plain` runs the whole sequence again for every token, one image at a time; `generate` is "
@@ -50,6 +54,9 @@ NOTES = {
     "language model too. Every row is beside `plain` in fp32, measured in turn with it.",
     "bulk": "`encode_images` is given pixels that lie ready. From tars, other processes decode; they take as long to "
     "start for any number of tars. Memory is that of one process which goes through tars of two small pictures each.",
+    "serving": "Clients, in another process on the same processor, each ask for the next of 256 pictures as soon as "
+    "they have an answer; `offline` captions the same files in batches, in turn. `share`: of its rate. The plain "
+    "endpoint is one request; gradio's is three: an upload, a question, a wait for its turn.",
     "storing": "Resident memory includes Python, torch, the models and all that is mapped at that moment.",
     "tokens": "Random batches of 40 are gathered by one thread while training, which is a resampler and a frozen GPT-2 "
     "124M in bf16, computes. `from the disk`: none of the rows held in memory by the system before. `x`: rows read, "
@@ -108,7 +115,8 @@ def write_results(results, out):
     parts = ["# What it costs, measured", "Made by `python benchmarks/run.py`, medians of systems that ran in turn."]
     for name, section in results.items():
         found = ", ".join(f"{key} {cell(value)}" for key, value in section["limits"].items())
-        parts += [f"## {TITLES[name]}", f"{section['machine']}. Limits measured in the same run: {found} "
+        date = f", {section['date']}" if "date" in section else ""  # not in results of before it was noted
+        parts += [f"## {TITLES[name]}", f"{section['machine']}{date}. Limits measured in the same run: {found} "
                   "(GFLOP/s of products, GB/s of copying and reading).", NOTES[name]]  # fmt: skip
         for title, rows in section["tables"].items():
             parts += [f"### {title[0].upper() + title[1:]}", table(rows)]
@@ -116,6 +124,21 @@ def write_results(results, out):
         draw(results["captioning"]["tables"]["batch"], out / "results.png")
         parts.insert(2, "![Milliseconds per caption](results.png)")
     write_text(out / "results.md", "\n\n".join(parts) + "\n")
+    write_csv(results, out / "results.csv")
+
+
+def write_csv(results, path):
+    """Write every number of the tables as a line of its own, with what it was measured on."""
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(["section", "table", "row", "column", "value", "date", "machine"])
+    for name, section in results.items():
+        for title, rows in section["tables"].items():
+            for number, row in enumerate(rows):
+                for column, value in row.items():
+                    place = [name, title, number, column, value]
+                    writer.writerow([*place, section.get("date", ""), section["machine"]])
+    write_text(path, lines.getvalue())
 
 
 def draw(rows, path):
@@ -149,7 +172,10 @@ def main(argv=None):
         tables = section.run(device, args.repeats, args.quick)
         if hasattr(section, "memory") and device.type == "cpu" and not args.quick:
             tables["peak memory"] = section.memory()
-        results[name] = {"machine": describe_machine(device), "limits": measure.limits(device, side), "tables": tables}
+        results[name] = {
+            "machine": describe_machine(device), "date": datetime.date.today().isoformat(),
+            "limits": measure.limits(device, side), "tables": tables,
+        }  # fmt: skip
         results = {name: results[name] for name in SECTIONS if name in results}
         write_json(stored, results)
         write_results(results, args.out)

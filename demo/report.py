@@ -15,6 +15,7 @@ from pathlib import Path
 from demo.captions import COUNT_WORDS, PLACES, RELATION_WORDS, SIZE_WORDS, judge
 from demo.world import ATTRIBUTES, COLOURS, KINDS, Scene
 from utils.files import read_json, write_json
+from utils.look import PAGE
 
 SAMPLES = 12  # scenes in the first gallery
 EXTREMES = 6  # scenes in "all right" and in "most wrong"
@@ -74,35 +75,37 @@ def read_references(scenes_json, scenes):
 
 
 # ---------------------------------------------------------------- the page
-STYLE = """
-:root { --ink:#1f2430; --soft:#667085; --line:#e4e7ec; --good:#16794c; --bad:#b42318; --paper:#fbfbf9; }
-* { box-sizing:border-box } body { margin:0; background:var(--paper); color:var(--ink);
-  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
-main { max-width:1180px; margin:0 auto; padding:40px 20px 80px }
-h1 { font-size:clamp(1.7rem,4vw,2.5rem); line-height:1.15; margin:0 0 .4em; letter-spacing:-.02em }
-h2 { font-size:1.3rem; margin:2.2em 0 .4em } p { max-width:72ch; margin:.5em 0 } .soft { color:var(--soft) }
-code { background:#f0f1ee; padding:.1em .4em; border-radius:5px; font-size:.9em }
-.scroll { overflow-x:auto; background:#fff; border:1px solid var(--line); border-radius:14px }
-table { border-collapse:collapse; width:100%; font-size:.94rem; font-variant-numeric:tabular-nums }
-th,td { padding:.55em .8em; text-align:right; border-bottom:1px solid var(--line); white-space:nowrap }
-th:first-child,td:first-child { text-align:left } tr:last-child td { border-bottom:0 }
-thead th { color:var(--soft); font-weight:600; font-size:.82rem }
-td small { color:var(--soft); display:block; font-size:.72rem }
-tr.group td { background:#f6f7f4; font-weight:650 }
-td.all { font-weight:700 } tr.floor td { color:var(--soft); font-weight:400 }
-.grid { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr)); gap:16px; margin-top:1em }
-.card { background:#fff; border:1px solid var(--line); border-radius:14px; overflow:hidden;
-  display:flex; gap:14px; padding:14px }
-.card img { width:112px; height:112px; border-radius:10px; flex:none } .card div { min-width:0 }
-.card h3 { font-size:.74rem; color:var(--soft); margin:.6em 0 0; font-weight:600 }
-.card div > h3:first-child { margin-top:0 }
-.card p { margin:0; font-size:.93rem; line-height:1.4 } .ok { color:var(--good) } .no { color:var(--bad) }
-mark { background:#fde3df; color:var(--bad); border-radius:4px; padding:0 .15em }
-details { font-size:.85rem; color:var(--soft) }
-details p { font-size:.85rem }
-.tag { background:#eef1fb; color:#3448a5; border-radius:99px; padding:.05em .6em; font-size:.72rem }
-@media (max-width:420px) { .card { flex-direction:column } .card img { width:100%; height:auto } }
+STYLE = (
+    PAGE
+    + """
+code { background: var(--card); padding: .1em .4em; border-radius: .3em; font-size: .9em; }
+table { width: 100%; font-size: .94rem; }
+th, td { padding: .5rem .75rem; }
+thead th { font-size: .85rem; }
+td small { color: var(--quiet); display: block; font-size: .75rem; }
+tr.group td { font-weight: 650; }
+td.all { font-weight: 700; } tr.floor td { color: var(--quiet); font-weight: 400; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 1rem;
+  margin-top: 1rem; }
+.grid .card { display: flex; gap: .9rem; padding: .9rem; }
+.grid img { width: 112px; height: 112px; border-radius: .5rem; flex: none; } .grid .card div { min-width: 0; }
+.grid h3 { font-size: .8rem; color: var(--quiet); margin: .6em 0 0; font-weight: 600; }
+.grid div > h3:first-child { margin-top: 0; }
+.grid p { margin: 0; font-size: .93rem; line-height: 1.4; }
+.ok { color: var(--good); } .no { color: var(--error); }
+details, details p { font-size: .85rem; color: var(--quiet); }
+.tag { color: var(--accent); border: 1px solid; border-radius: 99px; padding: .05em .6em; font-size: .75rem; }
+@media (max-width: 700px) {  /* a row is a list of what its columns are called and hold */
+  thead { display: none; }
+  tr { display: grid; grid-template-columns: repeat(2, 1fr); border-bottom: 1px solid var(--line); padding: .4rem 0; }
+  td { border: 0; padding: .15rem .75rem; text-align: left; }
+  td:first-child { grid-column: 1 / -1; white-space: normal; font-weight: 650; }
+  td[data-of]::before { content: attr(data-of) ": "; color: var(--quiet); font-weight: 400; }
+  td small { display: inline; margin-left: .4em; }
+  .grid .card { flex-direction: column; } .grid img { width: 100%; height: auto; }
+}
 """
+)
 
 
 def mark_wrong(caption, verdict):
@@ -120,20 +123,26 @@ def _figure_row(name, figures, css=""):
     for column in COLUMNS:
         f = figures[column]
         share = "–" if f["share"] is None else f"{100 * f['share']:.1f}&nbsp;%"
-        cells.append(f'<td class="{column}">{share}<small>{f["right"]}/{f["of"]}</small></td>')
+        cells.append(
+            f'<td class="{column}" data-of="{_title(column)}">{share}<small>{f["right"]}/{f["of"]}</small></td>'
+        )
     return f'<tr class="{css}"><td>{html.escape(name)}</td>{"".join(cells)}</tr>'
+
+
+def _title(column):
+    return "all right" if column == "all" else column
 
 
 def figure_table(results):
     """Return the html table of {variant: {part: figures}}."""
-    head = "".join(f"<th>{'all right' if c == 'all' else c}</th>" for c in COLUMNS)
+    head = "".join(f'<th scope="col">{_title(column)}</th>' for column in COLUMNS)
     rows = []
     for part in PARTS:
         number = next(iter(results.values()))[part]["scenes"]
         rows.append(f'<tr class="group"><td colspan="{len(COLUMNS) + 1}">{part} ({number:,} scenes)</td></tr>')
         rows += [_figure_row(n, f[part], "floor" if n == FLOOR else "") for n, f in results.items()]
     body = "".join(rows)
-    return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="card"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def scene_card(record, image, said, verdicts, references):
@@ -180,7 +189,7 @@ small CLIP and a small GPT-2 that know nothing else. It shows that the whole way
 compares variants exactly; it says nothing about photographs.</p>
 <p>To caption photographs, use the published weights: <code>python predict.py photo.jpg --checkpoint coco</code>.</p>
 <h2>Share of captions that are right</h2>
-<p class="soft">A caption is read back by a grammar and compared with what was drawn. “All right” asks for every
+<p class="quiet">A caption is read back by a grammar and compared with what was drawn. “All right” asks for every
 attribute at once; relation is counted where a scene has two groups; an unreadable caption is wrong in
 everything. Unseen combinations (such as a purple star) occur in no training picture and no training caption of any
 part, CLIP included.</p>"""
@@ -191,7 +200,7 @@ def build_page(results, galleries):
     parts = [INTRO, figure_table(results)]
     for title, remark, cards in galleries:
         if cards:
-            parts.append(f'<h2>{title}</h2><p class="soft">{remark}</p><div class="grid">{"".join(cards)}</div>')
+            parts.append(f'<h2>{title}</h2><p class="quiet">{remark}</p><div class="grid">{"".join(cards)}</div>')
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><title>Demo report</title>'

@@ -1,10 +1,10 @@
-"""Run the whole way on the made world: draw, extract, train two variants, caption, report.
+"""Run the whole way on the made world: draw, extract, train, caption, report.
 
     python -m demo.run --out demo/out
 
-Input: demo/weights. Output: `world/`, feature stores, `mlp/` and `transformer/` checkpoints,
-captions jsons, report.html and report.json in `--out`. Every stage is the repository's own
-command; a stage that was finished with the same command is skipped on a rerun.
+Input: demo/weights. Output: `world/`, a feature store, a folder with a checkpoint per captioner, captions jsons,
+report.html and report.json in `--out`. One captioner is trained, two of them with --full. Every stage is the
+repository's own command; a stage that was finished with the same command is skipped on a rerun.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from demo.report import summary_lines, write_report
@@ -44,6 +44,24 @@ VARIANTS = (
     Variant("transformer", "transformer + frozen GPT-2", 6, (
         "--only_prefix", "--mapping_type", "transformer", "--num_layers", "2", "--lr", "2e-3")),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of it is run: training and test scenes, captioners, epochs of each (None: its own), and what to say."""
+
+    scenes: int
+    test: int
+    variants: tuple
+    epochs: int | None
+    takes: str
+
+
+SIZES = {
+    "short": Size(600, 80, VARIANTS, 2, "a minute or two, to see that everything runs"),
+    "usual": Size(6000, 500, VARIANTS[:1], 4, "some minutes on two cores"),
+    "full": Size(9000, 1000, VARIANTS, None, "up to half an hour on two cores"),
+}
 TRAINING = ("--bs", "100", "--warmup_steps", "100", "--prefix_length", "10", "--prefix_length_clip", "10")
 
 
@@ -160,23 +178,25 @@ def save_weights(out, variant, folder):
     print(f"{folder / 'demo_latest.pt'}: {(folder / 'demo_latest.pt').stat().st_size / 1e6:.2f} MB")
 
 
-def run_demo(stages, scenes, test, epochs):
+def run_demo(stages, size):
     """Run everything.
 
     Args:
         stages: Stages of the folder to write.
-        scenes: training scenes.
-        test: test scenes.
-        epochs: of every variant, or None for its own.
+        size: Size.
     Returns: the figures of report.json.
     """
     began, out = time.monotonic(), stages.out
-    world, store = draw_world(stages, scenes, test), out / "train.pkl"
+    print(
+        f"{size.scenes:,} training scenes and {size.test:,} test scenes are drawn, encoded by a small CLIP, "
+        f"{' and '.join(v.title for v in size.variants)} trained on them, and the test scenes captioned: {size.takes}"
+    )
+    world, store = draw_world(stages, size.scenes, size.test), out / "train.pkl"
     stages.script("parse", [
         "parse_coco.py", "--clip_model_type", CLIP, "--annotations", world / "captions_train.json",
         "--images", world / "train", "--out", store,
     ], [store])  # fmt: skip
-    variants = {v.title: train_variant(stages, v, store, world / "test", epochs) for v in VARIANTS}
+    variants = {v.title: train_variant(stages, v, store, world / "test", size.epochs) for v in size.variants}
     results = write_report(world / "scenes_test.json", variants, world / "test", out / "report.html")
     print("\n".join(summary_lines(results)))
     print(f"{out / 'report.html'}; {time.monotonic() - began:.0f} s in all")
@@ -187,9 +207,12 @@ def get_parser():
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(description="Run the whole way on the made world.")
     parser.add_argument("--out", type=Path, default=Path("demo/out"), help="folder to write")
-    parser.add_argument("--scenes", type=int, help="training scenes (default: 9000; 600 with --short)")
-    parser.add_argument("--test", type=int, help="test scenes (default: 1000; 80 with --short)")
-    parser.add_argument("--short", action="store_true", help="a minute or two, to see that everything runs")
+    parser.add_argument("--scenes", type=int, help="training scenes (default: 6000; 9000 with --full)")
+    parser.add_argument("--test", type=int, help="test scenes (default: 500; 1000 with --full)")
+    size = parser.add_mutually_exclusive_group()
+    for name in ("short", "full"):
+        size.add_argument(f"--{name}", dest="size", action="store_const", const=name, help=SIZES[name].takes)
+    parser.set_defaults(size="usual")
     parser.add_argument("--save_weights", action="store_true", help="keep the MLP variant as the captioner `demo`")
     return parser
 
@@ -197,10 +220,9 @@ def get_parser():
 def main(argv=None):
     """Run the demo the command line asks for."""
     args = get_parser().parse_args(argv)
-    scenes = args.scenes or (600 if args.short else 9000)
-    test = args.test or (80 if args.short else 1000)
+    size = SIZES[args.size]
     with stages_in(args.out) as stages:
-        run_demo(stages, scenes, test, epochs=2 if args.short else None)
+        run_demo(stages, replace(size, scenes=args.scenes or size.scenes, test=args.test or size.test))
     if args.save_weights:
         save_weights(stages.out, VARIANTS[0], (ROOT / CLIP).parent)
 

@@ -6,7 +6,8 @@ A family is a module of its own, which alone imports its library: a class that l
 import importlib
 import os
 
-from encoders.names import SUFFIXES, check_openai, folder_sha256, openai_sha256
+from encoders import openai_clip
+from encoders.base import SUFFIXES, folder_sha256
 from utils.cli import note
 from utils.files import sha256
 
@@ -45,17 +46,6 @@ def load_encoder(name, device="cpu", dtype=None, tokens=None):
     return getattr(family, kind)(name, device, dtype, tokens)
 
 
-def check_encoder(name):
-    """Refuse a name that is none, as far as no library is needed to tell.
-
-    Args:
-        name: what --clip_model_type takes.
-    Raises: ValueError.
-    """
-    if _form(name) is None:
-        check_openai(name)
-
-
 def published(word=""):
     """Yield a Published for every name that holds a word, of the libraries that are installed."""
     for module in ("encoders.openai_clip", *dict.fromkeys(module for module, _, _ in FAMILIES.values())):
@@ -73,25 +63,28 @@ def _form(name):
     return form if colon and form in FAMILIES else None
 
 
-def split_path(name):
+def split_path(name, base=""):
     """Return (what comes before the file or folder in a name, its path), the path None where it names a model.
+
+    `base` is where else a folder of `hf:FOLDER` may lie.
 
     `open_clip:ViT-B-32/clip.pt` gives ("open_clip:ViT-B-32/", "clip.pt"), whether the file is there or not.
     """
     name, form = str(name), _form(name)
     if form is None:
-        return ("", None) if openai_sha256(name) else ("", name)
+        return ("", None) if openai_clip.named_sha256(name) else ("", name)
     rest = name[len(form) + 1 :]
     if form in WITH_FILE:
         model, slash, rest = rest.partition("/")
         is_path = os.path.isfile(rest) or os.path.splitext(rest)[1] in SUFFIXES
         return f"{form}:{model}{slash}", rest if is_path else None
-    return f"{form}:", rest if form == "local-dir" or (form == "hf" and os.path.isdir(rest)) else None
+    is_folder = any(os.path.isdir(folder) for folder in (rest, os.path.join(base, rest)))
+    return f"{form}:", rest if form == "local-dir" or (form == "hf" and is_folder) else None
 
 
 def named_sha256(name):
     """Return the SHA-256 of the one file that a published name stands for; None: it says none."""
-    return None if _form(name) else openai_sha256(name)
+    return None if _form(name) else openai_clip.named_sha256(name)
 
 
 def encoder_sha256(name):

@@ -20,8 +20,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from encoders.base import ImageEncoder, Published, quiet
-from encoders.names import PATCHES, POOLED, folder_sha256
+from encoders.base import PATCHES, POOLED, ImageEncoder, Published, folder_sha256, quiet
 from utils.files import reason
 from utils.hub import cached_first
 

@@ -11,18 +11,20 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from PIL import Image
 from torch import nn
 from torch.export import Dim
 from transformers import DynamicCache
 
 from exporting.weights import Graph, lay_out, quantize, tie
-from models.steps import cache_argument
+from models.steps import CachedStep, cache_argument
 
 TOLERANCE = 1e-3  # largest difference from torch, as a share of the largest number; measured: 1e-6
 ROUNDING = (
     0.5  # root mean square error of rounded weights, as a share of the deviation; measured: 0.03 of 8, 0.17 of 4 bits
 )
 LONGEST = 6  # steps that are compared
+OPSET = 23  # the first with an operator of attention: measured 0.9 of the time per token that its parts take
 
 
 class Encoder(nn.Module):
@@ -37,34 +39,35 @@ class Encoder(nn.Module):
 
 
 class Prefill(nn.Module):
-    """Embedding and prompt tokens [B, T] -> logits of the first token [B, V], keys and values of every layer."""
+    """Embedding [B, D] or [B, K, D] -> prefix [B, P, E]."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, embedding, tokens):
-        return _run(self.model.gpt, DynamicCache(), inputs_embeds=self.model.embed(tokens, embedding))
+    def forward(self, embedding):
+        return self.model.prefix(embedding)
 
 
 class Step(nn.Module):
-    """Tokens [R], the row each goes on from, [R], and the keys and values so far -> the same of the next token."""
+    """The next positions of R rows -> logits of the newest [R, V], and keys and values of every layer.
+
+    One graph for the prefix, which comes first, and for every token after it: a session of its own for either would
+    hold the language model twice. Inputs: a prefix [R, P, E], tokens [R, T], either of them possibly empty; which row
+    each goes on from [R]; keys and values so far, [key, value, key, ...], empty at first.
+    """
 
     def __init__(self, model):
         super().__init__()
         self.gpt = model.gpt
 
-    def forward(self, tokens, rows, past):
+    def forward(self, prefix, tokens, rows, past):
         cache = DynamicCache()
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer].index_select(0, rows), past[2 * layer + 1].index_select(0, rows), layer)
-        return _run(self.gpt, cache, input_ids=tokens[:, None])
-
-
-def _run(gpt, cache, **inputs):
-    """Return logits [R, V] of the newest position, and [key, value, key, ...] of the layers."""
-    out = gpt(**inputs, **{cache_argument(gpt): cache}, use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1], [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        embedded = torch.cat((prefix, self.gpt.get_input_embeddings()(tokens)), dim=1)
+        out = self.gpt(inputs_embeds=embedded, **{cache_argument(self.gpt): cache}, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1], _layers(cache)
 
 
 @torch.no_grad()
@@ -83,46 +86,42 @@ def make_graphs(captioner, folder, dtype):
         raise ValueError(
             f"a {gpt.config.model_type} cannot be exported: {type(gpt).__name__} has no keys and values to hand on"
         )
-    rows = gpt.get_input_embeddings().num_embeddings
+    vocabulary = gpt.get_input_embeddings().num_embeddings
     torch.manual_seed(0)
-    embedding, prompt = torch.randn(3, *model.config.shape), torch.randint(rows, (3, 2))
-    pixels = torch.stack([captioner.encoder.preprocess(_picture(seed)) for seed in range(2)])
-    _, past = Prefill(model)(embedding, prompt)
+    embedding, pixels = torch.randn(3, *model.config.shape), _pixels(captioner.encoder)
+    prefix = model.prefix(embedding)
+    past = _layers(CachedStep(gpt, prefix).cache)
     each, several = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     names = [f"{what}.{layer}" for layer in range(len(past) // 2) for what in ("key", "value")]
-    past_names = [f"past_{name}" for name in names]
     plans = {
         "encoder": (Encoder(captioner.encoder), (pixels,), (each,), ["pixels"], ["embedding"]),
-        "prefill": (Prefill(model), (embedding, prompt), (each, several), ["embedding", "tokens"], ["logits", *names]),
+        "prefill": (Prefill(model), (embedding,), (each,), ["embedding"], ["prefix"]),
         "step": (
-            Step(model), (torch.tensor([1, 2]), torch.tensor([2, 0]), past),
-            (each, each, [{0: Dim.DYNAMIC, 2: Dim.DYNAMIC}] * len(past)),
-            ["tokens", "rows", *past_names], ["logits", *names],
+            Step(model), (prefix[:2], torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([2, 0]), past),
+            (several, several, each, [{0: Dim.DYNAMIC, 2: Dim.DYNAMIC}] * len(past)),
+            ["prefix", "tokens", "rows", *(f"past_{name}" for name in names)], ["logits", *names],
         ),
     }  # fmt: skip
     for name, plan in plans.items():
         _export(name, folder / f"{name}.onnx", *plan)
-    sessions = {name: onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in plans}
-    _compare("encoder", sessions["encoder"], [pixels], [plans["encoder"][0](pixels)])
-    _compare_steps(sessions, model, rows)
-    del sessions
+    _compare("encoder", _session(folder, "encoder"), [pixels], plans["encoder"][0](pixels))
+    _compare("prefill", _session(folder, "prefill"), [embedding], prefix)
+    _compare_steps(_session(folder, "step"), model, vocabulary)
     for name in plans:
         graph = Graph(onnx.load(folder / f"{name}.onnx"))
         lay_out(graph)
+        rows, bits = (0, 8) if name == "encoder" else (vocabulary, int(dtype.removeprefix("fp").removeprefix("int")))
         if dtype == "fp32":
             tie(graph, rows)
         else:
-            quantize(
-                graph, 8 if name == "encoder" else int(dtype.removeprefix("int")), rows if name != "encoder" else 0
-            )
+            quantize(graph, bits, rows)
         yield name, graph.finish()
 
 
-def _picture(seed):
-    """Return a made RGB picture."""
-    from PIL import Image
-
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 80, 3), dtype=np.uint8))
+def _pixels(encoder):
+    """Return the pixels [2, 3, H, W] of made pictures."""
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 64, 80, 3), dtype=np.uint8)
+    return torch.stack([encoder.preprocess(Image.fromarray(picture)) for picture in pictures])
 
 
 def _export(name, path, module, arguments, shapes, inputs, outputs):
@@ -135,7 +134,7 @@ def _export(name, path, module, arguments, shapes, inputs, outputs):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module.eval(), arguments, dynamo=True, dynamic_shapes=shapes, input_names=inputs, output_names=outputs,
-                verbose=False,
+                opset_version=OPSET, verbose=False,
             )  # fmt: skip
         program.save(path, external_data=True)
     except Exception as error:  # tracing runs the model's own code, which raises whatever it likes
@@ -163,44 +162,63 @@ def blame(error, module):
     return operator or said.splitlines()[0][:160], layer or type(module).__name__
 
 
-def _compare_steps(sessions, model, rows):
-    """Compare prefill and steps on one image and on several, with prompts and without, rows dropped and repeated."""
+def _compare_steps(session, model, vocabulary):
+    """Compare steps on one image and on several, with prompts and without, rows dropped and repeated."""
     for images, length in ((1, 0), (2, 1), (3, 4)):
-        embedding, prompt = torch.randn(images, *model.config.shape), torch.randint(rows, (images, length))
-        logits, past = Prefill(model)(embedding, prompt)
-        given = [embedding, prompt]
-        found = _compare("prefill", sessions["prefill"], given, [logits, *past])
+        embedding, prompt = torch.randn(images, *model.config.shape), torch.randint(vocabulary, (images, length))
+        step = CachedStep(model.gpt, model.embed(prompt, embedding))
+        given = [model.prefix(embedding), prompt, torch.arange(images)]
+        found = _compare("step", session, [*given, *(layer[:, :, :0] for layer in _layers(step.cache))], step.first)
         for number in range(LONGEST):
-            sources = torch.randint(len(past[0]), (number % 4 + 1,))
-            tokens = torch.randint(rows, (len(sources),))
-            logits, past = Step(model)(tokens, sources, past)
-            found = _compare("step", sessions["step"], [tokens, sources, *found[1:]], [logits, *past])
+            sources = torch.randint(len(found[0]), (number % 4 + 1,))
+            tokens = torch.randint(vocabulary, (len(sources), 1))
+            step.select(sources)
+            given = [torch.empty(len(sources), 0, given[0].shape[-1]), tokens, sources]
+            found = _compare("step", session, [*given, *found[1:]], step(tokens[:, 0]))
 
 
 def _compare(name, session, given, expected):
-    """Return a graph's outputs, after comparing them with torch's; raises ValueError."""
-    feeds = {put.name: np.asarray(value) for put, value in zip(session.get_inputs(), given, strict=True)}
-    found = session.run(None, feeds)
-    for output, array, tensor in zip(session.get_outputs(), found, expected, strict=True):
-        largest = tensor.nan_to_num(0, 0, 0).abs().max().item()
-        if array.shape != tuple(tensor.shape) or not np.allclose(
-            array, tensor.numpy(), rtol=0, atol=TOLERANCE * largest, equal_nan=True
-        ):
-            raise ValueError(f"the {name} cannot be exported to ONNX: the graph's {output.name} differs from torch's")
+    """Return a graph's outputs, after comparing the first with torch's; raises ValueError."""
+    found = session.run(None, _feeds(session, given))
+    largest = expected.nan_to_num(0, 0, 0).abs().max().item()
+    if found[0].shape != tuple(expected.shape) or not np.allclose(
+        found[0], expected.numpy(), rtol=0, atol=TOLERANCE * largest, equal_nan=True
+    ):
+        raise ValueError(
+            f"the {name} cannot be exported to ONNX: the graph's {session.get_outputs()[0].name} differs from torch's"
+        )
     return found
+
+
+def _feeds(session, given):
+    """Return a graph's inputs by their names."""
+    return {put.name: np.asarray(value) for put, value in zip(session.get_inputs(), given, strict=True)}
+
+
+def _session(folder, name):
+    return onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
+
+
+def _layers(cache):
+    """Return [key, value, key, ...] of the layers of transformers' cache, each [R, H, S, E / H]."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 @torch.no_grad()
 def check_rounding(captioner, folder):
     """Refuse written graphs whose weights, rounded as they are, compute something else; raises ValueError."""
     torch.manual_seed(0)
-    pixels = torch.stack([captioner.encoder.preprocess(_picture(seed)) for seed in range(2)])
+    model, pixels = captioner.model, _pixels(captioner.encoder)
     embedding = Encoder(captioner.encoder)(pixels)
-    tokens = torch.randint(captioner.model.gpt.get_input_embeddings().num_embeddings, (2, 2))
-    logits, _ = Prefill(captioner.model)(embedding, tokens)
-    for name, given, expected in (("encoder", [pixels], embedding), ("prefill", [embedding, tokens], logits)):
-        session = onnxruntime.InferenceSession(folder / f"{name}.onnx")
-        feeds = {put.name: value.numpy() for put, value in zip(session.get_inputs(), given, strict=True)}
-        error = np.square(session.run(None, feeds)[0] - expected.numpy()).mean() ** 0.5
+    prefix, tokens = model.prefix(embedding), torch.randint(model.gpt.get_input_embeddings().num_embeddings, (2, 2))
+    step = CachedStep(model.gpt, model.embed(tokens, embedding))
+    empty = [layer[:, :, :0] for layer in _layers(step.cache)]
+    for name, given, expected in (
+        ("encoder", [pixels], embedding),
+        ("prefill", [embedding], prefix),
+        ("step", [prefix, tokens, torch.arange(2), *empty], step.first),
+    ):
+        session = _session(folder, name)
+        error = np.square(session.run(None, _feeds(session, given))[0] - expected.numpy()).mean() ** 0.5
         if not error <= ROUNDING * expected.std().item():
             raise ValueError(f"the {name} does not bear fewer bits: its output is off by {error:.2g}; use --dtype fp32")

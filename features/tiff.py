@@ -10,8 +10,7 @@ import tifffile
 from PIL import Image, UnidentifiedImageError
 from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG
 
-from features.arrays import from_array
-from features.images import ImageError, check_pixels, decode_with_pillow, turned
+from features.images import ImageError, check_pixels, decode_with_pillow, from_array, turned
 
 GREY, INVERTED, RGB, PALETTE, CMYK, YCBCR, CIELAB, ICCLAB = (
     PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB, PHOTOMETRIC.PALETTE, PHOTOMETRIC.SEPARATED,

@@ -3,41 +3,37 @@
 import base64
 import html
 import io
+import re
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from utils.look import PAGE
+
 IMAGE_SIDE = 480
 UNDEFINED = "not defined on one image"  # the one reason why a metric has no value: see metrics.coco, CIDEr
 TOKENIZERS = {"java": "Stanford PTBTokenizer", "python": "Penn Treebank, without Java"}
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem; max-width: 78rem; font: 16px/1.5 system-ui, sans-serif; color: #1d2433;
-  background: #fff; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.25rem 0 .75rem; }
-p { margin: .25rem 0; max-width: 48rem; }
-.quiet { color: #5a6478; font-size: .9rem; }
+STYLE = (
+    PAGE
+    + """
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .9rem .35rem 0; text-align: right; border-bottom: 1px solid #e3e7ee; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-th { font-weight: 600; color: #5a6478; }
+th, td { padding: .35rem .9rem .35rem 0; }
 td.value { font-weight: 600; }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
-.card { border: 1px solid #e3e7ee; border-radius: .5rem; overflow: hidden; overflow-wrap: anywhere; }
-.card img { display: block; width: 100%; height: 12rem; object-fit: contain; background: #f4f6f9; }
+.card { overflow-wrap: anywhere; }
+.card img { display: block; width: 100%; height: 12rem; object-fit: contain; background: var(--page); }
 .card div { padding: .75rem .9rem; }
-.card ul { margin: .5rem 0 0; padding-left: 1.1rem; color: #5a6478; font-size: .9rem; }
+.card ul { margin: .5rem 0 0; padding-left: 1.1rem; color: var(--quiet); font-size: .9rem; }
 .caption { font-weight: 600; margin: 0; }
 .other { margin: .35rem 0 0; }
 .tables { display: flex; flex-wrap: wrap; gap: 0 3.5rem; align-items: flex-start; }
 .tables > section { max-width: 100%; }
 .tables .quiet { max-width: 26rem; margin-top: .5rem; overflow-wrap: anywhere; }
-.head { display: flex; justify-content: space-between; gap: 1rem; margin: 0 0 .4rem; color: #5a6478;
+.head { display: flex; justify-content: space-between; gap: 1rem; margin: 0 0 .4rem; color: var(--quiet);
   font-size: .85rem; }
 """
+)
+SHORT = 3  # letters of a word that is never marked, such as "the"
 
 
 def tables(result):
@@ -134,9 +130,8 @@ def render(result, best, worst):
     other = Path(comparison["captions"]).name if comparison else ""
     sections = "".join(_section(*table) for table in tables(result))
     cards = "".join(
-        f"<h2>{name} images by {metric}</h2><div class='cards'>"
-        + "".join(_card(example, metric, other) for example in examples)
-        + "</div>"
+        f"<h2>{name} images by {metric}</h2><p class='quiet'>Marked: longer words that no reference of the image "
+        "has.</p><div class='cards'>" + "".join(_card(example, metric, other) for example in examples) + "</div>"
         for name, examples in (("Best", best), ("Worst", worst))
         if examples
     )
@@ -154,6 +149,16 @@ def render(result, best, worst):
 
 def _text(value):
     return html.escape(str(value), quote=True)
+
+
+def mark_unsaid(caption, references):
+    """Return a caption as HTML, its words of more than SHORT letters marked that none of the references has."""
+    said = {word for reference in references for word in re.findall(r"\w+", reference.lower())}
+    pieces = re.split(r"(\w+)", caption)  # words at odd places
+    for place in range(1, len(pieces), 2):
+        word = pieces[place]
+        pieces[place] = f"<mark>{word}</mark>" if len(word) > SHORT and word.lower() not in said else word
+    return "".join(piece if place % 2 else _text(piece) for place, piece in enumerate(pieces))
 
 
 def _section(heading, head, rows, notes):
@@ -175,8 +180,9 @@ def _section(heading, head, rows, notes):
 def _card(example, metric, other):
     """One image, its score, the systems' captions and the references."""
     image = f"<img alt='image {_text(example['image_id'])}' src='{example['image']}'>" if example["image"] else ""
-    captions = f"<p class='caption'>{_text(example['captions'][0])}</p>"
-    captions += "".join(f"<p class='other'>{_text(other)}: {_text(text)}</p>" for text in example["captions"][1:])
+    own, *others = (mark_unsaid(text, example["references"]) for text in example["captions"])
+    captions = f"<p class='caption'>{own}</p>"
+    captions += "".join(f"<p class='other'>{_text(other)}: {text}</p>" for text in others)
     references = "".join(f"<li>{_text(reference)}</li>" for reference in example["references"])
     return (
         f"<article class='card'>{image}<div><p class='head'><span>{_text(example['image_id'])}</span>"

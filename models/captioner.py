@@ -4,22 +4,20 @@ Axes: B batch, D CLIP width.
 """
 
 import hashlib
+import os
 from pathlib import Path
 
 from encoders import encoder_sha256, load_encoder, split_path
 from features.loader import encode_files
 from features.tars import TarMember
-from models.captioner_files import config_path, stored_decoding
-from models.checkpoint import load_captioner
-from models.decoding import generate_captions
+from models.checkpoint import config_path, load_captioner
+from models.decoding import NO_RERANK, DecodingConfig, generate_captions
 from models.placement import place
-from models.pretrained import ALIASES, DEMO, DEMO_CHECKPOINT, PRETRAINED, check_name, fetch
+from models.pretrained import ALIASES, PRETRAINED, checkpoint_file
 from models.rerank import Reranker, draws_samples
-from models.settings import NO_RERANK, DecodingConfig
 from utils.cli import in_words
-from utils.devices import pick_devices
-from utils.files import sha256
-from utils.flags import Placement
+from utils.devices import Placement, pick_devices
+from utils.files import read_json, sha256
 from utils.precision import pick_dtype, prepare_for_inference
 
 
@@ -35,7 +33,7 @@ class Captioner:
         """Load everything.
 
         Args:
-            checkpoint: `coco`, `conceptual`, `coco-transformer`, `demo`, or a file.
+            checkpoint: see `checkpoint_file`.
             clip_model_type, language_model, normalize_prefix: what a bare checkpoint does not say.
             device, pn, offload_dir, max_memory: the flags of these names; None takes a GPU if there is one.
             dtype: the flag --dtype.
@@ -48,12 +46,9 @@ class Captioner:
         name = ALIASES.get(checkpoint, checkpoint)
         if name in PRETRAINED:
             pretrained = PRETRAINED[name]
-            checkpoint = fetch(name)
             clip_model_type = clip_model_type or pretrained.clip_model_type
             normalize_prefix = pretrained.normalize_prefix if normalize_prefix is None else normalize_prefix
-        elif name == DEMO:
-            checkpoint = DEMO_CHECKPOINT
-        check_name(checkpoint)
+        checkpoint = checkpoint_file(checkpoint)
         self.model, self.tokenizer, described = load_captioner(
             checkpoint, language_model, normalize_prefix, self.device
         )
@@ -102,18 +97,26 @@ class Captioner:
         return generate_captions(self.model, self.tokenizer, embeddings, decoding, keys=keys)
 
 
-def captioner_of(args, with_encoder=True):
-    """Return the Captioner that the command line asks for; `with_encoder` as its own."""
-    return Captioner(
-        args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device, args.pn,
-        args.dtype, args.offload_dir, args.max_memory, with_encoder,
-    )  # fmt: skip
-
-
 def image_key(path):
     """Return what an image file's random numbers come from: its name and bytes, wherever it lies."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if isinstance(path, TarMember) else sha256(path)
     return f"{Path(path).name} {digest}".encode("utf-8", "surrogateescape")
+
+
+def stored_decoding(checkpoint):
+    """Return the DecodingConfig in the json beside a checkpoint, or None where there is none.
+
+    Args:
+        checkpoint: as that of Captioner.
+    Raises: ValueError where the json is malformed or holds an unknown setting.
+    """
+    if ALIASES.get(checkpoint, checkpoint) in PRETRAINED:
+        return None
+    path = config_path(checkpoint_file(checkpoint, with_weights=False))
+    stored = read_json(path) if path.is_file() else None
+    if not isinstance(stored, dict) or "decoding" not in stored:
+        return None
+    return DecodingConfig.from_dict(stored["decoding"], path)
 
 
 def encoder_of(config, checkpoint, given, described, device, dtype=None):
@@ -158,7 +161,7 @@ def encoder_source(config, checkpoint, given, described):
         return given
     if not own:
         raise ValueError(f"{checkpoint} does not say which encoder it was trained on; pass --clip_model_type")
-    prefix, path = split_path(own)
+    prefix, path = split_path(own, config_path(checkpoint).parent)
     if not config.clip_sha256 or (path is None and encoder_sha256(own) in (None, config.clip_sha256)):
         return own  # a name that says no hash is compared when its weights are here
     # a file may be named from where training ran, or from beside the checkpoint
@@ -168,3 +171,26 @@ def encoder_source(config, checkpoint, given, described):
     raise FileNotFoundError(
         f"the encoder {own} of {checkpoint} is not there, or is another file by now; pass --clip_model_type FILE"
     )
+
+
+def captioner_files(checkpoint, clip_model_type=None, language_model=None):
+    """Return the files here that a captioner is loaded from, as far as the arguments and its json name them.
+
+    Args:
+        checkpoint, clip_model_type, language_model: as of `Captioner`.
+    """
+    named = [clip_model_type, language_model]
+    if ALIASES.get(checkpoint, checkpoint) in PRETRAINED:
+        files, described = [], Path("none")
+    else:
+        checkpoint = checkpoint_file(checkpoint, with_weights=False)
+        described = config_path(checkpoint)
+        files = [checkpoint, described]
+    if described.is_file():
+        config = read_json(described)
+        model = config.get("model") if isinstance(config, dict) else None
+        named += [model.get(key) for key in ("clip_model_type", "language_model")] if isinstance(model, dict) else []
+    for name in filter(None, (name and (split_path(name)[1] or name) for name in named)):
+        for path in (Path(name), described.parent / name):
+            files += path.iterdir() if path.is_dir() else [path]
+    return [file for file in files if os.path.exists(file)]

@@ -11,10 +11,19 @@ from pathlib import Path
 import torch
 
 from models.captioner import Captioner
-from models.decoding import Caption
-from models.settings import DecodingConfig
+from models.decoding import Caption, DecodingConfig
+from utils.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def is_export(folder):
+    """Tell whether a path is a folder that export.py wrote."""
+    file = Path(folder) / "captioner.json"
+    if not file.is_file():
+        return False
+    described = read_json(file)
+    return isinstance(described, dict) and "graphs" in described
 
 
 def runtime():
@@ -34,7 +43,7 @@ class ExportedCaptioner(Captioner):
 
     def __init__(self, folder):
         """Load a folder that export.py wrote; raises ValueError where it is incomplete or of another version."""
-        self.runtime = runtime().Captioner(folder)
+        self.runtime = runtime().Captioner(folder, torch.get_num_threads())
         self.decoding = DecodingConfig.from_dict(self.runtime.config["decoding"], Path(folder) / "captioner.json")
         self.encoder = ExportedEncoder(self.runtime)
 

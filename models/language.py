@@ -20,6 +20,7 @@ from utils.files import reason
 from utils.hub import hub_answers
 
 disable_progress_bar()  # a bar for loading weights says nothing about the work
+LOAD_IN = ("16bit", "8bit", "4bit")  # bfloat16; bitsandbytes
 
 
 def load_language_model(source, load_in=None, device="cpu"):
@@ -176,6 +177,7 @@ def checkpoint_layers(gpt):
 
 def _from_pretrained(auto_class, source, **options):
     """Call `auto_class.from_pretrained`, from the disk where possible, without minutes of retries elsewhere."""
+    options["trust_remote_code"] = False  # else transformers asks on the terminal whether to run what a folder holds
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file() and auto_class is not AutoTokenizer:
         raise FileNotFoundError(f"{source} holds no config.json: --language_model takes a model's folder or a hub name")
     try:

@@ -1,11 +1,13 @@
-"""The published captioners, by name: fetched once into a cache folder, or read from where the user put them."""
+"""What a captioner's name stands for: a published one, which is fetched once, a file or folder, or one of the hub."""
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import nearest, note, shows_progress
-from utils.files import atomic_path, reason, sha256
+from utils.files import atomic_path, read_json, reason, sha256
+from utils.hub import FORM, PREFIX, fetch_commit, newest, parse_repository
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,77 @@ PRETRAINED = {
 }
 ALIASES = {"conceptual-captions": "conceptual"}  # as the predecessor's Predictor calls it
 DEMO = "demo"
-NAMES = (*PRETRAINED, DEMO)  # what --checkpoint takes besides files
+NAMES = (*PRETRAINED, DEMO)  # what --checkpoint takes besides files and repositories of the hub
+# a captioner that is shared: these in one folder, captioner_tokenizer/, and its encoder where that has no public name
+SHARED_CONFIG, SHARED_WEIGHTS, SHARED_ENCODER = "captioner.json", "captioner.safetensors", "encoder"
+BESIDE_WEIGHTS = ["captioner_tokenizer/*", f"{SHARED_ENCODER}.*", f"{SHARED_ENCODER}/*"]
+WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")  # a missing file, not a repository
 DEMO_CHECKPOINT = Path(__file__).resolve().parent.parent / "demo" / "weights" / "demo_latest.pt"
 
 
-def check_name(checkpoint):
-    """Refuse what is neither a file nor a name; raises FileNotFoundError."""
-    known = ALIASES.get(checkpoint, checkpoint) in NAMES
-    if not known and not Path(checkpoint).exists() and os.sep not in str(checkpoint) and "." not in str(checkpoint):
+def checkpoint_file(name, flag="--checkpoint", with_weights=True):
+    """Return the file of a captioner.
+
+    Args:
+        name: one of NAMES; a file; a folder that holds a shared captioner; a repository of the hub that does, with or
+            without PREFIX. A file or folder wins over a repository of its name.
+        flag: the option that names it, for the error.
+        with_weights: False fetches no more of a repository than the json beside that file.
+    Raises: FileNotFoundError where there is no such thing, or it cannot be fetched; ValueError where the repository
+        holds something else.
+    """
+    name = ALIASES.get(name, name)
+    if name in PRETRAINED:
+        return fetch(name)
+    if name == DEMO:
+        return DEMO_CHECKPOINT
+    path = Path(name)
+    if (path / SHARED_WEIGHTS).is_file():
+        return path / SHARED_WEIGHTS
+    named = repository_of(name)
+    if named:
+        try:
+            return _of_the_hub(*named, with_weights)
+        except FileNotFoundError as error:
+            here = "" if str(name).startswith(PREFIX) else f"{name} is no file here, and "
+            raise FileNotFoundError(f"{flag}: {here}{error}") from None
+    if not path.exists() and os.sep not in str(name) and "." not in str(name):
         raise FileNotFoundError(
-            f"--checkpoint {checkpoint} is neither a file nor one of {', '.join(NAMES)}{nearest(checkpoint, NAMES)}"
+            f"{flag} {name} is neither a file, nor one of {', '.join(NAMES)}, nor {FORM}{nearest(name, NAMES)}"
         )
+    return path
+
+
+def repository_of(name):
+    """Return (ORG/NAME, revision or None) where a captioner's name is a repository's, or None."""
+    path = Path(name)
+    if path.exists() or (path.suffix in WEIGHTS_ENDINGS and not str(name).startswith(PREFIX)):
+        return None
+    return parse_repository(name)
+
+
+@functools.cache  # a command that asks twice gets the same commit
+def _of_the_hub(repository, revision, with_weights):
+    """Return the weights file of a repository's captioner, in the cache; see `checkpoint_file`."""
+    if with_weights:
+        file = _of_the_hub(repository, revision, False)
+        if not file.exists():
+            note(f"fetching {repository}, commit {file.parent.name[:8]}, into the hub's cache")
+            for patterns in (BESIDE_WEIGHTS, [SHARED_WEIGHTS]):  # the weights last: where they are, all is
+                fetch_commit(repository, file.parent.name, patterns)
+        if not file.exists():
+            raise ValueError(f"{repository} holds no captioner: it has no {SHARED_WEIGHTS}")
+        return file
+    described = newest(repository, revision, SHARED_CONFIG)
+    stored = described and read_json(described)
+    if isinstance(stored, dict) and "graphs" in stored:
+        raise ValueError(
+            f"{repository} holds an exported captioner: `hf download {repository} --local-dir DIR`, and caption with "
+            f"`clipcap DIR IMAGE`"
+        )
+    if not isinstance(stored, dict) or "model" not in stored:
+        raise ValueError(f"{repository} holds no captioner: it has no {SHARED_CONFIG} as export.py --push puts there")
+    return described.with_name(SHARED_WEIGHTS)
 
 
 def cache_folder():

@@ -1,6 +1,7 @@
 """The benchmarks run, and what they compare is the same: tokens, embeddings, losses."""
 
 import contextlib
+import csv
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import mean_loss
 
 from benchmarks import captioning, plain, run, training, workload
-from models.settings import BEAM, DecodingConfig
+from models.decoding import BEAM, DecodingConfig
 from utils.files import read_json
 
 CPU = torch.device("cpu")
@@ -47,6 +48,19 @@ def test_steps_have_the_same_loss(small, variant):
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-5)
     loss = plain.training_step(theirs, optimizer, padded, embeddings, mask, contextlib.nullcontext())
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_results_are_lines_of_a_table(tmp_path):
+    rows = [{"system": "ours, fp32", "x": 1.5}, {"system": "plain", "x": None}]
+    run.write_csv({"tokens": {"machine": "a CPU", "date": "2026-01-02", "tables": {"batch": rows}}}, tmp_path / "r.csv")
+    with open(tmp_path / "r.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["row"], line["column"], line["value"]) for line in lines] == [
+        ("0", "system", "ours, fp32"), ("0", "x", "1.5"), ("1", "system", "plain"), ("1", "x", ""),
+    ]  # fmt: skip
+    assert {(line["section"], line["table"], line["date"], line["machine"]) for line in lines} == {
+        ("tokens", "batch", "2026-01-02", "a CPU")
+    }
 
 
 @pytest.mark.slow

@@ -175,7 +175,7 @@ def test_variables_of_a_container(monkeypatch):
 
 def test_wrong_settings(monkeypatch):
     done = run_script("cog_predict.py", "--checkpoint", "no-such.pt", check=2)
-    assert done.stderr == "error: --checkpoint no-such.pt is no file, and no folder that export.py wrote\n"
+    assert done.stderr == "error: --checkpoint no-such.pt is neither a file nor a folder, nor ORG/NAME of the hub\n"
     import cog_predict
 
     monkeypatch.setenv("CLIPCAP_DTYPE", "fp8")

@@ -8,15 +8,17 @@ import os
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import parse_conceptual
 from encoders import openai_clip
-from features import addresses, conceptual, references
+from features import references
 from metrics import coco
-from models import captioner, language, pretrained
+from models import language, pretrained
 from utils.files import read_json, write_json
 
 
@@ -84,7 +86,7 @@ def lay_out_published(folder, photos, records):
         picture = photos / f"COCO_val2014_{number:012d}.jpg"
         shutil.copy(picture, folder / "data" / "nocaps" / "val" / head["file_name"])
     (folder / "data" / "conceptual").mkdir(parents=True)
-    for table in addresses.TABLES.values():
+    for table in parse_conceptual.TABLES.values():
         lines = (f"{record['caption']}\thttp://pictures.example/{number}" for number, record in enumerate(records[:12]))
         (folder / "data" / "conceptual" / table).write_text("\n".join(lines) + "\n")
 
@@ -129,14 +131,14 @@ def workplace(tmp_path, photos, clip_file, language_model, twelve_layers, monkey
 
     monkeypatch.setattr(openai_clip, "_load", clip_of_that_name)
     monkeypatch.setattr(language, "_from_pretrained", model_of_that_name)
-    monkeypatch.setattr(captioner, "fetch", fetched)
-    monkeypatch.setattr(conceptual, "Fetcher", Pictures(photos))
+    monkeypatch.setattr(pretrained, "fetch", fetched)
+    monkeypatch.setattr(parse_conceptual, "Fetcher", Pictures(photos))
     return tmp_path
 
 
 def fetched(name):
     """Return the captioner that an earlier command trained, as if it were the published one."""
-    return f"published/{name}/coco_prefix_latest.pt"
+    return Path(f"published/{name}/coco_prefix_latest.pt")
 
 
 def publish(folder, name):
@@ -210,7 +212,15 @@ def test_servers_know_their_flags():
         importlib.import_module(words[0].removesuffix(".py")).get_parser().parse_args(words[1:])
 
 
-@pytest.mark.parametrize("page", ("README.md", "data/README.md", "docs/your_data.md", "docs/reproduce.md"))
+@pytest.mark.parametrize(
+    "page",
+    (
+        "README.md",
+        "CONTRIBUTING.md",
+        "data/README.md",
+        *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
+    ),
+)
 def test_links_and_files_exist(page):
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)|src=\"([^\"]+)\"", (ROOT / page).read_text()):
         path = next(filter(None, target))

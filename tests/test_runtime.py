@@ -23,11 +23,10 @@ from clipcap_runtime import command, images, searches  # noqa: E402
 
 from encoders import load_encoder  # noqa: E402
 from features import images as ours  # noqa: E402
-from features.arrays import from_array  # noqa: E402
 from models.captioner import Captioner  # noqa: E402
+from models.decoding import BEAM, SAMPLE, DecodingConfig  # noqa: E402
 from models.language import load_tokenizer  # noqa: E402
 from models.searches import Beam, Greedy, Nucleus, _draws, decode  # noqa: E402
-from models.settings import BEAM, SAMPLE, DecodingConfig  # noqa: E402
 from models.stopping import Stop  # noqa: E402
 
 SCENES = sorted((ROOT / "demo" / "images").glob("*.jpg"))
@@ -57,7 +56,7 @@ def write_pictures(folder):
 
 
 def preprocess_of(encoder):
-    export = pytest.importorskip("exporting.folder")
+    export = pytest.importorskip("export")
     return images.Preprocess(**export.preprocessing(encoder))
 
 
@@ -69,7 +68,7 @@ def test_pixels_are_equal(tmp_path, clip_file):
         assert expected.tobytes() == found.tobytes() and expected.size == found.size, path
         assert np.array_equal(encoder.preprocess(expected).numpy(), preprocess(found)), path
     for array in (np.eye(9), np.eye(9, dtype=bool), np.arange(48, dtype=np.uint16).reshape(4, 4, 3)):
-        assert from_array(array).tobytes() == images.from_array(array).tobytes()
+        assert ours.from_array(array).tobytes() == images.from_array(array).tobytes()
 
 
 def test_what_pillow_reads_wrong_is_refused(tmp_path):
@@ -202,8 +201,8 @@ def test_bad_input_is_one_line(exported, tmp_path, capsys):
     assert out.count("\t") == 1 and "skipped" in err and "1 of 2 images could not be read; the others" in err
     assert "no image file" in fails(exported, tmp_path / "nothing.jpg")[1]
     assert "no captioner.json" in fails(tmp_path, SCENES[0])[1]
-    (copy / "captioner.json").write_text(json.dumps(described | {"format": 2}))
-    assert "format 2" in fails(copy, SCENES[0])[1]
+    (copy / "captioner.json").write_text(json.dumps(described | {"format": 1}))
+    assert "format 1" in fails(copy, SCENES[0])[1]
     (copy / "captioner.json").write_text(json.dumps(described))
     (copy / "step.onnx").write_bytes(b"none")
     assert "cannot be loaded" in fails(copy, SCENES[0])[1]

@@ -103,10 +103,13 @@ class TrainingLog:
         axes.plot(steps, values, color="0.8", linewidth=0.8, label="each step")
         width = min(SMOOTHING, max(1, len(values) // 10))
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        axes.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"mean of {width}")
+        middles = np.convolve(steps, np.ones(width) / width, mode="valid")  # of the steps that each is the mean of
+        axes.plot(middles, smooth, color="tab:blue", label=f"mean of {width} steps")
+        label_of_epochs = "an epoch begins"
         for previous, entry in zip(self.entries, self.entries[1:], strict=False):
             if entry["epoch"] != previous["epoch"]:
-                axes.axvline(entry["step"], color="0.9", linewidth=0.8, zorder=0)
+                axes.axvline(entry["step"], color="0.85", linewidth=0.8, zorder=0, label=label_of_epochs)
+                label_of_epochs = None  # the legend says it once
         axes.set(ylabel=label)
         axes.legend(frameon=False)
 

@@ -1,4 +1,8 @@
-"""Imported first by every script: Ctrl-C while it imports ends it quietly, until `utils.cli.run` takes over."""
+"""Imported first by every script: Ctrl-C while the other imports are under way ends it quietly.
+
+Those take seconds, and Python would show where in somebody else's package it was. `utils.cli.run` goes back to
+KeyboardInterrupt.
+"""
 
 import os
 import signal

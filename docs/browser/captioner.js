@@ -5,7 +5,7 @@ import { Preprocess, readPicture } from "./images.js";
 import { beam, greedy } from "./searches.js";
 import { Stop, Tokenizer } from "./tokenizer.js";
 
-const FORMAT = 1; // of captioner.json
+const FORMAT = 2; // of captioner.json
 const AGAIN = "export the captioner again";
 
 /**
@@ -103,13 +103,14 @@ export class Captioner {
   async caption(file, method) {
     const { data, dims } = this.preprocess.apply(await readPicture(file));
     const pixels = new this.ort.Tensor("float32", data, dims);
-    const embedding = Object.values(await this.sessions.encoder.run({ pixels }))[0];
+    const [embedding] = Object.values(await this.sessions.encoder.run({ pixels }));
+    const [prefix] = Object.values(await this.sessions.prefill.run({ embedding }));
     const length = this.room();
-    const { prefill, step } = this.sessions;
-    const prompt = this.ids(this.begin, [1, this.begin.length]);
-    let state = await run(prefill, [embedding, prompt], step.outputNames);
+    let state = await this.step(prefix, this.ids(this.begin, [1, this.begin.length]), [0]);
+    const none = (rows) => new this.ort.Tensor("float32", new Float32Array(0), [rows, 0, prefix.dims[2]]);
     const next = async (tokens, sources) => {
-      state = await run(step, [this.ids(tokens), this.ids(sources), ...state.past], step.outputNames);
+      const rows = sources.length;
+      state = await this.step(none(rows), this.ids(tokens, [rows, 1]), sources, state.past);
       return this.rows(state.logits);
     };
     const { beam_size: width, length_penalty: penalty, num_captions: count } = this.config.decoding;
@@ -129,6 +130,27 @@ export class Captioner {
     return new this.ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), dims);
   }
 
+  /**
+   * Run the language model on what comes next.
+   *
+   * @param {object} prefix [R, P, E], and tokens [R, T] behind it; either may be empty.
+   * @param {object} tokens
+   * @param {number[]} sources the row that each goes on from.
+   * @param {object[]} [past] keys and values of the layers; none at first.
+   * @returns {Promise<{logits: object, past: object[]}>} of the newest token, and all keys and values.
+   */
+  async step(prefix, tokens, sources, past) {
+    const { step } = this.sessions;
+    const empty = step.inputMetadata.slice(3).map(({ shape: [, ...sizes] }) => {
+      const dims = [sources.length, ...sizes.map((size) => (typeof size === "number" ? size : 0))];
+      return new this.ort.Tensor("float32", new Float32Array(0), dims);
+    });
+    const given = [prefix, tokens, this.ids(sources), ...(past ?? empty)];
+    const found = await step.run(Object.fromEntries(step.inputNames.map((name, number) => [name, given[number]])));
+    const [logits, ...later] = step.outputNames.map((name) => found[name]);
+    return { logits, past: later };
+  }
+
   /** Return the rows [V] of logits [R, V], divided by the temperature. */
   rows({ data, dims: [count, width] }) {
     const { temperature } = this.config.decoding;
@@ -143,12 +165,4 @@ export class Captioner {
     if (room < 1) throw new Refused(`prefix and prompt fill the ${context} positions of this language model`);
     return Math.min(decoding.entry_length, room);
   }
-}
-
-/** Run a graph on inputs in its own order; resolves to its logits, and keys and values of the layers. */
-async function run(session, given, outputNames) {
-  const feeds = Object.fromEntries(session.inputNames.map((name, number) => [name, given[number]]));
-  const found = await session.run(feeds);
-  const [logits, ...past] = outputNames.map((name) => found[name]);
-  return { logits, past };
 }

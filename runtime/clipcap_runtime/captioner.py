@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from clipcap_runtime.images import Preprocess, from_array, read_image, to_rgb
 from clipcap_runtime.searches import Stop, beam, greedy, sample
 
-FORMAT = 1  # of captioner.json
+FORMAT = 2  # of captioner.json
 SETTINGS = {  # of decoding that callers may give -> (type, what it must be, whether it is that)
     "method": (str, "greedy, beam or sample", lambda value: value in ("greedy", "beam", "sample")),
     "beam_size": (int, "at least 1", lambda value: value >= 1),
@@ -68,8 +68,10 @@ class Captioner:
         self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.options.log_severity_level = 3
         self.encoder, self.prefill, self.step = map(self._session, ("encoder", "prefill", "step"))
-        self.outputs = [output.name for output in self.step.get_outputs()]
-        self.inputs = [put.name for put in self.step.get_inputs()]
+        self.outputs, inputs = [output.name for output in self.step.get_outputs()], self.step.get_inputs()
+        self.inputs = [put.name for put in inputs]
+        # shapes of keys and values before there are any, without the rows
+        self.empty = [[0 if isinstance(size, str) else size for size in put.shape[1:]] for put in inputs[3:]]
         self._stop = functools.lru_cache(8)(lambda text: Stop(self.tokenizer, text, self.config["end_tokens"]))
 
     def _session(self, name):
@@ -118,20 +120,25 @@ class Captioner:
             return []
         stop = self._stop(settings["stop_token"])
         prompt = self.tokenizer.encode(settings["prompt"], add_special_tokens=False).ids
-        prompt = np.array(self.config["begin_tokens"] + prompt, np.int64)
+        prompt = self.config["begin_tokens"] + prompt
         length, temperature = self._room(settings["entry_length"], len(prompt)), np.float32(settings["temperature"])
-        first = [OrtValue.ortvalue_from_numpy(array) for array in (embeddings, np.tile(prompt, (len(embeddings), 1)))]
-        names = [put.name for put in self.prefill.get_inputs()]
-        logits, *past = self.prefill.run_with_ort_values(self.outputs, dict(zip(names, first, strict=True)))
+        prefix = self.prefill.run(None, {"embedding": embeddings})[0]  # [B, P, E]
+        images, width = np.arange(len(prefix)), prefix.shape[2]
+        past = [OrtValue.ortvalue_from_numpy(np.empty((len(prefix), *shape), np.float32)) for shape in self.empty]
 
-        def step(tokens, sources):
+        def step(tokens, sources, before=None):
+            """Append tokens [R] or [R, T], at first behind a prefix `before` them; returns logits of the next."""
             nonlocal past
-            given = [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(ids, np.int64)) for ids in (tokens, sources)]
-            feeds = dict(zip(self.inputs, [*given, *past], strict=True))
-            logits, *past = self.step.run_with_ort_values(self.outputs, feeds)
+            before = np.empty((len(tokens), 0, width), np.float32) if before is None else before
+            given = [before, *(np.array(ids, np.int64) for ids in (tokens.reshape(len(tokens), -1), sources))]
+            given = [OrtValue.ortvalue_from_numpy(array) for array in given]
+            logits, *past = self.step.run_with_ort_values(
+                self.outputs, dict(zip(self.inputs, [*given, *past], strict=True))
+            )
             return logits.numpy() / temperature
 
-        common, count = (step, logits.numpy() / temperature, stop, length), settings["num_captions"]
+        first = step(np.tile(np.array(prompt, np.int64), (len(images), 1)), images, prefix)
+        common, count = (step, first, stop, length), settings["num_captions"]
         if settings["method"] == "beam":
             groups = beam(*common, settings["beam_size"], settings["length_penalty"], count)
         elif settings["method"] == "sample":
