@@ -20,7 +20,7 @@ import torch
 from features.dataset import CaptionDataset
 from features.store import check_captions, info_path, read_store
 from features.text_only import AngleNoise
-from models.checkpoint import check_tied, load_weights, read_config
+from models.checkpoint import check_tied, load_weights, read_config, with_output
 from models.clip_caption import CaptionConfig, build_captioner
 from models.language import (
     check_tokenizer,
@@ -208,7 +208,7 @@ def build_model(config, init_from=None, device="cpu"):
     model = build_captioner(config, load_language_model(config.language_model, config.load_in, device))
     if init_from:
         file = checkpoint_file(init_from, "--init_from")
-        weights, own = load_weights(file), model.state_dict()
+        weights, own = with_output(model, load_weights(file)), model.state_dict()
         before, _, described = read_config(file, weights)
         if described and before.normalize_prefix and not config.normalize_prefix:
             raise ValueError(f"--init_from {init_from} was trained on normalised embeddings; pass --normalize_prefix")

@@ -97,6 +97,12 @@ def encoder_sha256(name):
     return sha256(path) if os.path.isfile(path) else None
 
 
+def public_name(name):
+    """Return the name that everybody knows an encoder by: of a copy of OpenAI's file, OpenAI's; else its own."""
+    weights = encoder_sha256(name)
+    return next((known for known in openai_clip.PUBLISHED if weights and named_sha256(known) == weights), name)
+
+
 def known_encoder(described):
     """Return what tells an encoder: its file's hash, which some names have too, else its name; None: unknown.
 

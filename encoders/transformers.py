@@ -25,6 +25,7 @@ from utils.files import reason
 from utils.hub import cached_first
 
 BLIP2 = "blip-2"
+NO_CODE = {"trust_remote_code": False}  # else transformers asks on the terminal whether to run a repository's
 BOTH_TOWERS = ("clip", "siglip")
 VISION_ONLY = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit")
 VARIABLE = ("siglip2", "siglip2_vision_model")  # NaFlex; SigLIP 2 of a fixed size calls itself siglip
@@ -47,7 +48,7 @@ class Transformers(ImageEncoder):
             of a BLIP-2; FileNotFoundError where it is neither here nor to be fetched.
         """
         source = str(name).partition(":")[2]
-        config = _read(source, name, lambda: AutoConfig.from_pretrained(source))
+        config = _read(source, name, lambda: AutoConfig.from_pretrained(source, **NO_CODE))
         self.kind = config.model_type
         self._check_kind(name, tokens)
         super().__init__(name, device, dtype, tokens or (PATCHES if self.kind == BLIP2 else None))
@@ -164,18 +165,18 @@ def _load(source, kind, pooled, dtype):
     elif kind in BOTH_TOWERS and not pooled:
         model_class = CLIPVisionModel if kind == "clip" else SiglipVisionModel
     elif kind == "clip_vision_model":
-        names = AutoConfig.from_pretrained(source).architectures or ()
+        names = AutoConfig.from_pretrained(source, **NO_CODE).architectures or ()
         model_class = CLIPVisionModelWithProjection if "CLIPVisionModelWithProjection" in names else CLIPVisionModel
-    model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **NO_CODE)
     unused = ("vision_projection.",) if kind == BLIP2 else ()  # of the other BLIP-2s than those for matching texts
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
-    return model, AutoImageProcessor.from_pretrained(source), tokenizer, missing
+    return model, AutoImageProcessor.from_pretrained(source, **NO_CODE), tokenizer, missing
 
 
 def _tokenizer(source):
     """Load the tokenizer of a text tower; None where there is none, or an empty one."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **NO_CODE)
     except (OSError, ValueError):
         return None
     return tokenizer if tokenizer("a photo", add_special_tokens=False).input_ids else None

@@ -259,10 +259,7 @@ def _fill(model, state_dict, path):
 
     Raises: ValueError naming the first misfit.
     """
-    own = model.state_dict()
-    # an output layer tied to the input embeddings may be stored once only
-    if OUTPUT in own and OUTPUT not in state_dict and _is_tied(model):
-        state_dict = {**state_dict, OUTPUT: state_dict.get(_tied_key(model), own[OUTPUT])}
+    own, state_dict = model.state_dict(), with_output(model, state_dict)
     missing = [key for key in own if key not in state_dict]
     extra = [key for key in state_dict if key not in own]
     misfit = [key for key in own if key in state_dict and own[key].shape != state_dict[key].shape]
@@ -283,6 +280,19 @@ def _fill(model, state_dict, path):
     copies = {key: state_dict[key].to(own[key].dtype, copy=True) for key in own}
     model.load_state_dict(copies, assign=True)
     model.gpt.tie_weights()
+
+
+def without_output(model, state_dict):
+    """Return a captioner's weights without an output layer that is its input embeddings, to be stored once."""
+    return {key: value for key, value in state_dict.items() if key != OUTPUT or not _is_tied(model)}
+
+
+def with_output(model, state_dict):
+    """Return a captioner's weights with the output layer that `without_output` may have left out."""
+    own = model.state_dict()
+    if OUTPUT in state_dict or OUTPUT not in own or not _is_tied(model):
+        return state_dict
+    return {**state_dict, OUTPUT: state_dict.get(_tied_key(model), own[OUTPUT])}
 
 
 def check_tied(model, state_dict, path):

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +39,10 @@ PRETRAINED = {
 ALIASES = {"conceptual-captions": "conceptual"}  # as the predecessor's Predictor calls it
 DEMO = "demo"
 NAMES = (*PRETRAINED, DEMO)  # what --checkpoint takes besides files and repositories of the hub
-# a captioner that is shared: these in one folder, captioner_tokenizer/, and its encoder where that has no public name
-SHARED_CONFIG, SHARED_WEIGHTS, SHARED_ENCODER = "captioner.json", "captioner.safetensors", "encoder"
-BESIDE_WEIGHTS = ["captioner_tokenizer/*", f"{SHARED_ENCODER}.*", f"{SHARED_ENCODER}/*"]
+# a captioner that is shared: these in one folder, and its encoder where that has no public name
+SHARED_CONFIG, SHARED_WEIGHTS, SHARED_TOKENIZER = "captioner.json", "captioner.safetensors", "captioner_tokenizer"
+SHARED_ENCODER = "encoder"
+BESIDE_WEIGHTS = [f"{SHARED_TOKENIZER}/*", f"{SHARED_ENCODER}.*", f"{SHARED_ENCODER}/*"]
 WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")  # a missing file, not a repository
 DEMO_CHECKPOINT = Path(__file__).resolve().parent.parent / "demo" / "weights" / "demo_latest.pt"
 
@@ -97,6 +99,12 @@ def _of_the_hub(repository, revision, with_weights):
                 fetch_commit(repository, file.parent.name, patterns)
         if not file.exists():
             raise ValueError(f"{repository} holds no captioner: it has no {SHARED_WEIGHTS}")
+        for encoder in file.parent.glob(f"{SHARED_ENCODER}.*"):
+            if holds_code(encoder):
+                raise ValueError(
+                    f"{repository} has a TorchScript program as its encoder, {encoder.name}, and no code of others is "
+                    f"run: its author can push one whose weights alone, its state_dict(), were saved"
+                )
         return file
     described = newest(repository, revision, SHARED_CONFIG)
     stored = described and read_json(described)
@@ -108,6 +116,14 @@ def _of_the_hub(repository, revision, with_weights):
     if not isinstance(stored, dict) or "model" not in stored:
         raise ValueError(f"{repository} holds no captioner: it has no {SHARED_CONFIG} as export.py --push puts there")
     return described.with_name(SHARED_WEIGHTS)
+
+
+def holds_code(path):
+    """Tell whether a file is a TorchScript program, which torch runs."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
 
 
 def cache_folder():

@@ -13,7 +13,7 @@ TOKEN = "hf_of_the_tests_0123456789"
 LARGE = (".safetensors", ".onnx", ".bin", ".pt")  # what the hub keeps outside git
 
 
-@dataclass
+@dataclass(repr=False)
 class Repository:
     """Commits, oldest first: [(hash, {path: bytes})]."""
 
@@ -181,7 +181,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(403)
         if name in self.server.repositories:
             return self.answer(409, {"url": f"{self.server.address}/{name}"})
-        self.server.repositories[name] = Repository(private=asked.get("private") or False)
+        self.server.repositories[name] = Repository(
+            private=asked.get("private") or asked.get("visibility") == "private"  # as the library's version has it
+        )
         return self.answer(200, {"url": f"{self.server.address}/{name}", "name": name})
 
     def take_large(self, objects):

@@ -231,9 +231,16 @@ def test_published_weights_are_named():
     assert set(pretrained.PRETRAINED) == {"coco", "conceptual", "coco-transformer"}
 
 
-def test_commands_of_the_training_page_are_understood():
+@pytest.mark.parametrize(
+    ("page", "scripts"),
+    (
+        ("docs/training.md", {"train_scst.py", "parse_coco.py", "train.py", "predict.py"}),
+        ("docs/share.md", {"predict.py", "train_scst.py", "evaluate.py", "export.py"}),
+    ),
+)
+def test_commands_are_understood(page, scripts):
     """They need trained captioners; that their flags exist and go together is what can be told in a second."""
-    found = [words for kind, block in blocks("docs/training.md") if kind == "bash" for words in commands(block)]
-    assert {words[0] for words in found} >= {"train_scst.py", "parse_coco.py", "train.py", "predict.py"}
+    found = [words for kind, block in blocks(page) if kind == "bash" for words in commands(block)]
+    assert {words[0] for words in found} >= scripts
     for script, *words in found:
         importlib.import_module(script.removesuffix(".py")).get_parser().parse_args(words)

@@ -1,17 +1,24 @@
 """Captioners of the hub, by a stand-in of it: loaded by name, pinned, from the cache; what goes wrong, in one line."""
 
+import contextlib
+import io
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import run_script, train
+from conftest import run_process, run_script, train
 from hub import TOKEN, Hub, Repository
 from test_scripts import one_line_error
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from encoders import encoder_sha256
 from models.checkpoint import load_weights, save_weights
+from models.exported import is_export
 from models.predictor import Predictor
 from models.pretrained import _of_the_hub, checkpoint_file
+from utils.files import read_json, sha256, write_json
 
 
 def hub_is(monkeypatch, address, cache, offline=False):
@@ -40,9 +47,10 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def shared(trained, tmp_path):
     """The files of a small captioner as it is shared: {path: bytes}."""
-    folder = tmp_path / "shared"
+    folder, weights = tmp_path / "shared", load_weights(trained / "run_latest.pt")
     shutil.copytree(trained / "run_tokenizer", folder / "captioner_tokenizer")
-    save_weights(folder / "captioner.safetensors", load_weights(trained / "run_latest.pt"))
+    del weights["gpt.lm_head.weight"]  # which is the input embeddings
+    save_weights(folder / "captioner.safetensors", weights)
     shutil.copy(trained / "run.json", folder / "captioner.json")
     return contents(folder)
 
@@ -75,6 +83,9 @@ def test_load_by_name(hub, shared, photos, trained, monkeypatch, tmp_path):
     _of_the_hub.cache_clear()
     assert captions(photos, "me/small") != expected
     assert captions(photos, f"me/small@{first}") == expected
+    checkpoint_file("me/small", with_weights=False)
+    repository.commit(shared)
+    assert second in str(checkpoint_file("me/small"))  # what was asked first is what is loaded
     hub.asked.clear()
     _of_the_hub.cache_clear()
     assert first in str(checkpoint_file(f"me/small@{first}")) and not hub.asked  # what is here is not asked for
@@ -128,6 +139,7 @@ def encoder_elsewhere(files):
         ("me/empty", ("me/empty holds no captioner", "captioner.json")),
         ("me/exported", ("me/exported holds an exported captioner", "clipcap DIR")),
         ("me/moved", ("gone.pt", "--clip_model_type FILE")),
+        ("me/program", ("me/program has a TorchScript program as its encoder", "state_dict()")),
         ("me/no-weights", ("me/no-weights holds no captioner", "captioner.safetensors")),
         ("hf-hub:small", ("hf-hub:small names no repository", "hf-hub:ORG/NAME[@REVISION]")),
         ("me/small.pt", ("checkpoint me/small.pt does not exist",)),
@@ -139,10 +151,13 @@ def test_what_cannot_be_loaded(hub, shared, photos, monkeypatch, name, words):
     hub.repositories |= {
         "me/small": Repository(), "me/gated": Repository(gated=True), "me/private": Repository(private=True),
         "me/empty": Repository(), "me/exported": Repository(), "me/moved": Repository(), "me/no-weights": Repository(),
+        "me/program": Repository(),
     }  # fmt: skip
     for repository in ("me/small", "me/gated", "me/private"):
         hub.repositories[repository].commit(shared)
     hub.repositories["me/exported"].commit({"captioner.json": b'{"graphs": []}'})
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), photos.parent / "program.pt")
+    hub.repositories["me/program"].commit({**shared, "encoder.pt": (photos.parent / "program.pt").read_bytes()})
     hub.repositories["me/moved"].commit(encoder_elsewhere(shared))
     hub.repositories["me/no-weights"].commit({"captioner.json": shared["captioner.json"]})
     done = run_script("predict.py", photos, "--checkpoint", name, check=2)
@@ -186,3 +201,151 @@ def test_servers_take_repositories(hub, shared, photos, tmp_path):
     for name in ("me/small.pt", "small"):
         with pytest.raises(FileNotFoundError, match="nor ORG/NAME"):
             cog_predict.check_own(name, None)
+
+
+# ---- pushing
+
+
+@pytest.fixture(scope="session")
+def scores_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scores") / "scores.json"
+    spans = {"Bleu_4": [0.3, 0.4], "CIDEr": None}
+    write_json(path, {
+        "metrics": {"Bleu_4": 0.35, "CIDEr": None}, "intervals": spans, "captions": "/home/me/captions.json",
+        "references": "/home/me/captions_val2014.json", "images": 5000, "tokenizer": "java",
+        "bootstrap": {"method": "1,000 samples"},
+    })  # fmt: skip
+    return path
+
+
+def pushed(checkpoint, repository, *flags, **options):
+    return run_script("export.py", "--checkpoint", checkpoint, "--push", repository, *flags, **options)
+
+
+def test_push_and_load(hub, trained, photos, scores_file, tmp_path, monkeypatch):
+    """The same captions, pushed on too; the card's own commands; no folder of this machine in what is uploaded."""
+    done = pushed(
+        trained / "run_latest.pt", "me/small", "--format", "torch", "--license", "mit", "--scores", scores_file
+    )
+    (first, files) = hub.repositories["me/small"].commits[-1]
+    assert done.stdout == f"{hub.address}/me/small commit {first}\n"
+    assert set(files) >= {"captioner.safetensors", "captioner.json", "encoder.pt", "README.md"}
+    expected = captions(photos, trained / "run_latest.pt")
+    monkeypatch.chdir(photos)
+    assert captions(photos, "me/small") == expected
+    said = files["README.md"].decode()
+    assert said.startswith("---\nlicense: mit\nlibrary_name: clipcap\npipeline_tag: image-to-text\ntags:\n")
+    for word in ("| Bleu_4 | 0.350 | 0.300 to 0.400 |", "5,000 images", "`--bs` | 4 |", "captions_val2014.json"):
+        assert word in said
+    assert read_json(trained / "run.json")["model"]["clip_sha256"] in said
+    for name in ("README.md", "captioner.json"):
+        assert not re.search(rb"/(tmp|home|work)\b", files[name]), name
+    shutil.copy(sorted(photos.glob("*.jpg"))[0], tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    [bash, python] = re.findall(r"```(?:bash|python)\n(.*?)```", said, re.DOTALL)
+    assert run_script(*bash.split()[1:]).stdout.split("\t")[1] == expected[0].split("\t")[1] + "\n"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(python, "card", "exec"), {})
+    assert printed.getvalue().strip() == expected[0].split("\t")[1]
+    pushed(f"me/small@{first}", "me/small", "--format", "torch", "--use_beam_search")
+    assert len(hub.repositories["me/small"].commits) == 3
+    _of_the_hub.cache_clear()
+    assert (
+        captions(photos, "me/small")
+        == run_script(
+            "predict.py", photos, "--checkpoint", f"me/small@{first}", "--use_beam_search"
+        ).stdout.splitlines()
+    )
+    assert "None were given." in hub.repositories["me/small"].commits[-1][1]["README.md"].decode()
+
+
+@pytest.mark.slow
+def test_push_of_an_export(hub, trained, photos, tmp_path):
+    """The folder is uploaded as it lies there, and captions after a download of it."""
+    pytest.importorskip("onnxruntime")
+    from huggingface_hub import snapshot_download
+
+    picture, out = sorted(photos.glob("*.jpg"))[0], tmp_path / "out"
+    pushed(trained / "run_latest.pt", "me/graphs", "--out", out, "--check", picture, "--private")
+    assert hub.repositories["me/graphs"].private
+    files = hub.repositories["me/graphs"].commits[-1][1]
+    assert files == contents(out) and b"clipcap graphs photo.jpg" in files["README.md"]
+    assert is_export(snapshot_download("me/graphs"))
+    done = pushed(trained / "run_latest.pt", "me/graphs", "--format", "torch", check=2)
+    one_line_error(done, "me/graphs holds a captioner of --format onnx", "another repository")
+
+
+@pytest.mark.parametrize(
+    ("repository", "flags", "words"),
+    (
+        ("small", (), ("--push small is not ORG/NAME",)),
+        ("me/small@v1", (), ("is not ORG/NAME",)),
+        ("others/small", (), ("others/small", "403", "hf auth login")),
+        ("me/public", ("--private",), ("--private: me/public is there and public",)),
+        ("me/small", ("--license", "MIT licence"), ("--license", "such as mit")),
+        ("me/small", ("--dtype", "int8"), ("--dtype int8 is for --format onnx",)),
+        ("me/small", ("--scores", "run.json"), ("--scores run.json", "evaluate.py")),
+        ("me/a..b", (), ("me/a..b",)),
+    ),
+)
+def test_what_cannot_be_pushed(hub, trained, monkeypatch, repository, flags, words):
+    monkeypatch.chdir(trained)
+    hub.repositories["me/public"] = Repository()
+    done = pushed("run_latest.pt", repository, "--format", "torch", *flags, check=2)
+    one_line_error(done, *words)
+    assert TOKEN not in done.stdout + done.stderr and set(hub.repositories) == {"me/public"}
+    assert len(hub.repositories["me/public"].commits) == 1
+
+
+def test_push_needs_a_token(hub, trained, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    for token, said in (("hf_expired", "401"), ("", "no token")):
+        monkeypatch.setenv("HF_TOKEN", token)
+        done = pushed(trained / "run_latest.pt", "me/small", "--format", "torch", check=2)
+        one_line_error(done, "me/small", said, "hf auth login")
+        assert "hf_expired" not in done.stderr and not hub.repositories
+    for flags, word in ((("--license", "mit", "--out", "x"), "--push"), ((), "--out DIR")):
+        one_line_error(run_script("export.py", "--checkpoint", "demo", *flags, check=2), word)
+
+
+@pytest.mark.slow
+def test_in_processes(shared, photos, trained, tmp_path):
+    """As the environment says it: HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE."""
+    variables = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    with Hub() as hub:
+        hub.repositories["me/small"] = Repository()
+        hub.repositories["me/small"].commit(shared)
+        variables["HF_ENDPOINT"] = hub.address
+        found = captions(photos, "me/small", run_process, env=variables)
+    assert found == captions(photos, trained / "run_latest.pt")
+    variables["HF_HUB_OFFLINE"] = "1"
+    assert found == captions(photos, "me/small", run_process, env=variables)
+
+
+def test_encoder_folders_travel(hub, trained, tmp_path, monkeypatch, photos):
+    """An encoder that is a folder is uploaded as one and found beside the json."""
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=32,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "tower")
+    CLIPImageProcessor(size=32, crop_size=32).save_pretrained(tmp_path / "tower")
+    shutil.copytree(trained, tmp_path / "run")
+    described = read_json(tmp_path / "run/run.json")
+    name = f"hf:{tmp_path / 'tower'}"
+    described["model"] |= {"clip_model_type": name, "clip_sha256": encoder_sha256(name)}
+    write_json(tmp_path / "run/run.json", described)
+    expected = captions(photos, tmp_path / "run/run_latest.pt")
+    pushed(tmp_path / "run/run_latest.pt", "me/tower", "--format", "torch")
+    shutil.rmtree(tmp_path / "tower")
+    assert captions(photos, "me/tower") == expected
+
+
+def test_copies_of_published_encoders_stay_where_they_are(hub, trained, clip_file, monkeypatch):
+    clip = pytest.importorskip("clip")
+    monkeypatch.setitem(clip.clip._MODELS, "ViT-B/32", f"https://clip.example/{sha256(clip_file)}/ViT-B-32.pt")
+    pushed(trained / "run_latest.pt", "me/small", "--format", "torch")
+    _, files = hub.repositories["me/small"].commits[-1]
+    assert json.loads(files["captioner.json"])["model"]["clip_model_type"] == "ViT-B/32" and "encoder.pt" not in files
