@@ -31,6 +31,7 @@ from features.loader import encode_files
 from features.store import read_store
 from models.captioner import Captioner, encoder_of
 from models.clip_caption import CaptionConfig
+from pages.service import Service
 from utils.files import sha256
 from utils.precision import PackedLinear
 
@@ -410,6 +411,25 @@ def test_from_images_to_captions(family, named, photos, language_model, clip_fil
         run_script("predict.py", *flags, "--out", captions)
         score = (captions, references, "--images", photos, "--clip_model_type", name, "--metrics", "CIDEr")
         one_line_error(run_script("evaluate.py", *score, check=2), "CLIPScore", "has no text tower")
+
+
+@pytest.mark.parametrize("family", ("open_clip", "vision"))
+def test_the_page_takes_it(family, named, photos, language_model, tmp_path):
+    """The page captions, offers to choose where the encoder reads texts, and explains; the data is checked first."""
+    name, store = named[family], tmp_path / "s.pkl"
+    images = ("--annotations", photos / "captions.csv", "--images", photos, "--num_workers", 0)
+    checked = run_script("parse_coco.py", "--check", *images[:4])
+    assert "12" in checked.stdout + checked.stderr
+    run_script("parse_coco.py", "--clip_model_type", name, *images, "--out", store)
+    train(store, language_model, tmp_path / "run")
+    checkpoint, image = str(tmp_path / "run" / "run_latest.pt"), str(sorted(photos.glob("*.jpg"))[0])
+    service = Service({"run": checkpoint}, device="cpu")
+    assert ("best of 16" in service.methods) == (family == "open_clip")
+    [said] = service.caption(image, "run", service.decoding("greedy", 1, 1, 1, 0))
+    told = service.explain(image, "run", said["caption"] or "a star")
+    assert len(told.words) == len(told.heat) > 0 and np.isfinite(told.heat).all()
+    lines = run_script("predict.py", image, "--checkpoint", checkpoint).stdout.splitlines()
+    assert [line.split("\t")[1] for line in lines] == [" ".join(said["caption"].split())]
 
 
 def test_encoder_that_moved_or_changed(named, photos, language_model, tmp_path):
