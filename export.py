@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from exporting.card import ONNX, TORCH
+from exporting.card import ONNX, TORCH, read_scores
 from exporting.share import describe_shared, without_folders, write_card, write_shared
 from models.captioner import Captioner, captioner_files
 from models.decoding import BEAM, NO_RERANK, DecodingConfig
@@ -81,9 +81,8 @@ def check_sharing(args):
         raise ValueError(f"--push {args.push} is not ORG/NAME")
     if args.license and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.license):
         raise ValueError(f"--license {args.license!r} is no identifier of the hub, such as mit or cc-by-4.0")
-    scores = read_json(args.scores) if args.scores else {"metrics": {}}
-    if not isinstance(scores, dict) or not isinstance(scores.get("metrics"), dict):
-        raise ValueError(f"--scores {args.scores} is not what evaluate.py --out writes")
+    if args.scores:
+        read_scores(args.scores)
     there = check_push(args.push, args.private)
     if SHARED_CONFIG in there and (SHARED_WEIGHTS in there) != (args.format == TORCH):
         other = TORCH if args.format == ONNX else ONNX
@@ -234,7 +233,8 @@ def export_onnx(args, decoding, folder):
     same = len(paths) - compare(folder, expected, paths)
     note(f"{same} of {len(paths)} captions are as predict.py's")
     described, _, base_model = describe_shared(args, decoding, captioner.model.config, captioner.model.gpt.config)
-    described["model"]["clip_sha256"] = captioner.encoder.sha256
+    encoder = {"clip_model_type": without_folders(captioner.encoder.name), "clip_sha256": captioner.encoder.sha256}
+    described["model"] |= encoder  # which is a graph and not a file of its name
     return described | {"dtype": args.dtype}, base_model
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from utils.files import read_json
+
 TORCH, ONNX = "torch", "onnx"
 USE = {
     TORCH: """From a checkout of ClipCap{extra}:
@@ -118,7 +120,17 @@ def _data(described):
 def _training(described):
     """Return rows of the flags of the training."""
     told = described.get("training") or {}
-    return [(f"`--{name}`", value) for name, value in told.items() if value not in (None, "", False)]
+    return [(f"`--{name}`", value) for name, value in told.items() if value is not False and value not in (None, "")]
+
+
+def read_scores(path):
+    """Return what evaluate.py wrote into a file; raises ValueError where it did not."""
+    scores = read_json(path)
+    metrics = scores.get("metrics") if isinstance(scores, dict) else None
+    numbers = isinstance(metrics, dict) and all(value is None or isinstance(value, float) for value in metrics.values())
+    if not numbers or not isinstance(scores.get("images"), int):
+        raise ValueError(f"--scores {path} is not what evaluate.py --out writes")
+    return scores
 
 
 def _scores(scores):
@@ -132,7 +144,7 @@ def _scores(scores):
         within = f"{span[0]:.3f} to {span[1]:.3f}" if span else "–"
         rows.append(f"| {name} | {'–' if value is None else f'{value:.3f}'} | {within} |")
     files = " against ".join(f"`{Path(scores[key]).name}`" for key in ("captions", "references") if scores.get(key))
-    told = [f"`evaluate.py`, {scores['images']:,} images" if "images" in scores else "`evaluate.py`"]
+    told = [f"`evaluate.py`, {scores['images']:,} images"]
     told += [files] if files else []
     told += [f"tokenizer {scores['tokenizer']}"] if scores.get("tokenizer") else []
     method = (scores.get("bootstrap") or {}).get("method")

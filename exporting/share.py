@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from encoders import encoder_sha256, public_name, split_path
-from exporting.card import make_card
+from exporting.card import make_card, read_scores
 from models.captioner import encoder_source
 from models.checkpoint import FORMAT, beside, config_path, load_captioner, load_weights, save_weights, without_output
 from models.pretrained import (
@@ -117,5 +117,5 @@ def write_shared(args, decoding, folder):
 
 def write_card(args, described, base_model, folder):
     """Write the model card into an export's folder, which is to be pushed."""
-    scores = read_json(args.scores) if args.scores else None
+    scores = read_scores(args.scores) if args.scores else None
     write_text(folder / "README.md", make_card(args.push, args.format, described, base_model, args.license, scores))

@@ -235,7 +235,13 @@ def test_push_and_load(hub, trained, photos, scores_file, tmp_path, monkeypatch)
     assert captions(photos, "me/small") == expected
     said = files["README.md"].decode()
     assert said.startswith("---\nlicense: mit\nlibrary_name: clipcap\npipeline_tag: image-to-text\ntags:\n")
-    for word in ("| Bleu_4 | 0.350 | 0.300 to 0.400 |", "5,000 images", "`--bs` | 4 |", "captions_val2014.json"):
+    for word in (
+        "| Bleu_4 | 0.350 | 0.300 to 0.400 |",
+        "5,000 images",
+        "`--bs` | 4 |",
+        "`--seed` | 0 |",
+        "captions_val2014.json",
+    ):
         assert word in said
     assert read_json(trained / "run.json")["model"]["clip_sha256"] in said
     for name in ("README.md", "captioner.json"):
@@ -306,6 +312,10 @@ def test_push_needs_a_token(hub, trained, monkeypatch, tmp_path):
         done = pushed(trained / "run_latest.pt", "me/small", "--format", "torch", check=2)
         one_line_error(done, "me/small", said, "hf auth login")
         assert "hf_expired" not in done.stderr and not hub.repositories
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for address, offline, said in ((hub.address, True, "HF_HUB_OFFLINE"), ("http://127.0.0.1:9", False, "me/small")):
+        hub_is(monkeypatch, address, tmp_path, offline)
+        one_line_error(pushed(trained / "run_latest.pt", "me/small", "--format", "torch", check=2), said)
     for flags, word in ((("--license", "mit", "--out", "x"), "--push"), ((), "--out DIR")):
         one_line_error(run_script("export.py", "--checkpoint", "demo", *flags, check=2), word)
 

@@ -147,6 +147,8 @@ def _explain(error, repository, revision):
         return f"{repository} has no revision {revision}; {address}/commits/main lists them"
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"the hub shows no {repository}: check the name, or, if it is private, {LOG_IN}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"HF_HUB_OFFLINE is set: unset it to reach {constants.ENDPOINT}"
     if isinstance(error, errors.LocalEntryNotFoundError):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
         what = f"{repository}@{revision}" if revision else repository
