@@ -127,7 +127,7 @@ def read_scores(path):
     """Return what evaluate.py wrote into a file; raises ValueError where it did not."""
     scores = read_json(path)
     metrics = scores.get("metrics") if isinstance(scores, dict) else None
-    numbers = isinstance(metrics, dict) and all(value is None or isinstance(value, int | float) for value in metrics.values())
+    numbers = isinstance(metrics, dict) and all(isinstance(value, int | float | None) for value in metrics.values())
     if not numbers or not isinstance(scores.get("images"), int):
         raise ValueError(f"--scores {path} is not what evaluate.py --out writes")
     return scores
