@@ -9,15 +9,14 @@ back as words. Programs call the endpoint /caption, by gradio's client or by the
 time is captioned in batches. Only this machine is served unless --host says otherwise.
 """
 
+import importlib.util
 from pathlib import Path
 
 from features.images import set_max_pixels
-from models.exported import is_export
+from models.captioner_files import check_captioner, is_export
 from models.pretrained import DEMO, NAMES
-from pages.service import Service
-from utils.cli import Parser, note, positive_int, run
-from utils.devices import keep_few_kernels
-from utils.precision import add_dtype_flag
+from utils.cli import Parser, late_imports, note, positive_int, run
+from utils.flags import add_dtype_flag
 
 
 def get_parser():
@@ -41,28 +40,34 @@ def get_parser():
     return parser
 
 
-def make_service(args):
-    """Return what the command line asks to serve, its first captioner loaded; raises ValueError, or as `Captioner`."""
-    if args.dtype and args.checkpoint and is_export(args.checkpoint):
-        raise ValueError(
-            f"--dtype {args.dtype}: {args.checkpoint} has the numbers that export.py gave it; leave it out"
-        )
-    set_max_pixels(args.max_pixels)
-    keep_few_kernels()
-    models = {Path(args.checkpoint).stem: args.checkpoint} if args.checkpoint else {}  # visitors see no folders
-    models |= {name: name for name in (DEMO, *NAMES) if name not in models}
-    return Service(models, args.device, args.batch_size, args.dtype)
+def check_arguments(args):
+    """Refuse what cannot be served; raises ValueError, FileNotFoundError."""
+    missing = next((package for package in ("gradio",) if importlib.util.find_spec(package) is None), None)
+    if missing:
+        raise ValueError(f'the page needs {missing}; run: pip install -e ".[app]"')
+    if args.checkpoint and is_export(args.checkpoint):
+        if args.dtype:
+            raise ValueError(
+                f"--dtype {args.dtype}: {args.checkpoint} has the numbers that export.py gave it; leave it out"
+            )
+    elif args.checkpoint:
+        check_captioner(args.checkpoint)
 
 
 def main(argv=None):
     """Serve the page until Ctrl-C."""
     args = get_parser().parse_args(argv)
-    try:
+    check_arguments(args)
+    set_max_pixels(args.max_pixels)
+    with late_imports():
         from pages.page import build_page, launch
         from pages.route import caption_route
-    except ModuleNotFoundError as error:
-        raise ValueError(f'the page needs {error.name}; run: pip install -e ".[app]"') from None
-    service = make_service(args)
+        from pages.service import Service
+        from utils.devices import keep_few_kernels
+    keep_few_kernels()
+    models = {Path(args.checkpoint).stem: args.checkpoint} if args.checkpoint else {}  # visitors see no folders
+    models |= {name: name for name in (DEMO, *NAMES) if name not in models}
+    service = Service(models, args.device, args.batch_size, args.dtype)
     page = build_page(service, args.queue_size)
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         note(f"warning: everyone who reaches {args.host} can use this page; it has no password")

@@ -14,12 +14,11 @@ import os
 import sys
 
 from features.images import ImageError
-from models.exported import is_export
-from models.predictor import Predictor as Captioners
+from models.captioner_files import is_export
 from models.pretrained import NAMES, repository_of
-from utils.cli import VERSION, Parser, note, positive_int, run
+from utils.cli import VERSION, Parser, late_imports, note, positive_int, run
 from utils.files import write_json
-from utils.precision import DTYPES, add_dtype_flag
+from utils.flags import DTYPES, add_dtype_flag
 
 if importlib.util.find_spec("cog") is None:
     note('error: cog_predict.py needs cog; run: pip install -e ".[serve]"')
@@ -44,6 +43,8 @@ class Predictor(BaseRunner):
         """
         own, dtype = os.environ.get(CHECKPOINT), os.environ.get(DTYPE)
         check_own(own, dtype)
+        with late_imports():
+            from models.predictor import Predictor as Captioners
         self.predictor = Captioners()
         self.predictor.setup({name: name for name in NAMES} | ({OWN: own} if own else {}), dtype=dtype)
         if own:

@@ -13,29 +13,17 @@ if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
 import os
+from dataclasses import dataclass
 
-import numpy as np
-
-from encoders import load_encoder, split_path
+from encoders import check_encoder, split_path
 from features.annotations import FORMATS
 from features.finder import ImageFinder
-from features.images import add_max_pixels_flag, set_max_pixels
-from features.loader import encode_files
-from features.references import named, read_captions, read_records, read_references
-from metrics import ptb
-from metrics.bootstrap import compare, intervals
-from metrics.clipscore import add_clip_scores
-from metrics.coco import METRICS, caption_statistics, coco_scores, too_few_distinct
-from metrics.report import image_uri, ranking_metric, render, text_tables
-from metrics.scripts import uncut_warning
-from utils.cli import Parser, non_negative_int, note, positive_int, progress_bar, run
-from utils.devices import pick_device
-from utils.files import write_json, write_text
+from features.images import set_max_pixels
+from features.references import References, named, read_captions, read_records, read_references
+from metrics.names import METRICS
+from utils.cli import Parser, late_imports, non_negative_int, note, positive_int, run
+from utils.flags import add_max_pixels_flag
 from utils.outputs import check_output
-
-INTERVALS = "bootstrap over images, percentiles, {samples} samples, seed {seed}"
-COMPARISON = "interval: paired bootstrap; p: two-sided paired randomisation test; {samples} samples each, seed {seed}"
-BATCH = 64  # images per call of the encoder
 
 
 def get_parser():
@@ -81,6 +69,25 @@ def get_parser():
     return parser
 
 
+@dataclass
+class Inputs:
+    """What is compared.
+
+    Args:
+        references: References.
+        systems: one or two {image id: caption}, of the images to score.
+        training: captions that were trained on, or None.
+        finder: ImageFinder, or None without --images.
+        images: {image id: file} to embed, or None without --clip_model_type.
+    """
+
+    references: References
+    systems: list
+    training: list | None
+    finder: ImageFinder | None
+    images: dict | None
+
+
 def select(captions, references, others, subset):
     """Return the image ids to score, in the captions' order.
 
@@ -114,146 +121,30 @@ def select(captions, references, others, subset):
     return list(captions[1])
 
 
-def score_files(args, finder):
-    """Read the files and score the systems.
+def read_inputs(args):
+    """Read the files and find the images.
 
-    Args:
-        finder: ImageFinder, or None without --images.
-    Returns: result as `--out` writes it, less the images; [Scores, one per system]; [{image id: caption}, likewise];
-        References.
-    Raises: FileNotFoundError, ValueError.
+    Returns: Inputs.
+    Raises: FileNotFoundError; ValueError where files are malformed, do not fit each other, or an image is missing.
     """
+    finder = ImageFinder(args.images) if args.images else None
     references = read_references(args.references, args.split)
     files = [args.captions, *([args.compare] if args.compare else [])]
     systems = [read_captions(file, references, args.split) for file in files]
     files = list(zip(files, systems, strict=True))
     ids = select(files[0], (args.references, references.captions), files[1:], args.subset)
     systems = [{i: system[i] for i in ids} for system in systems]
-    training = None
+    training, images = None, None
     if args.train_captions:
-        training = set(ptb.tokenize([record["caption"] for record in read_records(args.train_captions, "train")]))
-    if args.clip_model_type:  # first, for an image may be missing
-        encoder = load_encoder(args.clip_model_type, pick_device(args.device))
-        encoder.check_texts("CLIPScore")
-        embeddings = embed_images(encoder, {i: references.find_image(finder, i) for i in ids}, args.num_workers)
-    scores = [coco_scores(system, references.captions, args.metrics, args.tokenizer) for system in systems]
+        training = [record["caption"] for record in read_records(args.train_captions, "train")]
     if args.clip_model_type:
-        for system, captions in zip(scores, systems, strict=True):
-            add_clip_scores(system, captions, references.captions, embeddings, encoder.encode_texts)
-    result = describe(args, scores, training)
-    result["warnings"] = warnings_of(scores, systems, {i: references.captions[i] for i in ids})
-    domains = score_domains(systems[0], references, args)
-    if domains:
-        result["domains"] = domains
-    return result, scores, systems, references
-
-
-def warnings_of(scores, systems, references):
-    """Return what the reader of the scores must know, as lines; see `score_files`."""
-    empty = [image_id for system in systems for image_id, caption in system.items() if not caption.strip()]
-    warnings = [
-        *scores[0].warnings,
-        empty and f"{len(empty):,} of {sum(map(len, systems)):,} captions are empty ({named(empty)})",
-        too_few_distinct(caption_statistics(scores[0].tokens), len(scores[0].ids)),
-        uncut_warning({
-            "captions": [caption for system in systems for caption in system.values()],
-            "references": [text for texts in references.values() for text in texts],
-        }),
-    ]  # fmt: skip
-    return [warning for warning in warnings if warning]
-
-
-def embed_images(encoder, images, num_workers):
-    """Return the CLIP embeddings, [N, D], of {image id: file or None}, read by `num_workers` processes.
-
-    Raises: ValueError where an image is missing or unreadable.
-    """
-    missing = [image_id for image_id, path in images.items() if path is None]
-    if missing:
-        raise ValueError(
-            f"--images lacks {len(missing):,} of {len(images):,} images ({named(missing)}); add their folder"
-        )
-    parts, paths = [], list(images.values())
-    with progress_bar(len(paths), "images", "img") as bar:
-        for _, embeddings, errors in encode_files(encoder, paths, BATCH, num_workers):
-            if errors:
-                index, reason = next(iter(errors.items()))
-                raise ValueError(f"{paths[index]}: {reason}; CLIPScore needs every image")
-            parts.append(embeddings.numpy())
-            bar.update(len(embeddings))
-    return np.concatenate(parts)
-
-
-def describe(args, scores, training):
-    """Return scores, intervals and comparison as `--out` writes them; `training`: set of captions, or None."""
-    result = {
-        "metrics": scores[0].metrics,
-        "unavailable": scores[0].unavailable,
-        "captions": args.captions,
-        "references": args.references,
-        "images": len(scores[0].ids),
-        "tokenizer": scores[0].tokenizer,
-        "statistics": caption_statistics(scores[0].tokens, training),
-    }
-    if args.clip_model_type:
-        result["clip_model_type"] = args.clip_model_type
-    settings = {"samples": args.bootstrap, "seed": args.seed}
-    if args.bootstrap and len(scores[0].ids) > 1:
-        result["bootstrap"] = {**settings, "method": INTERVALS.format(**settings)}
-        result["intervals"] = intervals(scores[0], **settings)
-    if args.compare:
-        result["comparison"] = {
-            "captions": args.compare,
-            "metrics": scores[1].metrics,
-            "statistics": caption_statistics(scores[1].tokens, training),
-            "differences": compare(*scores, **settings),
-            "method": COMPARISON.format(**settings),
-        }
-    return result
-
-
-def score_domains(captions, references, args):
-    """Score nocaps' domains, each as a set of its own: {domain: {"images", "metrics"}}; {} for other references."""
-    parts = {}
-    for image_id in captions:
-        if image_id in references.domains:
-            parts.setdefault(references.domains[image_id], {})[image_id] = captions[image_id]
-    return {
-        domain: {
-            "images": len(part),
-            "metrics": coco_scores(part, references.captions, args.metrics, args.tokenizer).metrics,
-        }
-        for domain, part in sorted(parts.items())
-    }
-
-
-def pick_examples(scores, systems, references, number, finder=None):
-    """Return the best and the worst images by `ranking_metric` as two lists of examples for the page."""
-    values = scores.per_image.get(ranking_metric(scores.metrics), np.zeros(0))
-    order = np.argsort(-values, kind="stable")
-    number = min(number, (len(order) + 1) // 2)
-
-    def example(row):
-        image_id = scores.ids[row]
-        path = references.find_image(finder, image_id) if finder else None
-        return {
-            "image_id": image_id,
-            "score": float(values[row]),
-            "captions": [system[image_id] for system in systems],
-            "references": references.captions[image_id],
-            "image": image_uri(path) if path else None,
-        }
-
-    return [example(row) for row in order[:number]], [example(row) for row in order[number:][::-1][:number]]
-
-
-def per_image(scores, captions):
-    """Return a list with caption and scores of every image; a score that is not a number becomes None."""
-    return [
-        {"image_id": image_id, "caption": captions[image_id]}
-        | {name: float(values[row]) if np.isfinite(values[row]) else None for name, values in scores.per_image.items()}
-        for row, image_id in enumerate(scores.ids)
-    ]
+        images = {i: references.find_image(finder, i) for i in ids}
+        missing = [image_id for image_id, path in images.items() if path is None]
+        if missing:
+            raise ValueError(
+                f"--images lacks {len(missing):,} of {len(images):,} images ({named(missing)}); add their folder"
+            )
+    return Inputs(references, systems, training, finder, images)
 
 
 def check_flags(args):
@@ -271,6 +162,8 @@ def check_flags(args):
         raise ValueError("--clip_model_type is for CLIPScore, which looks at the images; pass --images DIR too")
     if args.compare and not args.bootstrap:
         raise ValueError("--compare tests by resampling; pass --bootstrap N of at least 1")
+    if args.clip_model_type:
+        check_encoder(args.clip_model_type)
 
 
 def main(argv=None):
@@ -278,14 +171,11 @@ def main(argv=None):
     args = get_parser().parse_args(argv)
     check_flags(args)
     set_max_pixels(args.max_pixels)
-    finder = ImageFinder(args.images) if args.images else None
-    result, scores, systems, references = score_files(args, finder)
-    if args.html:
-        best, worst = pick_examples(scores[0], systems, references, args.examples, finder)
-        write_text(args.html, render(result, best, worst))
-    if args.out:
-        write_json(args.out, {**result, "per_image": per_image(scores[0], systems[0])})
-    print(text_tables(result))  # last: a reader that closes the pipe early ends the program
+    inputs = read_inputs(args)
+    with late_imports():
+        from metrics.evaluation import evaluate
+    result, tables = evaluate(args, inputs)
+    print(tables)  # last: a reader that closes the pipe early ends the program
     for warning in result["warnings"]:
         note(f"warning: {warning}")
 

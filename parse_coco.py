@@ -17,26 +17,19 @@ the captions alone are embedded, by the encoder's text tower, for train.py --noi
 if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
-import contextlib
 import os
 import re
 from pathlib import Path
 
-from encoders import FORMS, load_encoder, published, split_path
-from encoders.base import PATCHES, POOLED
+from encoders import FORMS, check_encoder, published, split_path
+from encoders.names import PATCHES, POOLED
 from features.annotations import FORMATS
 from features.check import find_faults, find_tar_faults
-from features.extraction import Reading, make_store
-from features.images import add_max_pixels_flag, set_max_pixels
+from features.images import set_max_pixels
 from features.inputs import ANNOTATIONS, fill_inputs, gather, tar_source
-from features.loader import prepare_readers
-from features.store import check_store_output, lock_store
-from features.texts import TextEncoder
-from utils.cli import Parser, non_negative_int, note, positive_int, run
-from utils.devices import pick_device
-from utils.distributed import connected, is_main, main_first, own_device
-from utils.files import sha256
-from utils.precision import add_dtype_flag
+from features.store_files import check_store_output
+from utils.cli import Parser, late_imports, non_negative_int, note, positive_int, run
+from utils.flags import add_dtype_flag, add_max_pixels_flag
 
 
 def get_parser():
@@ -113,12 +106,12 @@ def list_encoders(word):
     """
     row = "{:<62} {:>6} {:>13} {:>6}  {}"
     print(row.format("--clip_model_type", "pooled", "patches", "pixels", "texts"))
-    number = 0
-    for one in published(word):
-        number += 1
+    with late_imports():
+        found = list(published(word))
+    for one in found:
         tokens = f"{one.tokens} x {one.token_width}" if one.tokens else "-"
         print(row.format(one.name, one.width or "-", tokens, one.resolution, "yes" if one.has_texts else "no"))
-    if not number:
+    if not found:
         raise ValueError(f"--list_encoders {word}: no name holds it")
     return 0
 
@@ -151,22 +144,11 @@ def main(argv=None):
     encoder_file = split_path(args.clip_model_type)[1]
     inputs = {"the annotations": args.annotations, "the encoder": encoder_file, "the images": args.images}
     check_store_output(out, inputs)
+    check_encoder(args.clip_model_type)
     source = gather(args)
-    prepare_readers(0 if args.text_only else source.count, args.num_workers)
-    device = own_device([pick_device(args.device)])
-    with connected(device), lock_store(out) if is_main() else contextlib.nullcontext():
-        with main_first():
-            encoder = load_encoder(args.clip_model_type, device, args.dtype, args.tokens)
-        info = {
-            "annotations": args.annotations, "annotations_sha256": args.annotations and sha256(args.annotations),
-            "split": args.split,
-        }  # fmt: skip
-        if args.text_only:
-            encoder = TextEncoder(encoder)
-            info["texts_cut"] = cut = encoder.count_cut(source.pictures)
-            if cut:
-                note(f"warning: {cut:,} of {source.count:,} captions are longer than the text tower reads, and are cut")
-        return make_store(encoder, source, out, Reading(args.batch_size, args.num_workers, args.strict), info)
+    with late_imports():
+        from features.extraction import extract
+    return extract(args, source, out)
 
 
 if __name__ == "__main__":

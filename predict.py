@@ -14,42 +14,35 @@ writes a parquet file per tar, and goes on where it was stopped; --data STORE ca
 if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
-import contextlib
 import os
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from features.extraction import Reading
-from features.images import add_max_pixels_flag, set_max_pixels
-from features.listing import as_line, find_images
-from features.loader import prepare_readers
-from features.results import is_table, name_shared, record, shared_ids, write_part, write_results
+from features.images import set_max_pixels
+from features.listing import find_images
+from features.results import is_table
 from features.sources import FoundPictures, Tars
-from features.store import read_store
+from features.store_files import check_there
 from features.tars import expand_tars, names_tars
-from models.bulk import CaptionFolder, caption_parts, caption_store, is_bulk
-from models.captioner import Captioner, captioner_files, stored_decoding
-from models.decoding import BEAM, CLIP, DECODERS, GREEDY, NO_RERANK, RERANKS, SAMPLE, DecodingConfig
-from models.made_by import made_by
-from models.predictor import Predictor as Predictor  # other code finds it here
+from models.captioner_files import captioner_files, check_captioner, stored_decoding
+from models.made_by import check_bulk, is_bulk, made_by
 from models.pretrained import NAMES
-from training.validation import check_encoders
-from utils.cli import (
-    Parser,
-    non_negative_int,
-    note,
-    positive_float,
-    positive_int,
-    progress_bar,
-    run,
-)  # fmt: skip
-from utils.devices import add_device_flags, pick_devices
-from utils.distributed import connected, is_main, own_device, world_size
-from utils.outputs import check_output, lock
-from utils.precision import add_dtype_flag
+from models.settings import BEAM, DECODERS, GREEDY, NO_RERANK, RERANKS, SAMPLE, DecodingConfig
+from utils.cli import Parser, late_imports, non_negative_int, positive_float, positive_int, run
+from utils.flags import add_device_flags, add_dtype_flag, add_max_pixels_flag, check_offloading
+from utils.outputs import check_output
+from utils.processes import world_size
 
 BATCH = 32  # images at a time, unless --batch_size says
+
+
+def __getattr__(name):
+    """Return Predictor, which other code finds here, from where torch is imported."""
+    if name == "Predictor":
+        from models.predictor import Predictor
+
+        return Predictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get_parser(decoding=None):
@@ -168,14 +161,6 @@ def check_out(args, paths, num_captions):
     check_output("--out", args.out, inputs, (".json", ".csv") if Path(args.out).suffix else ())
 
 
-def captioner_of(args, with_encoder=True):
-    """Return the Captioner that the command line asks for; `with_encoder` as its own."""
-    return Captioner(
-        args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device, args.pn,
-        args.dtype, args.offload_dir, args.max_memory, with_encoder,
-    )  # fmt: skip
-
-
 def find_pictures(arguments):
     """Return (what is to be captioned: files, or pictures in tars; {name: why one in a tar is left out})."""
     if not any(map(names_tars, arguments)):
@@ -184,88 +169,22 @@ def find_pictures(arguments):
     return list(pictures), left_out
 
 
-def caption_in_bulk(args, decoding):
-    """Caption into a folder of parquet files, in one process or several; returns the exit status."""
-    if not args.out or not is_bulk(args.out):
-        raise ValueError("--data needs --out DIR/, a folder, which a parquet file per shard is written into")
-    store, source = None, None
-    if args.data:
-        store = read_store(args.data)
-        if store.is_of_texts:
-            raise ValueError(f"--data {args.data} holds embeddings of texts; name a store of images")
-    elif any(map(names_tars, args.images)):
-        source = Tars(expand_tars(args.images), False)
-    else:
-        found = {path: [] for path in find_images(args.images)}
-        source = FoundPictures(found, {}, " ".join(args.images))
-    workers = args.num_workers if source and (source.count or sys.maxsize) > (args.batch_size or BATCH) else 0
-    prepare_readers(source.count if source else 0, workers)
-    device = own_device(pick_devices(args.device))
-    if world_size() > 1:
-        args.device = str(device)
-    folder = CaptionFolder(args.out, made_by(args, decoding))
-    with connected(device), lock(args.out) if is_main() else contextlib.nullcontext():
-        captioner = captioner_of(args, with_encoder=not store or decoding.rerank == CLIP)
-        try:
-            if store:
-                own = captioner.model.config.shape, captioner.described
-                check_encoders(f"--data {store.path}", store, f"--checkpoint {args.checkpoint}", *own)
-                return caption_store(captioner, store, folder, decoding, args.batch_size)
-            reading = Reading(args.batch_size or BATCH, workers)
-            return caption_parts(captioner, source.parts(), folder, decoding, reading)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("the same command goes on from here") from None
-
-
-def caption_all(captioner, paths, decoding, batch_size, num_workers, results):
-    """Caption files, printing each as it is done.
+def bulk_source(args, made):
+    """Return the Source of pictures to caption into a folder, or None where a store is.
 
     Args:
-        results: {path: result in COCO's format} that each image is added to.
-    Returns: {path: why it could not be read}.
+        made: what captions, as `made_by` returns it.
+    Raises: ValueError, FileNotFoundError where input or folder are not to be had.
     """
-    unreadable = {}
-    with progress_bar(len(paths), "images", "img") as bar:
-        for captions, errors in captioner.caption_files(paths, decoding, batch_size, num_workers):
-            results |= {path: record(path, group) for path, group in captions.items()}  # kept if printing fails
-            for path, group in captions.items():
-                for caption in group:
-                    bar.write(f"{as_line(path)}\t{' '.join(caption.text.split())}")
-            sys.stdout.flush()  # a pipe's reader waits for whole batches only
-            for path, reason in errors.items():
-                note(f"skipped {as_line(path)}: {reason}")
-            unreadable |= errors
-            bar.update(len(captions) + len(errors))
-    return unreadable
-
-
-@contextlib.contextmanager
-def results_kept(args, paths, results):
-    """Hold --out for the time of the body and write the results then, also those of a run that is stopped.
-
-    Raises: what the body raises; KeyboardInterrupt says how many images are captioned.
-    """
-    shared = shared_ids(paths) if args.out else {}
-    if shared:
-        number = sum(map(len, shared.values()))
-        note(
-            f"warning: {number:,} images share an image_id with another ({name_shared(shared)}), of which evaluate.py "
-            "takes one caption each; rename the files"
-        )
-    with lock(args.out) if args.out else contextlib.nullcontext():
-        try:
-            yield
-            if results and args.out:
-                write_results(args.out, results, shared)
-        except (KeyboardInterrupt, Exception) as stop:
-            said = f"{len(results)} of {len(paths)} images are captioned"
-            if results and args.out:
-                said += f", in {write_part(args.out, results, shared)}"
-            if isinstance(stop, KeyboardInterrupt):
-                raise KeyboardInterrupt(said) from None
-            if results:
-                note(f"warning: {said}")
-            raise
+    if not args.out or not is_bulk(args.out):
+        raise ValueError("--data needs --out DIR/, a folder, which a parquet file per shard is written into")
+    check_bulk(args.out, made)
+    if args.data:
+        check_there(args.data)
+        return None
+    if any(map(names_tars, args.images)):
+        return Tars(expand_tars(args.images), False)
+    return FoundPictures({path: [] for path in find_images(args.images)}, {}, " ".join(args.images))
 
 
 def main(argv=None, parser=None):
@@ -278,26 +197,24 @@ def main(argv=None, parser=None):
     if bool(args.images) == bool(args.data):
         raise ValueError("name images, or a store by --data STORE, and not both")
     decoding = decoding_config(args)
+    check_offloading(args)
+    batch_size = args.batch_size or BATCH
     if args.data or is_bulk(args.out):
-        return caption_in_bulk(args, decoding)
+        made = made_by(args, decoding)
+        source = bulk_source(args, made)
+        check_captioner(args.checkpoint, args.clip_model_type)
+        with late_imports():
+            from models.captioning import caption_in_bulk
+        return caption_in_bulk(args, decoding, source, made, batch_size)
     if world_size() > 1:
         raise ValueError("several processes share out parts of --out DIR/ alone; start one, or name a folder")
     paths, unreadable = find_pictures(args.images)
     if args.out:
         check_out(args, paths, decoding.num_captions)
-    results, total, batch_size = {}, len(paths) + len(unreadable), args.batch_size or BATCH
-    for name, reason in unreadable.items():
-        note(f"skipped {as_line(name)}: {reason}")
-    with results_kept(args, paths, results):
-        workers = 0 if len(paths) <= batch_size else args.num_workers
-        prepare_readers(len(paths), workers)
-        captioner = captioner_of(args)
-        unreadable |= caption_all(captioner, paths, decoding, batch_size, workers, results)
-    if unreadable:
-        others = "; the others are captioned" if results else ""
-        note(f"error: {len(unreadable)} of {total} images could not be read{others}")
-        return 2
-    return 0
+    check_captioner(args.checkpoint, args.clip_model_type)
+    with late_imports():
+        from models.captioning import caption_pictures
+    return caption_pictures(args, decoding, paths, unreadable, batch_size)
 
 
 if __name__ == "__main__":

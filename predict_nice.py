@@ -18,12 +18,12 @@ import predict_OPT
 from features.annotations import normal_id
 from features.images import set_max_pixels
 from features.listing import as_line, images_in, list_folder
-from features.loader import prepare_readers
 from features.results import name_shared, result_id, shared_ids
-from models.captioner import captioner_files
+from models.captioner_files import captioner_files, check_captioner
 from models.made_by import difference, made_by
-from utils.cli import Parser, note, progress_bar, run
+from utils.cli import Parser, late_imports, note, progress_bar, run
 from utils.files import read_json, write_json, write_table
+from utils.flags import check_offloading
 from utils.outputs import check_output, lock
 
 FOLDER = Path("output_caption")
@@ -149,6 +149,7 @@ def main(argv=None):
     """Caption the challenge's folder; returns 2 where an image could not be read."""
     args = get_parser().parse_args(argv)
     set_max_pixels(args.max_pixels)
+    check_offloading(args)
     out = output_file(args)
     decoding, paths = predict.decoding_config(args), find_images(args.images)
     with lock(out, "--ofile"):
@@ -171,9 +172,13 @@ def caption_rest(args, decoding, paths, out, captions, made):
     if not todo:
         write_results(out, captions)  # the csv may be older, after a kill
         return 0
+    check_captioner(args.checkpoint, args.clip_model_type)
+    with late_imports():
+        from features.loader import prepare_readers
+        from models.captioner import captioner_of
     workers = 0 if len(todo) <= args.batch_size else args.num_workers
     prepare_readers(len(todo), workers)
-    captioner = predict.captioner_of(args)
+    captioner = captioner_of(args)
     if args.prefix_length not in (None, captioner.model.config.prefix_length):
         own = captioner.model.config.prefix_length
         raise ValueError(

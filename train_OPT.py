@@ -9,7 +9,7 @@ if __name__ == "__main__":
     import utils.interrupt  # noqa: F401  Ctrl-C during the imports below
 
 import train
-from models.decoding import BEAM, DecodingConfig
+from models.settings import BEAM, DecodingConfig
 from utils.cli import run
 
 OPT_MODEL = "facebook/opt-125m"

@@ -18,8 +18,9 @@ from features.extraction import Reading, encode_parts
 from features.sources import Tars
 from features.store import FeatureStore
 from models.bulk import CaptionFolder, caption_store
-from models.decoding import DecodingConfig, generate_captions
+from models.decoding import generate_captions
 from models.language import load_tokenizer
+from models.settings import DecodingConfig
 from utils.cli import progress_bar
 from utils.precision import pick_dtype, prepare_for_inference
 

@@ -9,8 +9,8 @@ import torch
 from benchmarks.measure import interleave, peak_memory
 from benchmarks.plain import beam_caption, greedy_caption
 from benchmarks.workload import PREFIX, language_model
-from models.decoding import BEAM, GREEDY, DecodingConfig
 from models.searches import decode, make_search
+from models.settings import BEAM, GREEDY, DecodingConfig
 from models.steps import CachedStep
 from utils.precision import pick_dtype, prepare_for_inference
 

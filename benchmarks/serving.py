@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from models.captioner import Captioner
-from models.decoding import CLIP, DecodingConfig
 from models.exported import ExportedCaptioner
 from models.pretrained import DEMO_CHECKPOINT
+from models.settings import CLIP, DecodingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENTS, BATCH = 64, 16  # BATCH: images at a time, of the server and offline

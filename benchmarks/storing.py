@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.workload import caption_lengths
 from features.shards import read_shards, write_shard
-from features.store import info_path
+from features.store_files import info_path
 from models.language import load_tokenizer
 from utils.files import write_json
 

@@ -16,10 +16,12 @@ from benchmarks.training import BATCH
 from benchmarks.workload import PREFIX, language_model
 from features.dataset import CaptionDataset
 from features.store import read_store, write_store
-from models.clip_caption import CaptionConfig, build_captioner
+from models.clip_caption import build_captioner
 from models.language import load_tokenizer
+from models.settings import CaptionConfig
 from training.objectives import CrossEntropy
-from training.trainer import Trainer, TrainingConfig
+from training.settings import TrainingConfig
+from training.trainer import Trainer
 
 
 def run(device, repeats, quick):

@@ -9,7 +9,8 @@ from benchmarks.measure import interleave, peak_memory
 from benchmarks.plain import padded_length, training_step
 from benchmarks.workload import caption_lengths, captioner, language_model
 from training.objectives import CrossEntropy
-from training.trainer import Trainer, TrainingConfig
+from training.settings import TrainingConfig
+from training.trainer import Trainer
 
 BATCH = 40
 VARIANTS = {"MLP, GPT-2 fine-tuned": ("mlp", False), "transformer 40/40, GPT-2 frozen": ("transformer", True)}

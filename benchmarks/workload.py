@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.clip_caption import CaptionConfig, build_captioner
+from models.clip_caption import build_captioner
 from models.language import build_language_model
+from models.settings import CaptionConfig
 
 # how many of COCO's val2014 captions have 7, 8, ... tokens of a byte-level BPE of 34,000 trained on them
 CAPTION_LENGTHS = (

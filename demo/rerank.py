@@ -20,8 +20,8 @@ from demo.captions import judge
 from demo.world import Scene, write_split
 from features.loader import encode_files
 from models.captioner import Captioner, image_key
-from models.decoding import SAMPLE, DecodingConfig
 from models.rerank import LOGPROB_WEIGHT, distinct, rank_by_consensus, scores_by_clip
+from models.settings import SAMPLE, DecodingConfig
 from utils.files import atomic_path, read_json, write_json
 
 TEST, TUNE = 1000, 500  # scenes; those to tune on follow the test's in the split

@@ -6,8 +6,7 @@ A family is a module of its own, which alone imports its library: a class that l
 import importlib
 import os
 
-from encoders import openai_clip
-from encoders.base import SUFFIXES, folder_sha256
+from encoders.names import OPENAI_NAMES, SUFFIXES, check_openai, folder_sha256, openai_sha256
 from utils.cli import note
 from utils.files import sha256
 
@@ -46,6 +45,17 @@ def load_encoder(name, device="cpu", dtype=None, tokens=None):
     return getattr(family, kind)(name, device, dtype, tokens)
 
 
+def check_encoder(name):
+    """Refuse a name that is none, as far as no library is needed to tell.
+
+    Args:
+        name: what --clip_model_type takes.
+    Raises: ValueError.
+    """
+    if _form(name) is None:
+        check_openai(name)
+
+
 def published(word=""):
     """Yield a Published for every name that holds a word, of the libraries that are installed."""
     for module in ("encoders.openai_clip", *dict.fromkeys(module for module, _, _ in FAMILIES.values())):
@@ -72,7 +82,7 @@ def split_path(name, base=""):
     """
     name, form = str(name), _form(name)
     if form is None:
-        return ("", None) if openai_clip.named_sha256(name) else ("", name)
+        return ("", None) if openai_sha256(name) else ("", name)
     rest = name[len(form) + 1 :]
     if form in WITH_FILE:
         model, slash, rest = rest.partition("/")
@@ -84,7 +94,7 @@ def split_path(name, base=""):
 
 def named_sha256(name):
     """Return the SHA-256 of the one file that a published name stands for; None: it says none."""
-    return None if _form(name) else openai_clip.named_sha256(name)
+    return None if _form(name) else openai_sha256(name)
 
 
 def encoder_sha256(name):
@@ -100,7 +110,7 @@ def encoder_sha256(name):
 def public_name(name):
     """Return the name that everybody knows an encoder by: of a copy of OpenAI's file, OpenAI's; else its own."""
     weights = encoder_sha256(name)
-    return next((known for known in openai_clip.PUBLISHED if weights and named_sha256(known) == weights), name)
+    return next((known for known in OPENAI_NAMES if weights and named_sha256(known) == weights), name)
 
 
 def known_encoder(described):

@@ -4,23 +4,19 @@ Axes: B batch, D width of an embedding, K tokens of an image, R input resolution
 """
 
 import contextlib
-import hashlib
 import logging
 import math
 import sys
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torchvision.transforms import Compose, ToTensor
 
+from encoders.names import PATCHES, POOLED
 from utils.cli import note
-from utils.files import sha256
 from utils.precision import pick_dtype, prepare_for_inference
 
-POOLED, PATCHES = "pooled", "patches"
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz")  # of files of weights, the first that are there count
 RESNET_STRIDE = 32  # pixels of a side that a place of a ResNet's last grid stands for
 
 
@@ -200,13 +196,6 @@ class ImageEncoder:
             elif kind != "ToTensor":
                 told[kind] = str(step)
         return told
-
-
-def folder_sha256(folder):
-    """Return the SHA-256 of a folder's file of weights, or of the hashes of its several files; None: it has none."""
-    found = (sorted(Path(folder).glob(f"*{suffix}")) for suffix in SUFFIXES)
-    hashes = [sha256(file) for file in next(filter(None, found), ())]
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest() if len(hashes) > 1 else next(iter(hashes), None)
 
 
 def plain_steps(preprocess):

@@ -15,7 +15,8 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
 
-from encoders.base import POOLED, RESNET_STRIDE, ImageEncoder, Published, folder_sha256, plain_steps, quiet
+from encoders.base import RESNET_STRIDE, ImageEncoder, Published, plain_steps, quiet
+from encoders.names import POOLED, folder_sha256
 from encoders.timm import patch_grid, patch_tokens
 from encoders.timm import shape_of as timm_shape
 from utils.cli import nearest, note

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from encoders.base import POOLED, RESNET_STRIDE, ImageEncoder, Published
-from utils.cli import nearest
+from encoders.base import RESNET_STRIDE, ImageEncoder, Published
+from encoders.names import POOLED, check_openai, openai_sha256
 from utils.files import reason, sha256
 from utils.precision import prepare_for_inference
 
@@ -51,7 +51,7 @@ class OpenAIClip(ImageEncoder):
         width = visual.ln_post.normalized_shape[0] if self.is_vit else visual.attnpool.k_proj.in_features
         self.shape = (self.model.text_projection.shape[1],) if self.tokens == POOLED else (side * side, width)
         prepare_for_inference(self.model, self.dtype, self.device)
-        self.sha256 = named_sha256(self.name) or sha256(self.name)
+        self.sha256 = openai_sha256(self.name) or sha256(self.name)
 
     def _embed(self, pixels):
         if self.tokens == POOLED:
@@ -88,7 +88,7 @@ class OpenAIClip(ImageEncoder):
         return sum(_is_cut(self.tokenize, text) for text in long)
 
     def _identity_sha256(self):
-        return None if named_sha256(self.name) else self.sha256
+        return None if openai_sha256(self.name) else self.sha256
 
 
 def _is_cut(tokenize, text):
@@ -108,21 +108,9 @@ def _import_clip():
     return clip
 
 
-def named_sha256(name):
-    """Return the SHA-256, checked by `clip.load`, of the file that a name of OpenAI's stands for; None: no name."""
-    url = _import_clip().clip._MODELS.get(str(name))
-    return url.split("/")[-2] if url else None
-
-
 def _load(clip, name, device):
     """Call `clip.load`, with errors that say what to do."""
-    if name not in clip.available_models() and not Path(name).is_file():
-        names = clip.available_models()
-        hint = nearest(name, names)
-        raise ValueError(
-            f"--clip_model_type {name} is neither a file nor one of {', '.join(names)}{hint}; other libraries' are "
-            f"open_clip:ARCH/TAG, hf-hub:ORG/REPO, timm:NAME, hf:ORG/REPO"
-        )
+    check_openai(name)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.load. is deprecated")

@@ -13,7 +13,8 @@ from huggingface_hub import hf_hub_download
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from encoders.base import POOLED, ImageEncoder, Published, plain_steps, quiet
+from encoders.base import ImageEncoder, Published, plain_steps, quiet
+from encoders.names import POOLED
 from utils.cli import nearest
 from utils.files import reason, sha256
 from utils.hub import cached_first

@@ -20,7 +20,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from encoders.base import PATCHES, POOLED, ImageEncoder, Published, folder_sha256, quiet
+from encoders.base import ImageEncoder, Published, quiet
+from encoders.names import PATCHES, POOLED, folder_sha256
 from utils.files import reason
 from utils.hub import cached_first
 

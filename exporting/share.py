@@ -12,7 +12,8 @@ import transformers
 from encoders import encoder_sha256, public_name, split_path
 from exporting.card import make_card, read_scores
 from models.captioner import encoder_source
-from models.checkpoint import FORMAT, beside, config_path, load_captioner, load_weights, save_weights, without_output
+from models.captioner_files import beside, config_path
+from models.checkpoint import FORMAT, load_captioner, load_weights, save_weights, without_output
 from models.pretrained import (
     ALIASES,
     PRETRAINED,

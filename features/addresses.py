@@ -2,8 +2,11 @@
 
 import os
 
+from utils.cli import VERSION
 from utils.files import sha256
 
+USER_AGENT = f"clipcap/{VERSION} (downloads pictures for image captioning; parse_conceptual.py)"
+TABLES = {"train": "Train_GCC-training.tsv", "val": "Validation_GCC-1.1.0-Validation.tsv"}
 BLOCK = 1024  # lines that are read, and downloaded, together
 SAMPLE = 200  # lines that tell which column holds the addresses
 LONGEST_LINE = 1 << 16  # bytes

@@ -2,8 +2,7 @@
 
 from features.annotations import image_id_of, read_places
 from features.finder import ImageFinder, match_images
-from features.loader import image_loader
-from utils.cli import note, progress_bar
+from utils.cli import late_imports, note, progress_bar
 
 BATCH = 64  # images handed to a process at once
 
@@ -75,6 +74,8 @@ def _in_one_line(text):
 
 def _unreadable(paths, num_workers):
     """Yield (path, why it cannot be read) of those image files that cannot."""
+    with late_imports():
+        from features.loader import image_loader
     with progress_bar(len(paths), "images", "img") as bar:
         batches = (paths[start : start + BATCH] for start in range(0, len(paths), BATCH))
         for batch in image_loader(None, _nothing, batches, num_workers, collate=list):

@@ -14,11 +14,12 @@ from pathlib import Path
 from features.addresses import BLOCK, add_period
 from features.fetching import OF_THE_HOST, Dead, host_of
 from features.images import is_readable, reader
-from features.shards import shard_rows
 from features.sources import Part, Source
+from features.store_files import shard_rows
 from utils.cli import note
-from utils.distributed import all_union, is_main, share
+from utils.distributed import all_union
 from utils.files import read_json, write_json, write_text
+from utils.processes import is_main, share
 
 AHEAD = 1024  # addresses that wait to be fetched, from which one of a host that is not busy is picked
 HOST_TRIES = 3  # addresses in a row that a host does not answer, until it is taken for gone

@@ -4,6 +4,7 @@ What comes in is a Source, what comes out a pickle or a folder of shards with it
 """
 
 import collections
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,20 @@ from pathlib import Path
 import torch
 import transformers
 
-from encoders import known_encoder
+from encoders import known_encoder, load_encoder
 from features.listing import as_line
-from features.loader import encode_files
+from features.loader import encode_files, prepare_readers
 from features.partial import PartialStore, collect_rows, partial_names
 from features.shards import count_records, finished_shards, remove_shards, shard_files, shard_stamp, write_shard
 from features.sources import fingerprint
-from features.store import info_path, is_folder, write_store
+from features.store import write_store
+from features.store_files import info_path, is_folder, lock_store
 from features.texts import TextEncoder
 from utils.cli import VERSION, note, progress_bar
-from utils.distributed import all_sum, all_union, is_main, rank, share
-from utils.files import read_json, write_json
+from utils.devices import pick_device
+from utils.distributed import all_sum, all_union, connected, main_first, own_device
+from utils.files import read_json, sha256, write_json
+from utils.processes import is_main, rank, share
 
 HELD = 8 << 30  # bytes of embeddings from which on a pickle gets a warning
 SHOWN = 10  # skipped images that are listed on the terminal; the json beside the store lists all
@@ -278,6 +282,31 @@ def report_skipped(skipped):
         note(f"skipped {as_line(name)}: {reason}")
     if len(skipped) > SHOWN:
         note(f"... and {len(skipped) - SHOWN:,} more; the json beside the store lists them all")
+
+
+def extract(args, source, out):
+    """Embed what a command line of parse_coco.py names; returns the exit status.
+
+    Args:
+        args: the command line.
+        source: Source.
+        out: store to write.
+    """
+    prepare_readers(0 if args.text_only else source.count, args.num_workers)
+    device = own_device([pick_device(args.device)])
+    with connected(device), lock_store(out) if is_main() else contextlib.nullcontext():
+        with main_first():
+            encoder = load_encoder(args.clip_model_type, device, args.dtype, args.tokens)
+        info = {
+            "annotations": args.annotations, "annotations_sha256": args.annotations and sha256(args.annotations),
+            "split": args.split,
+        }  # fmt: skip
+        if args.text_only:
+            encoder = TextEncoder(encoder)
+            info["texts_cut"] = cut = encoder.count_cut(source.pictures)
+            if cut:
+                note(f"warning: {cut:,} of {source.count:,} captions are longer than the text tower reads, and are cut")
+        return make_store(encoder, source, out, Reading(args.batch_size, args.num_workers, args.strict), info)
 
 
 def make_store(encoder, source, out, reading, info):

@@ -19,10 +19,9 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, LocationParseError, NewConnectionError, SSLError
 from urllib3.util import connection, parse_url
 
+from features.addresses import USER_AGENT
 from features.kinds import HEAD, is_picture, what_else
-from utils.cli import VERSION
 
-USER_AGENT = f"clipcap/{VERSION} (downloads pictures for image captioning; parse_conceptual.py)"
 MOST_BYTES = 32 << 20  # of a picture
 MOST_REDIRECTS = 5
 LONGEST_ADDRESS = 8192  # characters

@@ -12,16 +12,14 @@ import os
 import re
 import stat
 import warnings
-from importlib.metadata import version
 
-import numpy as np
 import PIL
 from PIL import Image
 from PIL.Image import Transpose
 
 from features.kinds import HEAD, TIFF, is_heic, open_heic, what_else, without_metadata
 from features.tars import TarMember
-from utils.cli import positive_int
+from utils.flags import MAX_PIXELS
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 ORIENTATION = 0x0112  # EXIF tag
@@ -30,7 +28,6 @@ UPRIGHT = dict(zip(range(2, 9), (
     Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90,
 ), strict=True))  # fmt: skip  # the tag's values -> what puts the image right
 MAX_RATIO = 100  # of the sides: CLIP scales the shorter one to its input, so a line of pixels would fill the memory
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow itself refuses: 178,956,970
 
 # words in a decoder's error -> what a user is told; what has none of them is "damaged"
 REASONS = (
@@ -52,13 +49,6 @@ class ImageError(ValueError):
     """An image file that cannot be read; the message says why."""
 
 
-def add_max_pixels_flag(parser):
-    """Add the flag --max_pixels."""
-    parser.add_argument(
-        "--max_pixels", type=positive_int, default=MAX_PIXELS, help="pixels of an image; larger ones are skipped"
-    )
-
-
 def max_pixels():
     """Return how many pixels an image may have."""
     return _max_pixels
@@ -73,6 +63,8 @@ def set_max_pixels(number):
 
 def reader():
     """Return what decides which pictures can be read, as plain data: versions of the decoders, the limit of pixels."""
+    from importlib.metadata import version
+
     return [PIL.__version__, version("tifffile"), open_heic(), _max_pixels]
 
 
@@ -211,42 +203,11 @@ def _plain(image):
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     if image.mode.startswith("I") or image.mode == "F":
-        return from_array(np.asarray(image))
+        from features.arrays import from_array  # numpy takes its time to import
+
+        return from_array(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
     return image.convert("RGB")
-
-
-def from_array(array, mode=None):
-    """Return pixels of any numeric type as an RGB image.
-
-    Args:
-        array: [H, W] or [H, W, 1..4]; integers use their full range (16 bit: 0..65535; 32-bit integers that stay
-            below 65536 count as 16 bit, below 256 as 8 bit), floats 0..1 or else their own minimum..maximum.
-        mode: PIL's name of what the bands are; None: L, LA, RGB, RGBA.
-    Returns: PIL image of mode RGB.
-    Raises: ImageError for other shapes.
-    """
-    array = np.asarray(array)
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or not array.size or array.shape[-1] > 4:
-        raise ImageError(f"shape {array.shape} is no image")
-    if array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype != np.uint8:
-        array = _to_bytes(array.astype(np.float64), np.issubdtype(array.dtype, np.floating), array.dtype.itemsize)
-    bands = [Image.fromarray(np.ascontiguousarray(array[..., band])) for band in range(array.shape[-1])]
-    return to_rgb(Image.merge(mode or ("L", "LA", "RGB", "RGBA")[len(bands) - 1], bands))
-
-
-def _to_bytes(values, floating, itemsize):
-    """Scale numbers to 0..255."""
-    values = np.nan_to_num(values)
-    low, high = values.min(), values.max()
-    if floating:
-        low, high = (0, 1) if low >= 0 and high <= 1 else (low, high)
-    elif low >= 0 and high < 2**16:
-        low, high = 0, 255 if itemsize > 2 and high < 2**8 else 2**16 - 1
-    return np.uint8(np.round((values - low) * (255 / max(high - low, 1e-12))).clip(0, 255))

@@ -4,8 +4,6 @@ import functools
 import re
 import zlib
 
-from PIL import features as pillow
-
 HEAD = 1024  # bytes that tell; a drawing's comments may come before its name
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -65,6 +63,8 @@ def _brands(head):
 def _boxed(brands):
     """Say what a file of boxes is."""
     if brands & AVIF:
+        from PIL import features as pillow
+
         return None if pillow.check("avif") else "AVIF: convert it, or pip install --upgrade pillow"
     if brands & HEIC:
         return None if open_heic() else "HEIC: convert it, or pip install pillow-heif"

@@ -9,7 +9,6 @@ are read by the embedding-reader package.
 """
 
 import bisect
-import contextlib
 import hashlib
 import json
 import math
@@ -25,35 +24,26 @@ import torch
 
 from features.images import reader
 from features.listing import as_text
+from features.store_files import STAMP
 from features.texts import Sentence
 from utils.cli import in_words
-from utils.distributed import all_union, share
+from utils.distributed import all_union
 from utils.files import atomic_path, reason
+from utils.processes import share
 
 # bytes that are mapped before their pages are given back; one page fault may map FAULT around a row
 MAPPED, FAULT = 1 << 27, 1 << 20
 LOOKED_AT = 1 << 17  # numbers looked over at a time, which stay in the processor's cache
 WRITTEN = 256  # rows converted and written at a time
-SHARDS = 64  # that a store is cut into, so that many processes have work, while a shard has between these many images
-MIN_ROWS, MAX_ROWS = 1 << 10, 1 << 17
 # bytes of embeddings that a fingerprint reads, a second or two; of more, as many in pieces spread over all shards: the
 # 100 GB of 100 million images would take minutes at every start
 FINGERPRINTED, PIECE = 1 << 30, 1 << 20
-STAMP = b"clipcap"  # key of the parquet's metadata: what the shard was made from
 
 
 def shard_files(folder, number):
     """Return a shard's two files, (npy, parquet)."""
     folder = Path(folder)
     return folder / "img_emb" / f"img_emb_{number:04d}.npy", folder / "metadata" / f"metadata_{number:04d}.parquet"
-
-
-def shard_rows(images):
-    """Return how many images a shard holds; a power of two, so that a few more images leave the first shards alone."""
-    rows = MIN_ROWS
-    while rows < MAX_ROWS and rows * SHARDS < images:
-        rows *= 2
-    return rows
 
 
 def shard_stamp(encoder, made_of):
@@ -166,15 +156,6 @@ def _finished_shard(folder, number, stamp):
     except (pa.ArrowException, OSError, ValueError):  # damaged: made again
         return None
     return stored
-
-
-def foreign_shard(folder):
-    """Return a parquet of a folder that `write_shard` has not written, or None; a damaged one tells nothing."""
-    for file in sorted(Path(folder).glob("metadata/*.parquet")):
-        with contextlib.suppress(pa.ArrowException, OSError):
-            if STAMP not in (pq.read_schema(file).metadata or {}):
-                return file
-    return None
 
 
 class MappedEmbeddings:

@@ -12,10 +12,10 @@ from pathlib import Path
 from features.annotations import image_id_of
 from features.images import is_readable, reader
 from features.results import name_pictures
-from features.shards import shard_rows
+from features.store_files import shard_rows
 from features.tars import TarMember, captions_of, read_tar
 from features.texts import Sentence
-from utils.distributed import share
+from utils.processes import share
 
 
 def fingerprint(picture):

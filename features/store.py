@@ -7,7 +7,6 @@ as they are. A store of pictures alone has no captions, and in the pickle `"imag
 per row. A store of texts, whose json says `"modality": "text"`, has the row of the text tower for each caption.
 """
 
-import contextlib
 import hashlib
 import io
 import pickle
@@ -17,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from features.shards import MappedCaptions, foreign_shard, read_shards
+from encoders import known_encoder
+from features.shards import MappedCaptions, read_shards
+from features.store_files import check_there, foreign_shard, info_path
 from utils.cli import in_words
 from utils.files import atomic_path, read_json, reason, write_json
-from utils.outputs import STORE, belongs_to, check_folder, check_output, lock, overwritten
 
-PICKLES = (".pkl", ".pickle")
 CHECKED = 1024  # rows looked over at a time
 
 
@@ -98,49 +97,22 @@ def check_captions(flag, store):
         )
 
 
-def is_folder(path):
-    """Tell whether a store of this name is a folder of shards."""
-    return str(path).endswith("/") or Path(path).is_dir()
-
-
-def info_path(path):
-    """Return the json beside a store: `x.pkl` -> `x.json`, `x/` -> `x.json`."""
-    file = Path(path)
-    return file.with_name(file.name + ".json") if is_folder(path) else file.with_suffix(".json")
-
-
-def check_store_output(path, inputs):
-    """Refuse a name for a new store that cannot be written, or where it or its json would overwrite another file.
+def check_encoders(name, store, other, shape, described):
+    """Refuse a store of another encoder than the one that is trained on.
 
     Args:
-        path: of the store, as --out.
-        inputs: as of `check_output`; folders too.
+        name: of the FeatureStore `store`, with its flag. other: of what it must fit, such as the store of --data.
+        shape, described: that of an image's embedding by that one's encoder, and what is known of it; see
+            `known_encoder`.
     Raises: ValueError.
     """
-    if is_folder(path):
-        check_folder("--out", path)
-        foreign = foreign_shard(path)
-        if foreign:
-            raise ValueError(f"--out {path} holds shards that are not of parse_coco.py, {foreign}; name another folder")
-    else:
-        check_output("--out", path, inputs, PICKLES)
-    info = info_path(path)
-    for output, how in ((path, ""), (info, ", by its json")):
-        taken = overwritten([output], inputs)
-        if taken:
-            raise ValueError(f"--out {path} would overwrite {taken}{how}; name another store")
-    if info.exists() and belongs_to(info) != STORE:
-        raise ValueError(f"--out {path} would overwrite {info}, which tells of no store, by its json; name another")
-    if info.exists() and ("shards" in read_json(info)) != is_folder(path):
-        other = "a folder of shards" if "shards" in read_json(info) else "a pickle"
-        raise ValueError(f"--out {path} would overwrite {info}, which tells of {other} of that name; name another")
-
-
-@contextlib.contextmanager
-def lock_store(out):
-    """Hold a store and the json beside it, which two stores may share a name for, for the time of the body."""
-    with lock(out), lock(info_path(out), shown=out):
-        yield
+    ours, theirs = known_encoder(store.info), known_encoder(described)
+    if store.shape != shape or (ours and theirs and ours != theirs):
+        what = "are of different encoders" if len(store.shape) == len(shape) else "do not both hold tokens"
+        raise ValueError(
+            f"{name} and {other} {what} ({ours or 'unknown'}: {in_words(store.shape)}; {theirs or 'unknown'}: "
+            f"{in_words(shape)}); extract both with one, and the same --tokens"
+        )
 
 
 def write_store(path, clip_embedding, captions, info, images=None):
@@ -169,6 +141,7 @@ def read_store(path):
         path: pickle, or folder of shards.
     Raises: FileNotFoundError; ValueError naming what is wrong and which caption.
     """
+    check_there(path)
     path = Path(path)
     info = read_json(info_path(path)) if info_path(path).is_file() else {}
     info = info if isinstance(info, dict) else {}
@@ -181,8 +154,6 @@ def read_store(path):
             )
         _check_shape(shards[0].shape, info, path)
         return FeatureStore(*shards, info, path)
-    if not path.is_file():
-        raise FileNotFoundError(f"feature store {path} does not exist; make it with parse_coco.py, or check --data")
     with open(path, "rb") as file:
         try:
             value = SafeUnpickler(file).load()

@@ -10,7 +10,8 @@ import tifffile
 from PIL import Image, UnidentifiedImageError
 from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG
 
-from features.images import ImageError, check_pixels, decode_with_pillow, from_array, turned
+from features.arrays import from_array
+from features.images import ImageError, check_pixels, decode_with_pillow, turned
 
 GREY, INVERTED, RGB, PALETTE, CMYK, YCBCR, CIELAB, ICCLAB = (
     PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.RGB, PHOTOMETRIC.PALETTE, PHOTOMETRIC.SEPARATED,

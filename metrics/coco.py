@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from metrics import ptb
+from metrics.names import METRICS
 
-METRICS = ("Bleu", "METEOR", "ROUGE_L", "CIDEr", "SPICE")  # in pycocoevalcap's order
 FEW_DISTINCT, MANY_IMAGES = 0.05, 5  # below this share, with more images, the model may not see the image
 NEEDS_JAVA = ("METEOR", "SPICE")
 BLEU_ORDER = 4

@@ -2,8 +2,8 @@
 
 from transformers import GPT2Config, OPTConfig
 
-from models.clip_caption import CaptionConfig
 from models.mapping import recognise_mapping_network
+from models.settings import CaptionConfig
 from utils.cli import note
 
 MAPPING = "clip_project."  # what the names of a mapping network's weights begin with

@@ -19,25 +19,20 @@ import torch
 from features.extraction import encode_parts, known_count
 from features.images import reader
 from features.listing import as_text
-from features.shards import MappedCaptions, shard_rows, shard_stamp
+from features.shards import MappedCaptions, shard_stamp
+from features.store_files import shard_rows
 from features.tars import TarMember
 from models.captioner import image_key
-from models.made_by import difference
+from models.made_by import MADE_BY, check_bulk
 from models.rerank import draws_samples
 from utils.cli import note, progress_bar
 from utils.devices import is_out_of_memory
-from utils.distributed import all_gather, all_sum, is_main, share
-from utils.files import atomic_path, read_json, write_json
-from utils.outputs import check_folder
+from utils.distributed import all_gather, all_sum
+from utils.files import atomic_path, write_json
+from utils.processes import is_main, share
 
-MADE_BY = "_made_by.json"  # readers of parquet folders pass over names that begin so
 STAMP = b"clipcap"  # key of a parquet's metadata
 ROWS_AT_ONCE = {"cpu": 256, "cuda": 1024}  # of a store, unless --batch_size says
-
-
-def is_bulk(out):
-    """Tell whether --out names a folder of captions."""
-    return bool(out) and (str(out).endswith(os.sep) or os.path.isdir(out))
 
 
 class CaptionFolder:
@@ -51,19 +46,8 @@ class CaptionFolder:
             made: as `models.made_by.made_by` returns it.
         Raises: ValueError where it cannot be written, or holds captions of another captioner, or other files.
         """
+        check_bulk(folder, made)
         self.folder, self.made = Path(folder), made
-        check_folder("--out", folder)
-        beside = self.folder / MADE_BY
-        files = sorted(self.folder.rglob("*.parquet"))
-        if not files:
-            return
-        if not beside.is_file():
-            raise ValueError(f"--out {folder} holds parquet files that are not of predict.py, {files[0]}; name another")
-        other = difference(read_json(beside).get("made_by"), made)
-        if other:
-            raise ValueError(
-                f"--out {folder} holds captions of another {other}: give the same flags to go on, or name another --out"
-            )
 
     def begin(self):
         """Write what captions, before the first caption."""

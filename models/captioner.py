@@ -4,20 +4,22 @@ Axes: B batch, D CLIP width.
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 from encoders import encoder_sha256, load_encoder, split_path
 from features.loader import encode_files
 from features.tars import TarMember
-from models.checkpoint import config_path, load_captioner
-from models.decoding import NO_RERANK, DecodingConfig, generate_captions
+from models.captioner_files import config_path, stored_decoding
+from models.checkpoint import load_captioner
+from models.decoding import generate_captions
 from models.placement import place
 from models.pretrained import ALIASES, PRETRAINED, checkpoint_file
 from models.rerank import Reranker, draws_samples
+from models.settings import NO_RERANK, DecodingConfig
 from utils.cli import in_words
-from utils.devices import Placement, pick_devices
-from utils.files import read_json, sha256
+from utils.devices import pick_devices
+from utils.files import sha256
+from utils.flags import Placement
 from utils.precision import pick_dtype, prepare_for_inference
 
 
@@ -97,26 +99,18 @@ class Captioner:
         return generate_captions(self.model, self.tokenizer, embeddings, decoding, keys=keys)
 
 
+def captioner_of(args, with_encoder=True):
+    """Return the Captioner that the command line asks for; `with_encoder` as its own."""
+    return Captioner(
+        args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device, args.pn,
+        args.dtype, args.offload_dir, args.max_memory, with_encoder,
+    )  # fmt: skip
+
+
 def image_key(path):
     """Return what an image file's random numbers come from: its name and bytes, wherever it lies."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if isinstance(path, TarMember) else sha256(path)
     return f"{Path(path).name} {digest}".encode("utf-8", "surrogateescape")
-
-
-def stored_decoding(checkpoint):
-    """Return the DecodingConfig in the json beside a checkpoint, or None where there is none.
-
-    Args:
-        checkpoint: as that of Captioner.
-    Raises: ValueError where the json is malformed or holds an unknown setting.
-    """
-    if ALIASES.get(checkpoint, checkpoint) in PRETRAINED:
-        return None
-    path = config_path(checkpoint_file(checkpoint, with_weights=False))
-    stored = read_json(path) if path.is_file() else None
-    if not isinstance(stored, dict) or "decoding" not in stored:
-        return None
-    return DecodingConfig.from_dict(stored["decoding"], path)
 
 
 def encoder_of(config, checkpoint, given, described, device, dtype=None):
@@ -171,26 +165,3 @@ def encoder_source(config, checkpoint, given, described):
     raise FileNotFoundError(
         f"the encoder {own} of {checkpoint} is not there, or is another file by now; pass --clip_model_type FILE"
     )
-
-
-def captioner_files(checkpoint, clip_model_type=None, language_model=None):
-    """Return the files here that a captioner is loaded from, as far as the arguments and its json name them.
-
-    Args:
-        checkpoint, clip_model_type, language_model: as of `Captioner`.
-    """
-    named = [clip_model_type, language_model]
-    if ALIASES.get(checkpoint, checkpoint) in PRETRAINED:
-        files, described = [], Path("none")
-    else:
-        checkpoint = checkpoint_file(checkpoint, with_weights=False)
-        described = config_path(checkpoint)
-        files = [checkpoint, described]
-    if described.is_file():
-        config = read_json(described)
-        model = config.get("model") if isinstance(config, dict) else None
-        named += [model.get(key) for key in ("clip_model_type", "language_model")] if isinstance(model, dict) else []
-    for name in filter(None, (name and (split_path(name)[1] or name) for name in named)):
-        for path in (Path(name), described.parent / name):
-            files += path.iterdir() if path.is_dir() else [path]
-    return [file for file in files if os.path.exists(file)]

@@ -16,7 +16,8 @@ from transformers import AutoConfig
 
 from models import foreign
 from models.bare import guess_normalization, infer_config, infer_language_config
-from models.clip_caption import CaptionConfig, build_captioner
+from models.captioner_files import beside, check_weights_file, config_path, tokenizer_folder
+from models.clip_caption import build_captioner
 from models.language import (
     build_language_model,
     check_tokenizer,
@@ -26,8 +27,9 @@ from models.language import (
 )
 from models.lora import add_lora, merge_lora
 from models.placement import get_weights
-from utils.distributed import is_main
-from utils.files import atomic_path, disk_errors, read_json, reason, save_torch
+from models.settings import CaptionConfig
+from utils.files import atomic_path, disk_errors, read_json, reason
+from utils.processes import is_main
 
 FORMAT = 1  # of a run's json; files of before it had a number are read too
 # all that such a json can hold
@@ -35,8 +37,12 @@ KEYS = {"format", "model", "language_model_config", "training", "decoding", "dat
 # buffers that transformers stored before 4.31; no weights
 OLD_BUFFERS = re.compile(r"gpt\.transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 OUTPUT = "gpt.lm_head.weight"  # the output layer
-# the name of the run that `<prefix>-000.pt`, `<prefix>_latest.pt` and `<prefix>_best.pt` belong to
-RUN_SUFFIX = re.compile(r"(-\d{3,}|_latest|_best)$")
+
+
+def save_torch(path, value):
+    """Write `value` in torch's format, atomically; see `disk_errors`."""
+    with atomic_path(path) as temporary, disk_errors(temporary.parent):
+        torch.save(value, temporary)
 
 
 def save_weights(path, state_dict):
@@ -77,12 +83,7 @@ def load_weights(path):
     Raises: FileNotFoundError; ValueError where the file is damaged, holds code, or is no state dict.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is no captioner's weights but {foreign.describe_folder(path)}")
-    if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else Path()
-        there = sorted(p.name for p in folder.glob("*.pt"))[:8]
-        raise FileNotFoundError(f"checkpoint {path} does not exist{'; there are ' + ', '.join(there) if there else ''}")
+    check_weights_file(path)
     try:
         state_dict = _read_weights(path)
     except Exception as error:  # what is no pickle makes the reader raise whatever its bytes happen to mean
@@ -120,12 +121,6 @@ def _cause(error):
     return (
         reason(error) if isinstance(error, OSError | RuntimeError | safetensors.SafetensorError) else "another format"
     )
-
-
-def config_path(checkpoint):
-    """Return the json that belongs to a checkpoint file: `run-000.pt`, `run_latest.pt` -> `run.json`."""
-    checkpoint = Path(checkpoint)
-    return checkpoint.with_name(RUN_SUFFIX.sub("", checkpoint.stem) + ".json")
 
 
 def read_config(checkpoint, state_dict):
@@ -235,23 +230,6 @@ def _tokenizer_source(config, described):
     """Return where the tokenizer is: the folder saved beside the checkpoint, else the language model."""
     folder = described and tokenizer_folder(described)
     return str(folder) if folder and folder.is_dir() else beside(config.language_model, described)
-
-
-def beside(name, described):
-    """Return the file or folder of this name beside a checkpoint's json, where there is one, else the name.
-
-    Args:
-        name: of a language model or an encoder; "" or None stays.
-        described: the json, or None.
-    """
-    path = described and name and described.parent / name
-    return str(path) if path and path.exists() else name
-
-
-def tokenizer_folder(config_json):
-    """Return the folder of the tokenizer that is saved with a run: `run.json` -> `run_tokenizer`."""
-    config_json = Path(config_json)
-    return config_json.with_name(config_json.stem + "_tokenizer")
 
 
 def _fill(model, state_dict, path):

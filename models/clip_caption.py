@@ -3,113 +3,12 @@
 Axes: B batch, D CLIP width, K CLIP tokens, P prefix, E language-model width, T caption tokens, V vocabulary.
 """
 
-from dataclasses import asdict, dataclass, fields
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.mapping import MAPPING_NETWORKS, build_mapping_network
+from models.mapping import build_mapping_network
 from utils.cli import in_words
-
-# options that every captioner's json has, whatever its mapping network, as it had when there were two
-USUAL = {"prefix_length": 10, "prefix_length_clip": 10, "num_layers": 8}
-NEWER = ("num_heads", "num_tokens")  # keys that the json of a captioner without them leaves out
-
-
-@dataclass
-class CaptionConfig:
-    """What must be known to rebuild a captioner and to feed it; stored beside its weights.
-
-    Args:
-        prefix_dim: D, width of the CLIP embedding.
-        prefix_length: P, prefix positions given to the language model; None: 10, or as many as there are tokens where
-            the mapping network maps each by itself.
-        prefix_length_clip: K, tokens the transformer mapping network makes of the CLIP embedding; None: 10, or as many
-            as there are.
-        mapping_type: key of MAPPING_NETWORKS.
-        num_layers: layers of the mapping network; None: its default.
-        only_prefix: the language model was frozen.
-        normalize_prefix: CLIP embeddings are divided by their L2 norm first.
-        language_model: name or folder the language model and its tokenizer came from.
-        clip_model_type: name or file of the encoder whose embeddings it was trained on.
-        clip_sha256: of that file, or of the one that the name stands for.
-        lora_rank: rank of the LoRA that the language model learns; 0: none.
-        load_in: precision that the language model's weights were kept in, untrained; None: float32.
-        num_heads: attention heads of the resampler; None: its default.
-        num_tokens: K, tokens of an image's CLIP embedding; None: it is one vector.
-    Raises: ValueError naming the flag that does not fit.
-    """
-
-    prefix_dim: int
-    prefix_length: int | None = None
-    prefix_length_clip: int | None = None
-    mapping_type: str = "mlp"
-    num_layers: int | None = None
-    only_prefix: bool = False
-    normalize_prefix: bool = False
-    language_model: str = "gpt2"
-    clip_model_type: str | None = None
-    clip_sha256: str | None = None
-    lora_rank: int = 0
-    load_in: str | None = None
-    num_heads: int | None = None
-    num_tokens: int | None = None
-
-    def __post_init__(self):
-        if self.mapping_type not in MAPPING_NETWORKS:
-            raise ValueError(f"mapping_type is {self.mapping_type!r}; it can be {' or '.join(MAPPING_NETWORKS)}")
-
-        network = MAPPING_NETWORKS[self.mapping_type]
-        if network.needs_tokens and not self.num_tokens:
-            raise ValueError(
-                f"--mapping_type {self.mapping_type} reads tokens, and the embeddings are one vector an image: extract "
-                f"them with parse_coco.py --tokens patches, or use --mapping_type mlp or transformer"
-            )
-        defaults = USUAL | network.options
-        length = network.length_of_tokens if self.num_tokens else None
-        if length:
-            defaults[length] = self.num_tokens
-            if getattr(self, length) not in (None, self.num_tokens):
-                raise ValueError(
-                    f"--{length} {getattr(self, length)}: --mapping_type {self.mapping_type} has one for each of the "
-                    f"{self.num_tokens} tokens of an image; leave it out"
-                )
-        for name, default in defaults.items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
-
-    @property
-    def shape(self):
-        """Shape of an image's CLIP embedding: (D,) or (K, D)."""
-        return (self.num_tokens, self.prefix_dim) if self.num_tokens else (self.prefix_dim,)
-
-    @property
-    def tokens(self):
-        """What the encoder gives of an image: `pooled`, one vector, or `patches`, tokens."""
-        return "patches" if self.num_tokens else "pooled"
-
-    def to_dict(self):
-        """Return the fields as a plain dictionary, `tokens` too where there are such."""
-        values = asdict(self) | ({"tokens": self.tokens} if self.num_tokens else {})
-        # what only newer captioners have is left out of the others' json, which older versions then read
-        return {name: value for name, value in values.items() if value is not None or name not in NEWER}
-
-    @classmethod
-    def from_dict(cls, values):
-        """Build from a dictionary.
-
-        Raises: ValueError naming a key of a later version, which would change what the captioner is.
-        """
-        tokens = values.get("tokens", "pooled")
-        values = {name: value for name, value in values.items() if name != "tokens"}
-        unknown = values.keys() - {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown key {min(unknown)!r}: it was written by a newer version; update this one")
-        config = cls(**values)
-        if config.tokens != tokens:
-            raise ValueError(f"tokens is {tokens!r} and num_tokens {config.num_tokens}, which contradict each other")
-        return config
 
 
 class ClipCaptionModel(nn.Module):

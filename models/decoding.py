@@ -4,108 +4,18 @@ Axes: B images, P positions of prefix and prompt, E width.
 """
 
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import torch
 
 from models.language import context_length
 from models.library_search import library_search
-from models.searches import BEAM, CLIP, GREEDY, MBR, NO_RERANK, SAMPLE, decode, image_keys, make_search
-from models.searches import Caption as Caption  # whoever decodes finds it here
+from models.searches import Caption as Caption  # whoever decodes finds these here
+from models.searches import decode, image_keys, make_search
+from models.settings import SAMPLE
+from models.settings import DecodingConfig as DecodingConfig
 from models.steps import step_for
 from models.stopping import Stop, end_tokens, opening_tokens
-
-DECODERS = ("clipcap", "transformers")
-RERANKS = (NO_RERANK, CLIP, MBR)
-
-
-@dataclass
-class DecodingConfig:
-    """How captions are made.
-
-    Args:
-        method: `greedy`, `beam` or `sample`.
-        decoder: `clipcap`, the searches below, or `transformers`, the library's `generate`, as the OPT predecessor;
-            they sample alike.
-        beam_size: W.
-        entry_length: new tokens at most, within the language model's context.
-        stop_token: text that ends a caption, whatever tokens make it; it is kept in the text.
-        top_p: probability mass that sampling draws from, in (0, 1].
-        temperature: divides the logits.
-        length_penalty: exponent of the length that a beam's log-probability is divided by; 1 is the mean.
-        num_captions: captions per image; at most `beam_size` of beam search, `num_candidates` of reranking.
-        seed: of sampling.
-        prompt: text that the caption goes on from; not part of the caption.
-        rerank: `none`, or how the best of many candidates are chosen: `clip` or `mbr`, see models.rerank. The captioner
-            with its encoder does it; `generate_captions` alone does not.
-        num_candidates: candidates per image: beams of beam search, else samples.
-    """
-
-    method: str = GREEDY
-    decoder: str = "clipcap"
-    beam_size: int = 5
-    entry_length: int = 67
-    stop_token: str = "."
-    top_p: float = 0.8
-    temperature: float = 1.0
-    length_penalty: float = 1.0
-    num_captions: int = 1
-    seed: int = 0
-    prompt: str = ""
-    rerank: str = NO_RERANK
-    num_candidates: int = 16
-
-    def __post_init__(self):
-        if self.method not in (GREEDY, BEAM, SAMPLE):
-            raise ValueError(f"decoding method {self.method!r} is not one of {GREEDY}, {BEAM}, {SAMPLE}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p {self.top_p} is not above 0 and at most 1")
-        if not self.temperature > 0:  # nor is NaN
-            raise ValueError(f"--temperature {self.temperature} is not above 0; leave --top_p out for greedy decoding")
-        if self.rerank not in RERANKS:
-            raise ValueError(f"--rerank {self.rerank!r} is not one of {', '.join(RERANKS)}")
-        if self.decoder not in DECODERS:
-            raise ValueError(f"--decoder {self.decoder!r} is not one of {', '.join(DECODERS)}")
-        if self.rerank != NO_RERANK:
-            if self.num_captions > self.num_candidates:
-                raise ValueError(
-                    f"--num_captions {self.num_captions} is more than --num_candidates {self.num_candidates} to choose "
-                    "from; raise --num_candidates"
-                )
-            return
-        if self.method == BEAM and self.num_captions > self.beam_size:
-            raise ValueError(
-                f"--num_captions {self.num_captions} is more than --beam_size {self.beam_size}; raise --beam_size"
-            )
-        if self.method == GREEDY and self.num_captions > 1:
-            raise ValueError(
-                "--num_captions above 1 needs --use_beam_search, --top_p or --rerank: greedy decoding gives one"
-            )
-
-    @classmethod
-    def from_dict(cls, values, path):
-        """Build from what a run's json says; what it does not say has its default.
-
-        Args:
-            path: the json, named in errors.
-        Raises: ValueError naming a key that is unknown or whose value is no setting.
-        """
-        types = {f.name: (int, float) if f.type is float else f.type for f in fields(cls)}
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: decoding is not a list of settings")
-        for name, value in values.items():
-            if name not in types:
-                raise ValueError(
-                    f"{path}: decoding has the unknown key {name!r}; this version knows {', '.join(types)}"
-                )
-            if isinstance(value, bool) or not isinstance(value, types[name]):
-                raise ValueError(f"{path}: decoding has {name} {value!r}, which is no such setting")
-            if name in ("beam_size", "entry_length", "num_captions", "num_candidates") and value < 1:
-                raise ValueError(f"{path}: decoding has {name} {value}, which is not at least 1")
-        try:
-            return cls(**values)
-        except ValueError as error:
-            raise ValueError(f"{path}: decoding: {error}") from None
 
 
 def context_room(config, positions):

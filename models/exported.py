@@ -11,19 +11,10 @@ from pathlib import Path
 import torch
 
 from models.captioner import Captioner
-from models.decoding import Caption, DecodingConfig
-from utils.files import read_json
+from models.decoding import Caption
+from models.settings import DecodingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def is_export(folder):
-    """Tell whether a path is a folder that export.py wrote."""
-    file = Path(folder) / "captioner.json"
-    if not file.is_file():
-        return False
-    described = read_json(file)
-    return isinstance(described, dict) and "graphs" in described
 
 
 def runtime():

@@ -2,8 +2,6 @@
 
 import zipfile
 
-import torch
-
 from features.kinds import HEAD, is_picture, what_else
 from utils.outputs import belongs_to
 
@@ -65,9 +63,7 @@ def describe_value(value):
     inner = next((key for key in WRAPPED if isinstance(value.get(key), dict)), None)
     if inner:
         return f"a file of another trainer, with the weights under {inner!r}; save these alone by torch.save"
-    if not all(isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items()):
-        return None
-    return _describe_weights(value)
+    return _describe_weights(value) if all(isinstance(key, str) for key in value) else None
 
 
 def _describe_weights(state_dict):

@@ -20,7 +20,6 @@ from utils.files import reason
 from utils.hub import hub_answers
 
 disable_progress_bar()  # a bar for loading weights says nothing about the work
-LOAD_IN = ("16bit", "8bit", "4bit")  # bfloat16; bitsandbytes
 
 
 def load_language_model(source, load_in=None, device="cpu"):

@@ -6,7 +6,8 @@ Axes: B images, P positions of prefix and prompt, R captions scored together, T 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from models.searches import BEAM, Caption
+from models.searches import Caption
+from models.settings import BEAM
 from models.steps import cache_argument
 
 SCORED_TOGETHER = 8  # captions: their logits take T x V numbers each

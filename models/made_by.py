@@ -2,10 +2,14 @@
 
 import os
 from dataclasses import asdict
+from pathlib import Path
 
-from models.captioner import captioner_files
+from models.captioner_files import captioner_files
 from models.pretrained import ALIASES, PRETRAINED, checkpoint_file
-from utils.files import sha256
+from utils.files import read_json, sha256
+from utils.outputs import check_folder
+
+MADE_BY = "_made_by.json"  # readers of parquet folders pass over names that begin so
 
 
 def made_by(args, decoding):
@@ -42,3 +46,30 @@ def difference(earlier, made):
     flags = [flag for part in ("settings", "decoding") for flag, value in made[part].items()
              if (parts[part] or {}).get(flag) != value]  # fmt: skip
     return f"way of decoding ({', '.join(flags)})"
+
+
+def is_bulk(out):
+    """Tell whether --out names a folder of captions."""
+    return bool(out) and (str(out).endswith(os.sep) or os.path.isdir(out))
+
+
+def check_bulk(folder, made):
+    """Refuse a folder of captions that cannot be written, or holds captions of another captioner, or other files.
+
+    Args:
+        folder: to write, which need not exist.
+        made: as `made_by` returns it.
+    Raises: ValueError.
+    """
+    check_folder("--out", folder)
+    beside = Path(folder) / MADE_BY
+    files = sorted(Path(folder).rglob("*.parquet"))
+    if not files:
+        return
+    if not beside.is_file():
+        raise ValueError(f"--out {folder} holds parquet files that are not of predict.py, {files[0]}; name another")
+    other = difference(read_json(beside).get("made_by"), made)
+    if other:
+        raise ValueError(
+            f"--out {folder} holds captions of another {other}: give the same flags to go on, or name another --out"
+        )

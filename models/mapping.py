@@ -12,21 +12,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.settings import MAPPING_OPTIONS
+
 NUM_HEADS = 8  # of the transformer mapping network, fixed by the published weights
 MLP_RATIO = 2
 POSITION_DEVIATION = 0.02  # of tokens' positions at the start, as those of GPT-2
 
 
 class MappingNetwork(nn.Module):
-    """What every mapping network is asked for.
-
-    options: the fields of CaptionConfig that it reads beside those that all networks do, with their defaults.
-    ignored: other networks' options that may be given all the same.
-    length_of_tokens: the field that is the number of tokens, where there are such.
-    needs_tokens: it reads tokens alone, no vector.
-    """
-
-    options, ignored, length_of_tokens, needs_tokens = {}, (), None, False
+    """What every mapping network is asked for; models.settings says which options it takes."""
 
     @staticmethod
     def recognise(weights, embedding_dim):
@@ -40,9 +34,6 @@ class MappingNetwork(nn.Module):
 
 class MLP(MappingNetwork):
     """One hidden layer with tanh: D -> E·P/2 -> E·P; of tokens, each by itself: D -> E -> E, so that P is K."""
-
-    ignored = ("prefix_length_clip", "num_layers")  # of the transformer, but the predecessors' commands name them here
-    length_of_tokens = "prefix_length"
 
     def __init__(self, prefix_dim, embedding_dim, prefix_length, num_tokens=None):
         super().__init__()
@@ -144,9 +135,6 @@ class TransformerMapper(MappingNetwork):
     Of tokens, each is projected, by the same layer, and gets a learned position.
     """
 
-    options = {"prefix_length_clip": 10, "num_layers": 8}
-    length_of_tokens = "prefix_length_clip"
-
     def __init__(self, prefix_dim, embedding_dim, prefix_length, prefix_length_clip, num_layers, num_tokens=None):
         super().__init__()
         check_heads("transformer", embedding_dim, NUM_HEADS, "use --mapping_type mlp")
@@ -209,9 +197,6 @@ class Resampler(MappingNetwork):
     comes out, as there.
     """
 
-    options = {"num_layers": 4, "num_heads": NUM_HEADS}
-    needs_tokens = True
-
     def __init__(self, prefix_dim, embedding_dim, prefix_length, num_layers, num_heads, num_tokens):
         super().__init__()
         check_heads("resampler", embedding_dim, num_heads, "pass another --num_heads")
@@ -238,7 +223,7 @@ def check_heads(name, embedding_dim, num_heads, remedy):
         )
 
 
-# --mapping_type -> its class
+# --mapping_type, as in MAPPING_OPTIONS -> its class
 MAPPING_NETWORKS = {"mlp": MLP, "transformer": TransformerMapper, "resampler": Resampler}
 
 
@@ -250,9 +235,9 @@ def build_mapping_network(config, embedding_dim):
         embedding_dim: E.
     Raises: ValueError where the network does not fit this width.
     """
-    network = MAPPING_NETWORKS[config.mapping_type]
-    options = {name: getattr(config, name) for name in network.options}
-    return network(config.prefix_dim, embedding_dim, config.prefix_length, num_tokens=config.num_tokens, **options)
+    network, options = MAPPING_NETWORKS[config.mapping_type], MAPPING_OPTIONS[config.mapping_type].options
+    own = {name: getattr(config, name) for name in options}
+    return network(config.prefix_dim, embedding_dim, config.prefix_length, num_tokens=config.num_tokens, **own)
 
 
 def recognise_mapping_network(weights, embedding_dim):

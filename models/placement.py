@@ -2,7 +2,7 @@
 
 from models.language import checkpoint_layers, decoder_layers, offload, split_layers
 from utils.devices import split_devices
-from utils.distributed import world_size
+from utils.processes import world_size
 
 
 def place(model, placement):

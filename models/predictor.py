@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from features.images import ImageError
 from models.captioner import Captioner
-from models.decoding import BEAM
-from models.exported import ExportedCaptioner, is_export
+from models.captioner_files import is_export
+from models.exported import ExportedCaptioner
 from models.pretrained import ALIASES
+from models.settings import BEAM
 
 
 class Predictor:

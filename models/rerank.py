@@ -16,7 +16,7 @@ from metrics.cider_d import CiderD
 from metrics.clipscore import text_scores
 from metrics.ptb import tokenize
 from models.decoding import generate_captions
-from models.searches import BEAM, CLIP, MBR, NO_RERANK, SAMPLE
+from models.settings import BEAM, CLIP, MBR, NO_RERANK, SAMPLE
 from utils.cli import note
 from utils.devices import is_out_of_memory
 

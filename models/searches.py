@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-GREEDY, BEAM, SAMPLE = "greedy", "beam", "sample"
-NO_RERANK, CLIP, MBR = "none", "clip", "mbr"  # how a caption is chosen among candidates; see models.rerank
+from models.settings import BEAM, GREEDY, SAMPLE
+
 ROWS_AT_ONCE = 4  # whose logits a processor's cache holds: several passes over these cost little more than one
 
 

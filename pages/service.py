@@ -15,10 +15,11 @@ from PIL import Image, ImageOps
 
 from features.images import read_image
 from models.captioner import Captioner, image_key
-from models.decoding import BEAM, CLIP, GREEDY, SAMPLE, DecodingConfig, context_room
+from models.decoding import context_room
 from models.explain import nearest_words, word_heat
 from models.predictor import Predictor
 from models.rerank import clip_value, draws_samples, scores_by_clip
+from models.settings import BEAM, CLIP, GREEDY, SAMPLE, DecodingConfig
 from models.stopping import continuing_tokens, opening_tokens, spoken
 from pages.errors import Refused, Unexplained
 from utils.batching import Batcher

@@ -20,9 +20,10 @@ from demo.train_gpt2 import train_bpe
 from encoders import load_encoder
 from features.loader import encode_files
 from models.checkpoint import load_captioner
-from models.clip_caption import CaptionConfig, build_captioner
-from models.decoding import BEAM, SAMPLE, DecodingConfig, generate_captions
+from models.clip_caption import build_captioner
+from models.decoding import generate_captions
 from models.language import build_language_model, load_language_model, load_tokenizer, split_layers
+from models.settings import BEAM, SAMPLE, CaptionConfig, DecodingConfig
 from models.steps import UncachedStep, step_for
 from utils.devices import layer_cuts, pick_devices, split_devices
 

@@ -9,7 +9,7 @@ import torch
 from conftest import mean_loss
 
 from benchmarks import captioning, plain, run, training, workload
-from models.decoding import BEAM, DecodingConfig
+from models.settings import BEAM, DecodingConfig
 from utils.files import read_json
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ pytest.importorskip("onnxruntime")
 from clipcap_runtime import images, searches  # noqa: E402
 
 from models.captioner import Captioner  # noqa: E402
-from models.decoding import BEAM  # noqa: E402
+from models.settings import BEAM  # noqa: E402
 from utils.files import write_json  # noqa: E402
 
 PAGE = ROOT / "docs" / "browser"

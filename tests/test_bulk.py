@@ -18,7 +18,7 @@ from test_distributed import launch
 from test_scripts import one_line_error
 from test_tars import faulty, folder, sample, samples, words, write_tar  # noqa: F401, fixtures
 
-import features.shards
+from features import store_files
 from models import bulk
 
 
@@ -140,8 +140,8 @@ def test_contradictions(predict, folder, photos, store, tmp_path):  # noqa: F811
 
 
 def test_folders_in_chunks(predict, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(features.shards, "MIN_ROWS", 4)
-    monkeypatch.setattr(features.shards, "SHARDS", 3)
+    monkeypatch.setattr(store_files, "MIN_ROWS", 4)
+    monkeypatch.setattr(store_files, "SHARDS", 3)
     out = tmp_path / "out"
     predict(photos, "--out", f"{out}/")
     assert sorted(contents(out)) == [f"captions_{n:04d}.parquet" for n in range(3)]

@@ -6,13 +6,13 @@ import shutil
 import pytest
 from conftest import run_script
 
-import parse_coco
+import encoders
 
 
 @pytest.fixture
 def check(tmp_path, monkeypatch):
     """A function that checks annotations, given as text: ([[place, file, reason]], standard error)."""
-    monkeypatch.setattr(parse_coco, "load_encoder", None)  # nothing may be encoded
+    monkeypatch.setattr(encoders, "load_encoder", None)  # nothing may be encoded
 
     def checked(name, text, status, *more):
         (tmp_path / name).write_text(text)

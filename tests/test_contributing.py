@@ -16,6 +16,7 @@ from encoders import load_encoder
 from encoders.base import ImageEncoder
 from models import mapping
 from models.checkpoint import load_captioner
+from models.settings import MappingOptions
 from training.objectives import CrossEntropy, Example
 
 PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
@@ -52,7 +53,8 @@ def test_a_mapping_network(monkeypatch, store, language_model, photos, tmp_path)
     """It is trained and captions, by the commands."""
     networks = mapping.MAPPING_NETWORKS
     monkeypatch.setitem(networks, "linear", None)  # and out again when the test is over
-    recipe("A mapping network", dict(vars(mapping)))
+    monkeypatch.setitem(mapping.MAPPING_OPTIONS, "linear", None)
+    recipe("A mapping network", vars(mapping) | {"MappingOptions": MappingOptions})
     train(store, language_model, tmp_path, "--mapping_type", "linear", "--prefix_length", 4)
     model, _, _ = load_captioner(tmp_path / "run_latest.pt")
     assert isinstance(model.clip_project, networks["linear"])

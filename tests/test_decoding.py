@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import mean_loss, run_script
 
-from models.clip_caption import CaptionConfig, build_captioner
-from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, generate_captions
+from models.clip_caption import build_captioner
+from models.decoding import generate_captions
 from models.language import load_language_model, load_tokenizer
 from models.searches import ROWS_AT_ONCE, Beam, Greedy, Nucleus, best_tokens, decode
+from models.settings import BEAM, GREEDY, SAMPLE, CaptionConfig, DecodingConfig
 from models.steps import CachedStep, UncachedStep
 
 METHODS = {

@@ -22,7 +22,7 @@ from torch.distributed import TCPStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.workload import write_tar
-from features import shards
+from features import store_files
 from features.partial import PartialStore
 from features.store import read_store, write_store
 from models import language
@@ -273,7 +273,7 @@ def test_extraction_goes_on_after_a_kill(photos, clip_file, store, tmp_path, pro
 
 def test_extraction_into_shards(photos, clip_file, store, tmp_path, monkeypatch):
     """Each process writes its own shards; together they are those of one process."""
-    monkeypatch.setattr(shards, "MIN_ROWS", 4)
+    monkeypatch.setattr(store_files, "MIN_ROWS", 4)
     parse(photos, clip_file, f"{tmp_path}/one/")
     launch(2, tmp_path, parse_words(photos, clip_file, f"{tmp_path}/two/"))
     one, two = (read_store(tmp_path / name) for name in ("one", "two"))

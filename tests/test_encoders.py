@@ -26,11 +26,12 @@ from encoders import load_encoder, openai_clip, split_path
 from encoders import open_clip as encoders_open_clip
 from encoders import timm as encoders_timm
 from encoders import transformers as encoders_transformers
+from encoders.names import OPENAI_NAMES
 from features.listing import as_line
 from features.loader import encode_files
 from features.store import read_store
 from models.captioner import Captioner, encoder_of
-from models.clip_caption import CaptionConfig
+from models.settings import CaptionConfig
 from pages.service import Service
 from utils.files import sha256
 from utils.precision import PackedLinear
@@ -618,3 +619,9 @@ def test_every_listed_name_has_the_shape_it_says():
         assert found.shape == (1, patches, token_width), arch
         pooled = tower(pixels)
         assert (pooled[0] if isinstance(pooled, tuple) else pooled).shape == (1, width), arch
+
+
+def test_openai_names_are_those_of_the_clip_package():
+    import clip
+
+    assert {name: url.split("/")[-2] for name, url in clip.clip._MODELS.items()} == OPENAI_NAMES

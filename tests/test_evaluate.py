@@ -19,6 +19,8 @@ from encoders import load_encoder
 from features.finder import ImageFinder
 from features.loader import encode_files
 from features.references import References
+from metrics.coco import coco_scores
+from metrics.evaluation import pick_examples
 
 ROOT = Path(evaluate.__file__).resolve().parent
 SHARED = ROOT.parent / "shared" / "coco"
@@ -275,12 +277,12 @@ def test_captions_without_blanks_warn(tmp_path, capsys):
 
 def test_examples_do_not_overlap(tmp_path):
     captions = {i: "a dog" if i % 2 else "a cat" for i in range(5)}
-    scores = evaluate.coco_scores(captions, {i: ["a dog"] for i in range(5)}, ["ROUGE_L"], "python")
+    scores = coco_scores(captions, {i: ["a dog"] for i in range(5)}, ["ROUGE_L"], "python")
     references = References({i: ["a dog"] for i in range(5)}, {}, {})
-    best, worst = evaluate.pick_examples(scores, [captions], references, 12)
+    best, worst = pick_examples(scores, [captions], references, 12)
     assert [e["image_id"] for e in best] == [1, 3, 0] and [e["image_id"] for e in worst] == [4, 2]
     Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
-    found, _ = evaluate.pick_examples(scores, [captions], references, 1, ImageFinder([tmp_path]))
+    found, _ = pick_examples(scores, [captions], references, 1, ImageFinder([tmp_path]))
     assert found[0]["image"].startswith("data:image/jpeg")
 
 

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from encoders.base import ImageEncoder
 from features.images import read_image
 from models.captioner import Captioner
-from models.clip_caption import CaptionConfig, build_captioner
-from models.decoding import BEAM, SAMPLE, Caption, DecodingConfig, generate_captions
+from models.clip_caption import build_captioner
+from models.decoding import Caption, generate_captions
 from models.explain import masked_images, nearest_words, split_words, token_logprobs, word_heat
+from models.settings import BEAM, SAMPLE, CaptionConfig, DecodingConfig
 from models.stopping import begin_tokens, continuing_tokens, opening_tokens, spoken
 from pages import service as pages_service
 from pages.fragments import words_html

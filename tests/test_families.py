@@ -12,8 +12,9 @@ from test_OPT import FAMILIES, small
 from test_scripts import predict
 
 from models.checkpoint import load_captioner
-from models.decoding import BEAM, SAMPLE, DecodingConfig, generate_captions
+from models.decoding import generate_captions
 from models.language import load_tokenizer
+from models.settings import BEAM, SAMPLE, DecodingConfig
 from models.steps import UncachedStep
 from utils.precision import prepare_for_inference
 

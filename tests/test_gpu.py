@@ -11,6 +11,7 @@ from features.dataset import CaptionDataset
 from features.store import read_store
 from models.language import load_tokenizer
 from training.objectives import CrossEntropy
+from training.run import build_model, caption_config, training_config
 from training.trainer import Trainer
 from utils.devices import pick_device
 
@@ -25,9 +26,9 @@ def make_trainer(store, language_model):
     argv = ["--data", str(store), "--language_model", str(language_model), "--bs", "4", "--warmup_steps", "2"]
     args, loaded = train.get_parser().parse_args(argv), read_store(store)
     torch.manual_seed(args.seed)
-    model = train.build_model(train.caption_config(args, loaded), None).to("cuda")
+    model = build_model(caption_config(args, loaded), None).to("cuda")
     dataset = CaptionDataset(loaded, load_tokenizer(str(language_model)))
-    return Trainer(model, CrossEntropy(dataset), train.training_config(args), torch.device("cuda"))
+    return Trainer(model, CrossEntropy(dataset), training_config(args), torch.device("cuda"))
 
 
 def test_resume_is_exact(store, language_model):

@@ -14,11 +14,12 @@ from test_OPT import FAMILIES, small
 from test_scripts import equal, one_line_error, predict, weights
 
 from models.checkpoint import load_captioner
-from models.clip_caption import CaptionConfig, build_captioner
+from models.clip_caption import build_captioner
 from models.lora import add_lora, merge_lora
 from models.placement import place
+from models.settings import CaptionConfig
 from training.trainer import Trainer
-from utils.devices import Placement
+from utils.flags import Placement
 
 
 def captioner(family, only_prefix=False):

@@ -9,10 +9,11 @@ from conftest import mean_loss
 from torch.nn import functional as F
 
 from models.checkpoint import load_captioner, save_weights
-from models.clip_caption import CaptionConfig, build_captioner
+from models.clip_caption import build_captioner
 from models.language import load_language_model
 from models.lora import add_lora
 from models.mapping import MAPPING_NETWORKS, MLP, Resampler, TransformerMapper
+from models.settings import MAPPING_OPTIONS, CaptionConfig
 from utils.precision import prepare_for_inference
 
 CPU = torch.device("cpu")
@@ -101,8 +102,10 @@ def test_places_of_tokens_count(language_model, mapping_type):
 @pytest.mark.parametrize("embedding_dim", (768, 1280, 2048))
 def test_resampler_is_no_larger_than_the_papers_transformer(num_tokens, prefix_dim, embedding_dim):
     with torch.device("meta"):
-        resampler = Resampler(prefix_dim, embedding_dim, 10, num_tokens=num_tokens, **Resampler.options)
-        transformer = TransformerMapper(640, embedding_dim, 10, **TransformerMapper.options)
+        resampler = Resampler(
+            prefix_dim, embedding_dim, 10, num_tokens=num_tokens, **MAPPING_OPTIONS["resampler"].options
+        )
+        transformer = TransformerMapper(640, embedding_dim, 10, **MAPPING_OPTIONS["transformer"].options)
     counts = [sum(p.numel() for p in network.parameters()) for network in (resampler, transformer)]
     assert counts[0] <= counts[1]
 

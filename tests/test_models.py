@@ -10,21 +10,23 @@ import shutil
 import warnings
 import zipfile
 
-import clip
 import pytest
 import torch
 from conftest import mean_loss, run_script, train
 from test_scripts import one_line_error
 from transformers import AutoConfig
 
+from encoders.names import OPENAI_NAMES
 from features.store import read_store
 from models import checkpoint
 from models.bare import infer_config
 from models.captioner import encoder_source
-from models.checkpoint import config_path, load_captioner, load_weights, save_weights
-from models.clip_caption import CaptionConfig, build_captioner
+from models.captioner_files import config_path
+from models.checkpoint import load_captioner, load_weights, save_weights
+from models.clip_caption import build_captioner
 from models.foreign import ENCODER, LANGUAGE_MODEL, STATE, STORE
 from models.language import build_language_model, load_language_model, load_tokenizer
+from models.settings import CaptionConfig
 
 
 def build(language_model, **options):
@@ -305,7 +307,7 @@ def test_a_folder_in_this_place_is_told(photos, trained, monkeypatch):
 
 
 def test_long_prefix_is_refused_before_anything_is_built(store, language_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.build_model", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr("training.run.build_model", lambda *_: pytest.fail("built"))
     done = train(store, language_model, tmp_path / "out", "--prefix_length", 5000, check=2)
     one_line_error(done, "--prefix_length 5000", "64")
 
@@ -387,7 +389,7 @@ def test_a_named_encoder_is_its_file(tmp_path, monkeypatch):
     file.write_bytes(b"weights")
     other.write_bytes(b"others")
     digest = hashlib.sha256(b"weights").hexdigest()
-    monkeypatch.setitem(clip.clip._MODELS, "ViT-B/32", f"https://host/{digest}/ViT-B-32.pt")
+    monkeypatch.setitem(OPENAI_NAMES, "ViT-B/32", digest)
     path = tmp_path / "run.pt"
     for own, stored in (("ViT-B/32", None), ("ViT-B/32", digest), (str(file), digest)):
         config = CaptionConfig(512, clip_model_type=own, clip_sha256=stored)

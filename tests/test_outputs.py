@@ -113,7 +113,7 @@ def files_in(folder):
 
 def test_outputs_of_an_evaluation(tmp_path, monkeypatch):
     """Refused before anything is read; what is there stays as it is."""
-    monkeypatch.setattr(evaluate, "score_files", lambda *_: pytest.fail("files were scored"))
+    monkeypatch.setattr(evaluate, "read_inputs", lambda *_: pytest.fail("files were read"))
     result_file(tmp_path / "c.json")
     coco_file(tmp_path / "r.json")
     save(tmp_path / "page.html", "references by a strange name")

@@ -13,10 +13,12 @@ from features.loader import encode_files
 from features.store import read_store
 from models import clip_caption
 from models.checkpoint import load_captioner, load_weights
-from models.decoding import BEAM, DecodingConfig, generate_captions
+from models.decoding import generate_captions
 from models.language import load_tokenizer
+from models.settings import BEAM, DecodingConfig
 from models.steps import CachedStep, UncachedStep
 from training.objectives import CrossEntropy
+from training.run import build_model, caption_config, training_config
 from training.trainer import Trainer
 
 VARIANTS = ("mlp_10_10", "transformer_40_40")
@@ -64,9 +66,9 @@ def make_trainer(parity, expected, variant, full_batch=False):
     argv += ["--init_from", str(parity / "checkpoints" / f"{variant}-init.pt")]
     args = train_script.get_parser().parse_args(argv)
     store = read_store(args.data)
-    model = train_script.build_model(train_script.caption_config(args, store), args.init_from)
+    model = build_model(caption_config(args, store), args.init_from)
     dataset = CaptionDataset(store, load_tokenizer(args.language_model))
-    return Trainer(model, CrossEntropy(dataset), train_script.training_config(args), torch.device("cpu")), settings
+    return Trainer(model, CrossEntropy(dataset), training_config(args), torch.device("cpu")), settings
 
 
 class LogSumExpOf16Lanes(torch.autograd.Function):

@@ -11,8 +11,8 @@ from conftest import run_script, train
 from PIL import Image
 from test_scripts import one_line_error
 
-import features.shards
 from encoders.base import ImageEncoder
+from features import store_files
 from features.store import read_store
 
 OUTPUTS = pytest.mark.parametrize("name", ("x.pkl", "x/"))
@@ -21,8 +21,8 @@ OUTPUTS = pytest.mark.parametrize("name", ("x.pkl", "x/"))
 @pytest.fixture
 def parse(clip_file, monkeypatch):
     """A function that makes such a store, in shards of four pictures."""
-    monkeypatch.setattr(features.shards, "MIN_ROWS", 4)
-    monkeypatch.setattr(features.shards, "SHARDS", 3)
+    monkeypatch.setattr(store_files, "MIN_ROWS", 4)
+    monkeypatch.setattr(store_files, "SHARDS", 3)
 
     def run(out, *images, more=(), check=0):
         return run_script(

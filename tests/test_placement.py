@@ -17,6 +17,7 @@ from features.dataset import CaptionDataset
 from features.store import read_store
 from models.language import load_tokenizer
 from training.objectives import CrossEntropy
+from training.run import build_model, caption_config, training_config
 from training.trainer import Trainer
 
 
@@ -28,9 +29,9 @@ def make_trainer(store, language_model, *flags):
     """Return a Trainer and the batches of its first step."""
     words = train_command(store, language_model, "unused", *flags)[1:]
     args, loaded = train_script.get_parser().parse_args(words), read_store(store)
-    model = train_script.build_model(train_script.caption_config(args, loaded))
+    model = build_model(caption_config(args, loaded))
     dataset = CaptionDataset(loaded, load_tokenizer(str(language_model)))
-    trainer = Trainer(model, CrossEntropy(dataset), train_script.training_config(args), torch.device("cpu"))
+    trainer = Trainer(model, CrossEntropy(dataset), training_config(args), torch.device("cpu"))
     return trainer, next(trainer.epoch_batches())
 
 

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from encoders import load_encoder
 from features.store import read_store
-from models.clip_caption import CaptionConfig, build_captioner
+from models.clip_caption import build_captioner
+from models.settings import CaptionConfig
 from tests.conftest import run_script
 from tests.test_OPT import FAMILIES, small
 from utils import precision

@@ -14,9 +14,8 @@ import pytest
 from conftest import ROOT, run_script
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import parse_conceptual
 from encoders import openai_clip
-from features import references
+from features import addresses, conceptual, references
 from metrics import coco
 from models import language, pretrained
 from utils.files import read_json, write_json
@@ -86,7 +85,7 @@ def lay_out_published(folder, photos, records):
         picture = photos / f"COCO_val2014_{number:012d}.jpg"
         shutil.copy(picture, folder / "data" / "nocaps" / "val" / head["file_name"])
     (folder / "data" / "conceptual").mkdir(parents=True)
-    for table in parse_conceptual.TABLES.values():
+    for table in addresses.TABLES.values():
         lines = (f"{record['caption']}\thttp://pictures.example/{number}" for number, record in enumerate(records[:12]))
         (folder / "data" / "conceptual" / table).write_text("\n".join(lines) + "\n")
 
@@ -132,7 +131,7 @@ def workplace(tmp_path, photos, clip_file, language_model, twelve_layers, monkey
     monkeypatch.setattr(openai_clip, "_load", clip_of_that_name)
     monkeypatch.setattr(language, "_from_pretrained", model_of_that_name)
     monkeypatch.setattr(pretrained, "fetch", fetched)
-    monkeypatch.setattr(parse_conceptual, "Fetcher", Pictures(photos))
+    monkeypatch.setattr(conceptual, "Fetcher", Pictures(photos))
     return tmp_path
 
 

@@ -17,9 +17,10 @@ from demo import rerank as experiment
 from features.loader import encode_files
 from models import rerank
 from models.captioner import Captioner
-from models.decoding import BEAM, GREEDY, SAMPLE, DecodingConfig, generate_captions
+from models.decoding import generate_captions
 from models.rerank import Reranker, candidates_config, rank_by_clip, rank_by_consensus
 from models.searches import Caption
+from models.settings import BEAM, GREEDY, SAMPLE, DecodingConfig
 from pages.errors import Refused
 from pages.fragments import captions_html
 from pages.service import Service

@@ -23,10 +23,11 @@ from clipcap_runtime import command, images, searches  # noqa: E402
 
 from encoders import load_encoder  # noqa: E402
 from features import images as ours  # noqa: E402
+from features.arrays import from_array  # noqa: E402
 from models.captioner import Captioner  # noqa: E402
-from models.decoding import BEAM, SAMPLE, DecodingConfig  # noqa: E402
 from models.language import load_tokenizer  # noqa: E402
 from models.searches import Beam, Greedy, Nucleus, _draws, decode  # noqa: E402
+from models.settings import BEAM, SAMPLE, DecodingConfig  # noqa: E402
 from models.stopping import Stop  # noqa: E402
 
 SCENES = sorted((ROOT / "demo" / "images").glob("*.jpg"))
@@ -56,7 +57,7 @@ def write_pictures(folder):
 
 
 def preprocess_of(encoder):
-    export = pytest.importorskip("export")
+    export = pytest.importorskip("exporting.folder")
     return images.Preprocess(**export.preprocessing(encoder))
 
 
@@ -68,7 +69,7 @@ def test_pixels_are_equal(tmp_path, clip_file):
         assert expected.tobytes() == found.tobytes() and expected.size == found.size, path
         assert np.array_equal(encoder.preprocess(expected).numpy(), preprocess(found)), path
     for array in (np.eye(9), np.eye(9, dtype=bool), np.arange(48, dtype=np.uint16).reshape(4, 4, 3)):
-        assert ours.from_array(array).tobytes() == images.from_array(array).tobytes()
+        assert from_array(array).tobytes() == images.from_array(array).tobytes()
 
 
 def test_what_pillow_reads_wrong_is_refused(tmp_path):

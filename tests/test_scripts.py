@@ -175,6 +175,7 @@ def test_gradient_accumulation_is_one_large_batch(store, language_model, tmp_pat
     from features.dataset import CaptionDataset
     from models.language import load_tokenizer
     from training.objectives import CrossEntropy
+    from training.run import build_model, caption_config, training_config
     from training.trainer import Trainer
 
     args = script.get_parser().parse_args(["--data", str(store), "--language_model", str(language_model)])
@@ -182,9 +183,9 @@ def test_gradient_accumulation_is_one_large_batch(store, language_model, tmp_pat
     losses, results = [], []
     for split in ([range(8)], [range(4), range(4, 8)]):
         torch.manual_seed(0)
-        model = script.build_model(script.caption_config(args, loaded)).eval()
+        model = build_model(caption_config(args, loaded)).eval()
         dataset = CaptionDataset(loaded, load_tokenizer(str(language_model)))
-        trainer = Trainer(model, CrossEntropy(dataset), script.training_config(args), torch.device("cpu"))
+        trainer = Trainer(model, CrossEntropy(dataset), training_config(args), torch.device("cpu"))
         model.train = lambda mode=True, model=model: model  # no dropout: the two draw it differently
         losses.append(trainer.train_step([dataset.batch(list(rows)) for rows in split])[0])
         trainer.train_step([dataset.batch(list(rows)) for rows in split])

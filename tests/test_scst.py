@@ -9,16 +9,17 @@ from conftest import EMBED_DIM, captions_of, read_log, run_script, train
 from test_distributed import launch, losses
 from test_scripts import one_line_error, weights
 
-import train_scst
 from encoders import load_encoder
 from features.image_dataset import ImageDataset
 from features.store import FeatureStore, read_store, write_store
 from metrics.cider_d import CiderD
 from models.checkpoint import load_captioner
-from models.decoding import DecodingConfig, generate_captions
-from training import rewards, self_critical
+from models.decoding import generate_captions
+from models.settings import DecodingConfig
+from training import reward_run, rewards, self_critical
 from training.rewards import CiderReward, ClipReward
 from training.self_critical import SelfCritical
+from training.settings import REWARDS
 from utils.files import read_json
 
 
@@ -146,7 +147,7 @@ def test_sampling_is_decided_by_step_and_image_alone(taught, store):
 
 def test_the_divergence_is_of_the_captioner_at_the_start(taught, store):
     learning = objective(taught, store, [Lengths()], kl=0.5)
-    learning.reference = train_scst.frozen_copy(learning.model, train_scst_placement())
+    learning.reference = reward_run.frozen_copy(learning.model, train_scst_placement())
     [example] = learning.examples([learning.dataset.batch([0])], 0)[:1]
     score = lambda: learning.model.token_logprobs(example.tokens, example.clip_embedding, example.lengths)  # noqa: E731
     learning.loss(score(), example)
@@ -160,7 +161,7 @@ def test_the_divergence_is_of_the_captioner_at_the_start(taught, store):
 
 
 def train_scst_placement():
-    from utils.devices import Placement
+    from utils.flags import Placement
 
     return Placement([torch.device("cpu")])
 
@@ -231,7 +232,7 @@ def test_a_bare_checkpoint_is_taken_as_predict_takes_it(taught, store, tmp_path,
     def guess(checkpoint, config, state_dict):
         config.normalize_prefix = True
 
-    monkeypatch.setattr("train_scst.guess_normalization", guess)
+    monkeypatch.setattr("training.reward_run.guess_normalization", guess)
     scst(bare, store, tmp_path / "run", *flags, "--epochs", 1)
     assert read_json(tmp_path / "run" / "run.json")["model"]["normalize_prefix"]
     monkeypatch.undo()
@@ -257,7 +258,7 @@ def test_a_caption_that_was_cut_has_no_end():
 # ---- the command
 
 
-@pytest.mark.parametrize("reward", rewards.REWARDS)
+@pytest.mark.parametrize("reward", REWARDS)
 def test_training(taught, store, tmp_path, reward):
     scst(taught, store, tmp_path, "--reward", reward, "--epochs", 5, "--lr", 5e-3, "--kl", 0.01, "--val_data", store)
     log = [entry for entry in read_log(tmp_path) if "loss" in entry]

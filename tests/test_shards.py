@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 
 import features.shards
-from features import extraction, sources
+from features import extraction, sources, store_files
 from features.dataset import CaptionDataset
-from features.shards import MappedEmbeddings, shard_rows, write_shard
+from features.shards import MappedEmbeddings, write_shard
 from features.store import read_store
+from features.store_files import shard_rows
 from models.language import load_tokenizer
 from tests.conftest import EMBED_DIM, ROOT, read_log, run_script, train
 from tests.test_scripts import one_line_error
@@ -35,8 +36,8 @@ def extract(clip_file, photos, out, *more, check=0):
 @pytest.fixture
 def small_shards(monkeypatch):
     """Shards of four images."""
-    monkeypatch.setattr(features.shards, "MIN_ROWS", 4)
-    monkeypatch.setattr(features.shards, "SHARDS", 3)
+    monkeypatch.setattr(store_files, "MIN_ROWS", 4)
+    monkeypatch.setattr(store_files, "SHARDS", 3)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from test_scripts import one_line_error
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from encoders import encoder_sha256
+from models.captioner_files import is_export
 from models.checkpoint import load_weights, save_weights
-from models.exported import is_export
 from models.predictor import Predictor
 from models.pretrained import _of_the_hub, checkpoint_file
 from utils.files import read_json, sha256, write_json

@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from demo.train_gpt2 import train_bpe
 from features.dataset import CaptionDataset
 from features.store import read_store
-from models.clip_caption import CaptionConfig, build_captioner
-from models.decoding import BEAM, SAMPLE, DecodingConfig, generate_captions
+from models.clip_caption import build_captioner
+from models.decoding import generate_captions
 from models.language import load_language_model, load_tokenizer
 from models.searches import Beam, Nucleus, decode
+from models.settings import BEAM, SAMPLE, CaptionConfig, DecodingConfig
 from models.stopping import Stop, begin_tokens, end_tokens, text_of
 from training.run_files import RunFiles
 from training.validation import Validation

@@ -17,9 +17,7 @@ from PIL import Image
 from test_outputs import alias
 from test_scripts import one_line_error
 
-import features.shards
-import parse_coco
-from features import extraction
+from features import extraction, store_files
 from features.partial import PartialStore
 from features.store import read_store
 from utils.outputs import lock
@@ -41,8 +39,8 @@ def pictures(photos, tmp_path):
 @pytest.fixture
 def parse(pictures, clip_file, monkeypatch):
     """A function that runs parse_coco.py on them, in shards of four images."""
-    monkeypatch.setattr(features.shards, "MIN_ROWS", 4)
-    monkeypatch.setattr(features.shards, "SHARDS", 3)
+    monkeypatch.setattr(store_files, "MIN_ROWS", 4)
+    monkeypatch.setattr(store_files, "SHARDS", 3)
 
     def run(out, *more, check=0, runner=run_script):
         return runner(
@@ -98,7 +96,7 @@ def test_two_stores_with_one_json(parse, tmp_path):
 
 
 def test_outputs_that_would_overwrite_something(parse, pictures, tmp_path, monkeypatch, clip_file):
-    monkeypatch.setattr(parse_coco, "load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
+    monkeypatch.setattr(extraction, "load_encoder", lambda *_: pytest.fail("the encoder was loaded"))
     (tmp_path / "link").symlink_to(pictures)
     run = {"model": {}, "training": {}}
     for name, text in (("run.json", json.dumps(run)), ("other.json", "[]"), ("notes.txt", "mine")):

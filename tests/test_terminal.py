@@ -73,17 +73,33 @@ def test_help_is_grouped_and_says_units(script):
     assert not re.search(r"^  (--\w+)\n(?! {10})", text, re.MULTILINE)
 
 
+COMPLETE = {  # words that are right, so that what does the work is imported
+    "parse_coco": "--no_captions --images {root}/demo/images --out {here}/store.pkl",
+    "train": "--data {root}/README.md --out_dir {here}/run",
+    "train_OPT": "--data {root}/README.md --out_dir {here}/run",
+    "predict": "{root}/demo/images --checkpoint demo",
+    "predict_OPT": "{root}/demo/images --checkpoint demo",
+    "predict_nice": "--images {root}/demo/images --checkpoint demo",
+    "evaluate": "{here}/captions.csv {here}/captions.csv",
+}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_interrupted_while_importing(script, tmp_path):
-    """Ctrl-C in the seconds before `main` ends the command without a word."""
-    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+@pytest.mark.parametrize("stop", (signal.SIGINT, signal.SIGTERM))
+def test_interrupted_while_importing(script, stop, tmp_path):
+    """Ctrl-C in the seconds that imports take ends the command without a word."""
+    (tmp_path / "captions.csv").write_text("image,caption\n1.jpg,a dog\n2.jpg,a cat\n")
+    for module in ("numpy", "torch"):  # whichever comes first
+        (tmp_path / f"{module}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    words = COMPLETE[script].format(root=ROOT, here=tmp_path).split()
     process = subprocess.Popen(
-        [sys.executable, f"{script}.py"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        [sys.executable, ROOT / f"{script}.py", *words], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline() == "importing\n"
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30) == ("", "") and process.returncode == 130
+    process.send_signal(stop)
+    assert process.communicate(timeout=30) == ("", "") and process.returncode == 128 + stop
 
 
 WORDS = {

@@ -10,9 +10,9 @@ import torch
 from conftest import EMBED_DIM, captions_of, run_script
 from test_scripts import one_line_error
 
-import features.shards
 from encoders import load_encoder
 from encoders.openai_clip import OpenAIClip
+from features import store_files
 from features.store import read_store
 
 OUTPUTS = pytest.mark.parametrize("name", ("x.pkl", "x/"))
@@ -21,8 +21,8 @@ OUTPUTS = pytest.mark.parametrize("name", ("x.pkl", "x/"))
 @pytest.fixture
 def parse(clip_file, monkeypatch):
     """A function that makes such a store, in shards of four captions."""
-    monkeypatch.setattr(features.shards, "MIN_ROWS", 4)
-    monkeypatch.setattr(features.shards, "SHARDS", 3)
+    monkeypatch.setattr(store_files, "MIN_ROWS", 4)
+    monkeypatch.setattr(store_files, "SHARDS", 3)
 
     def run(out, annotations, *more, check=0):
         return run_script(

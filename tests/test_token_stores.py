@@ -18,6 +18,7 @@ from test_stores import OUTPUTS, contents, same, stop
 
 import features.shards
 from encoders import load_encoder
+from features import store_files
 from features.dataset import CaptionDataset
 from features.images import read_image
 from features.store import read_store, write_store
@@ -30,8 +31,8 @@ K, D = 4, 64  # of the small CLIP
 @pytest.fixture
 def parse(photos, clip_file, monkeypatch):
     """A function that runs parse_coco.py --tokens patches on the twelve images, in shards of four."""
-    monkeypatch.setattr(features.shards, "MIN_ROWS", 4)
-    monkeypatch.setattr(features.shards, "SHARDS", 3)
+    monkeypatch.setattr(store_files, "MIN_ROWS", 4)
+    monkeypatch.setattr(store_files, "SHARDS", 3)
 
     def run(out, *more, check=0):
         return run_script(

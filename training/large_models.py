@@ -1,9 +1,9 @@
 """The flags for language models that are large for the devices there are."""
 
-from models.language import LOAD_IN
+from models.settings import LOAD_IN
 from utils.cli import non_negative_int
-from utils.devices import Placement, add_device_flags, pick_devices
-from utils.distributed import own_device, world_size
+from utils.flags import add_device_flags, check_offloading
+from utils.processes import world_size
 
 
 def add_scale_flags(parser):
@@ -25,11 +25,9 @@ def add_scale_flags(parser):
     )  # fmt: skip
 
 
-def pick_placement(args):
-    """Return where the captioner goes in this process.
-
-    Raises: ValueError for flags that do not go together and devices that are not here.
-    """
+def check_scale_flags(args):
+    """Refuse flags that do not go together; raises ValueError."""
+    check_offloading(args)
     processes, load_in = world_size(), f"--load_in {args.load_in}"
     for wrong, message in (
         (args.only_prefix and args.lora_rank, "--only_prefix freezes what --lora_rank trains; leave one of them out"),
@@ -49,7 +47,3 @@ def pick_placement(args):
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    devices = pick_devices(args.device)
-    if processes > 1:
-        devices = [own_device(devices)]
-    return Placement(devices, args.pn, args.offload_dir, args.max_memory, args.fsdp, args.gradient_checkpointing)

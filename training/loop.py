@@ -7,7 +7,7 @@ import torch
 from training.run_files import DivergedError, StopRequest, saved_on_error
 from training.validation import show_samples
 from utils.cli import note, progress_bar
-from utils.distributed import is_main, world_size
+from utils.processes import is_main, world_size
 
 
 def fit(trainer, files, log, tokenizer, save_every, save_steps, validation=None):

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-# --optimizer -> weight decay unless --weight_decay says otherwise; names as in transformers' `--optim`
-WEIGHT_DECAY = {"adamw_hf": 0.0, "adamw_torch": 0.01}
+from training.settings import WEIGHT_DECAY
+
 EPS = 1e-6  # of adamw_hf
 # of runs whose json does not say
 BEFORE_THE_OPTION = {"optimizer": "adamw_torch", "weight_decay": WEIGHT_DECAY["adamw_torch"]}

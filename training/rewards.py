@@ -14,11 +14,9 @@ from metrics.cider_d import CiderD
 from metrics.clipscore import text_scores
 from metrics.ptb import tokenize
 from models.pretrained import cache_folder
+from training.settings import CIDER, CLIP
 from utils.cli import VERSION, note
 from utils.files import reason
-
-CIDER, CLIP = "cider", "clip"
-REWARDS = (CIDER, CLIP, f"{CIDER}+{CLIP}")
 
 
 class CiderReward:

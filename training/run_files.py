@@ -5,23 +5,25 @@ import os
 import shutil
 import signal
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import transformers
 
-from models.checkpoint import FORMAT, captioner_weights, check_format, save_weights, tokenizer_folder
-from models.decoding import DecodingConfig
+from models.captioner_files import tokenizer_folder
+from models.checkpoint import FORMAT, captioner_weights, check_format, save_torch, save_weights
 from models.placement import is_sharded
+from models.settings import DecodingConfig
 from training.optimizers import BEFORE_THE_OPTION
+from training.run_names import RunNames
 from utils.cli import VERSION, agree_on_stop, note, told_to_stop
-from utils.distributed import all_gather, all_sum, is_main, world_size
-from utils.files import atomic_path, disk_errors, read_json, save_torch, write_json
-from utils.outputs import RUN, belongs_to, check_folder, overwritten, same_file
+from utils.distributed import all_gather, all_sum
+from utils.files import atomic_path, disk_errors, read_json, write_json
+from utils.outputs import same_file
+from utils.processes import is_main, world_size
 
 
-class RunFiles:
-    """The files of a run: `<out_dir>/<prefix>...`."""
+class RunFiles(RunNames):
+    """The files of a run, written and read."""
 
     def __init__(self, out_dir, prefix, decoding=None):
         """Name the files.
@@ -29,45 +31,13 @@ class RunFiles:
         Args:
             decoding: DecodingConfig that the run's captioner is meant to be decoded with.
         """
-        self.out_dir, self.prefix, self.decoding = Path(out_dir), prefix, decoding or DecodingConfig()
-        self.config = self.out_dir / f"{prefix}.json"
-        self.latest = self.out_dir / f"{prefix}_latest.pt"
-        self.best = self.out_dir / f"{prefix}_best.pt"
-        self.state = self.out_dir / f"{prefix}_state.pt"
-        self.log = self.out_dir / f"{prefix}-log.jsonl"
-        self.plot = self.out_dir / f"{prefix}-loss.png"
-
-    def epoch(self, epoch):
-        """Return the checkpoint of an epoch, counted from 0."""
-        return self.out_dir / f"{self.prefix}-{epoch:03d}.pt"
-
-    def _epochs(self):
-        """Return the checkpoints of epochs that there are."""
-        return sorted(self.out_dir.glob(f"{self.prefix}-[0-9][0-9][0-9].pt"))
-
-    def check(self, inputs):
-        """Refuse a place where the run cannot be written, or would overwrite what it reads or another's file.
-
-        Args:
-            inputs: {what it is, such as "the data": file that the run reads}.
-        Raises: ValueError naming the flag.
-        """
-        if not self.prefix or os.sep in self.prefix:
-            raise ValueError(f"--prefix {self.prefix!r} is no name for files; --out_dir names their folder")
-        check_folder("--out_dir", self.out_dir)
-        own = (self.config, self.latest, self.best, self.state, self.log, self.plot, *self._epochs())
-        taken = overwritten(own, inputs)
-        if taken:
-            raise ValueError(f"--prefix {self.prefix} would overwrite {taken}; pass another")
-        if self.config.exists() and belongs_to(self.config) != RUN:
-            raise ValueError(
-                f"--prefix {self.prefix} would overwrite {self.config}, which is not the json of a run; pass another"
-            )
+        super().__init__(out_dir, prefix)
+        self.decoding = decoding or DecodingConfig()
 
     def move_aside(self):
         """Move an earlier run of the same name into `<prefix>-previous/`, or `-previous-2/` where that is taken."""
         files = [self.config, self.latest, self.best, self.state, self.log, self.plot, tokenizer_folder(self.config)]
-        files = [f for f in (*files, *self._epochs()) if f.exists()]
+        files = [f for f in (*files, *self.epochs()) if f.exists()]
         if not files:
             return
         previous, number = self.out_dir / f"{self.prefix}-previous", 1

@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from models.decoding import GREEDY, SAMPLE, DecodingConfig, context_room, generate_captions
+from models.decoding import context_room, generate_captions
 from models.placement import is_sharded
+from models.settings import GREEDY, SAMPLE, DecodingConfig
 from models.steps import step_for
 from models.stopping import end_tokens, opening_tokens
 from training.objectives import Example
-from utils.distributed import all_gather, all_sum, all_union, rank
+from utils.distributed import all_gather, all_sum, all_union
+from utils.processes import rank
 
 WINDOW = 20  # steps whose captions are compared with those of the first ones
 COLLAPSED = 0.5  # share of distinct captions, of what it was, below which nothing is learned any more

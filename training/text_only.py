@@ -1,42 +1,13 @@
-"""Training on texts in the place of images: its flags, and what they ask for."""
+"""Training on texts in the place of images: what the flags of training.text_flags ask for."""
 
-import argparse
 from dataclasses import replace
 
-from features.store import read_store
+from features.store import check_encoders, read_store
 from features.text_only import FEWEST, MatchedTexts
-from training.validation import check_encoders
+from training.text_flags import AUTO
 from utils.cli import note
 
-AUTO = "auto"
 MOST_ANGLE = 80  # beyond which an image and its text have next to nothing in common
-
-
-def add_text_flags(parser):
-    """Add the flags to train.py's parser."""
-    group = parser.add_argument_group("text-only training", "on a store of parse_coco.py --text_only")
-    group.add_argument(
-        "--noise_angle", type=noise_angle, metavar="DEGREES|auto",
-        help="turn each text this far, into a direction drawn anew in every epoch; auto: as far as the images of "
-        "--match are from what the nearest texts tell",
-    )  # fmt: skip
-    group.add_argument(
-        "--match", metavar="STORE",
-        help="store of a few images, captioned or not, to where texts are moved, and in whose directions turned",
-    )  # fmt: skip
-
-
-def noise_angle(text):
-    """Argparse type: an angle between 0 and 90 degrees, or `auto`."""
-    if text == AUTO:
-        return text
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 90:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor an angle between 0 and 90 degrees")
-    return value
 
 
 def read_match(path, noise_angle, store, val_store=None):
@@ -48,7 +19,7 @@ def read_match(path, noise_angle, store, val_store=None):
     Returns: FeatureStore, or None.
     Raises: ValueError where the stores and flags do not fit each other; else as `read_store`.
     """
-    _check_modality(store, noise_angle, path, val_store)
+    _check_modality(store, noise_angle, val_store)
     if not path:
         return None
     match = read_store(path)
@@ -62,12 +33,8 @@ def read_match(path, noise_angle, store, val_store=None):
     return match
 
 
-def _check_modality(store, noise_angle, match, val_store):
+def _check_modality(store, noise_angle, val_store):
     """Refuse texts where images are needed, and the reverse."""
-    if match and noise_angle is None:
-        raise ValueError("--match is for text-only training: pass --noise_angle auto too, or leave it out")
-    if noise_angle == AUTO and not match:
-        raise ValueError("--noise_angle auto measures the images of --match: pass a store of a few, or an angle")
     if store.is_of_texts and noise_angle is None:
         raise ValueError(
             f"--data {store.path} holds texts: pass --noise_angle auto --match STORE, with a store of a few images "

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-from dataclasses import dataclass
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -10,53 +9,10 @@ from transformers import get_linear_schedule_with_warmup
 
 from features.dataset import batches_per_epoch, epoch_batches
 from models.placement import get_optimizer_state, get_weights, is_sharded, set_optimizer_state, set_weights
-from training.optimizers import WEIGHT_DECAY, make_optimizer
-from utils.distributed import all_gather, all_sum, check_shares, rank, share, world_size
-
-DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class TrainingConfig:
-    """How a captioner is trained; all of it decides the weights that come out.
-
-    Args:
-        data: feature store.
-        val_data: feature store that is scored after every epoch and decides which weights are kept as the best.
-        init_from: checkpoint whose weights training starts from, or None.
-        epochs: passes over the captions.
-        bs: captions per batch, of all processes together.
-        optimizer: key of WEIGHT_DECAY.
-        lr: its peak learning rate.
-        weight_decay: share of a weight, times the learning rate, that a step takes off; None: the optimiser's own.
-        warmup_steps: optimiser steps of linear warm-up, before the linear decay to zero.
-        gradient_accumulation_steps: batches per optimiser step.
-        mixed_precision: key of DTYPES, the type that autocast uses.
-        group_by_length: batches hold captions of similar length.
-        seed: of initial weights, shuffling, dropout and noise.
-        noise_angle: degrees that texts' embeddings are turned by in training; None: they are of images.
-        match: feature store of images to where the texts are moved, or None.
-    """
-
-    data: str
-    val_data: str | None = None
-    init_from: str | None = None
-    epochs: int = 10
-    bs: int = 40
-    optimizer: str = "adamw_hf"
-    lr: float = 2e-5
-    weight_decay: float | None = None
-    warmup_steps: int = 5000
-    gradient_accumulation_steps: int = 1
-    mixed_precision: str = "no"
-    group_by_length: bool = False
-    seed: int = 0
-    noise_angle: float | None = None
-    match: str | None = None
-
-    def __post_init__(self):
-        if self.weight_decay is None:
-            self.weight_decay = WEIGHT_DECAY[self.optimizer]
+from training.optimizers import make_optimizer
+from training.settings import MIXED_PRECISION
+from utils.distributed import all_gather, all_sum
+from utils.processes import check_shares, rank, share, world_size
 
 
 class Trainer:
@@ -87,7 +43,8 @@ class Trainer:
         self.scheduler = get_linear_schedule_with_warmup(
             self.optimizer, config.warmup_steps, config.epochs * self.steps_per_epoch
         )
-        self.dtype = DTYPES[config.mixed_precision]
+        name = MIXED_PRECISION[config.mixed_precision]
+        self.dtype = name and getattr(torch, name)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.epoch = self.step = self.batch = 0  # batch: batches done in this epoch
         self.best = None  # the highest validation CIDEr so far

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import torch
 
-from encoders import known_encoder
 from features.image_dataset import images_of
+from features.store import check_encoders
 from metrics.coco import caption_statistics, coco_scores, too_few_distinct
 from metrics.scripts import uncut_warning
 from models.decoding import generate_captions
 from models.placement import is_sharded
-from utils.cli import in_words, note, progress_bar
-from utils.distributed import all_union, share
+from utils.cli import note, progress_bar
+from utils.distributed import all_union
+from utils.processes import share
 
 SAMPLES = 8  # images captioned after every epoch
 SAMPLE_LENGTH = 40  # tokens of such a caption
@@ -100,21 +101,3 @@ class Validation:
                 captions |= {i: group[0].text.strip() for i, group in zip(batch, groups, strict=True)}
                 bar.update(len(batch))
         return all_union(captions)
-
-
-def check_encoders(name, store, other, shape, described):
-    """Refuse a store of another encoder than the one that is trained on.
-
-    Args:
-        name: of the FeatureStore `store`, with its flag. other: of what it must fit, such as the store of --data.
-        shape, described: that of an image's embedding by that one's encoder, and what is known of it; see
-            `known_encoder`.
-    Raises: ValueError.
-    """
-    ours, theirs = known_encoder(store.info), known_encoder(described)
-    if store.shape != shape or (ours and theirs and ours != theirs):
-        what = "are of different encoders" if len(store.shape) == len(shape) else "do not both hold tokens"
-        raise ValueError(
-            f"{name} and {other} {what} ({ours or 'unknown'}: {in_words(store.shape)}; {theirs or 'unknown'}: "
-            f"{in_words(shape)}); extract both with one, and the same --tokens"
-        )

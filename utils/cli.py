@@ -1,6 +1,23 @@
-"""What every command shares: its parser, its errors, its progress bar."""
+"""What every command shares: its parser, its errors, its progress bar; and how it starts at once.
+
+A script imports at its top only what parses and checks: the standard library, and modules of ours that import no more
+(flags, settings, names of files). torch, transformers, numpy and the like take seconds, and come when the arguments are
+right: `main` parses, refuses all that can be refused without a model, and then imports the module that works, which
+imports at its own top whatever it needs:
+
+    def main(argv=None):
+        args = get_parser().parse_args(argv)
+        check_arguments(args)
+        with late_imports():
+            from training.run import run_training
+        return run_training(args)
+
+What others look for in a script, and lies in such a module, is found by the script's `__getattr__`.
+tests/test_startup.py holds every command to it; benchmarks/startup.py measures it.
+"""
 
 import argparse
+import contextlib
 import difflib
 import errno
 import os
@@ -8,10 +25,7 @@ import select
 import signal
 import sys
 
-import torch
-from tqdm import tqdm
-
-from utils.distributed import first_to_fail, is_main
+from utils.processes import first_to_fail, is_main
 
 VERSION = "0.1.0"
 # notes that begin so are printed under --quiet too
@@ -32,6 +46,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return text if plain or "default" in text or not action.option_strings else f"{text} (default: %(default)s)"
 
 
+class ShowVersion(argparse.Action):
+    """The flag --version."""
+
+    def __call__(self, parser, *_):
+        from importlib.metadata import version  # torch itself takes seconds to say it
+
+        parser._print_message(f"{parser.prog} {VERSION}, torch {version('torch')}\n", sys.stdout)
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the nearest valid spelling."""
 
@@ -39,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description.strip(), formatter_class=HelpFormatter, **options)
         self.aliases = {}  # argument -> {a predecessor's word: its value}
         self.add_argument("--quiet", action="store_true", help="print results, warnings and errors only; no progress")
-        self.add_argument("--version", action="version", version=f"%(prog)s {VERSION}, torch {torch.__version__}")
+        self.add_argument("--version", action=ShowVersion, nargs=0, help="show program's version number and exit")
 
     def parse_args(self, args=None, namespace=None):
         global _quiet
@@ -111,6 +135,22 @@ def non_negative_float(text):
 
 _quiet = False  # whether the command line said --quiet
 _stopped_by = []  # signals that have asked the command to stop
+_importing = False  # whether late_imports are under way
+
+
+@contextlib.contextmanager
+def late_imports():
+    """Let the body import what does the command's work; see above.
+
+    Ctrl-C ends the process quietly meanwhile: Python would show where in somebody else's package it was, and packages
+    that catch every error would go on.
+    """
+    global _importing
+    _importing = True
+    try:
+        yield
+    finally:
+        _importing = False
 
 
 def shows_progress():
@@ -120,6 +160,8 @@ def shows_progress():
 
 def progress_bar(total, description, unit, initial=0):
     """Return a progress bar with rate and time left on a terminal, silent elsewhere and under --quiet."""
+    from tqdm import tqdm
+
     return tqdm(
         total=total, initial=initial, desc=description, unit=unit, disable=not shows_progress(), dynamic_ncols=True
     )
@@ -131,7 +173,13 @@ def note(message):
     --quiet keeps LOUD ones.
     """
     if is_main() and (not _quiet or message.startswith(LOUD)):
-        tqdm.write(message, file=sys.stderr)
+        _write(message)
+
+
+def _write(message):
+    """Write a line to standard error, above the progress bar where there is one."""
+    bars = sys.modules.get("tqdm")
+    bars.tqdm.write(message, file=sys.stderr) if bars else print(message, file=sys.stderr)
 
 
 def run(main):
@@ -173,6 +221,8 @@ def _catch_signals():
     _stopped_by.clear()
 
     def stop(number, _frame):
+        if _importing:
+            os._exit(128 + number)  # nothing has been begun that would need tidying up
         told_to_stop(number)
         if len(_stopped_by) != 2:
             raise KeyboardInterrupt
@@ -209,13 +259,15 @@ def _outcome(main):
         word = "terminated" if number == signal.SIGTERM else "interrupted"
         note(f"{word}{': ' + str(stop) if str(stop) else ''}")
         return 128 + number
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_device_memory(error):
+            raise
         if isinstance(error, BrokenPipeError) and any(map(_is_abandoned, (1, 2))):
             raise
         if os.environ.get("CLIPCAP_DEBUG"):
             raise
         if first_to_fail():
-            tqdm.write(f"error: {describe(error)}", file=sys.stderr)
+            _write(f"error: {describe(error)}")
         return 2
 
 
@@ -226,9 +278,15 @@ def _is_abandoned(number):
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
+def _is_device_memory(error):
+    """Tell whether an error is torch's, of a device whose memory is full."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
 def describe(error):
     """Say in one line what went wrong and what helps."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if _is_device_memory(error):
         return "out of device memory; use a smaller --bs or --batch_size, or --mixed_precision bf16"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         place = f" while writing {error.filename}" if error.filename else ""

@@ -1,7 +1,6 @@
 """Which devices a command runs on, and how a language model's layers are split over several."""
 
 import os
-from dataclasses import dataclass
 
 import torch
 
@@ -26,49 +25,6 @@ def keep_few_kernels():
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # the second is torch's own
         os.environ.setdefault(name, str(KERNELS_KEPT))
-
-
-def add_device_flags(parser):
-    """Add --device and --pn to a command's parser."""
-    group = parser.add_argument_group("devices")
-    group.add_argument(
-        "--device", nargs="?", help="torch device, or GPU numbers: 12 is GPUs 1 and 2 (default: a GPU if there is one)"
-    )
-    group.add_argument(
-        "--pn", metavar="CUTS",
-        help="decoder layers after which the next GPU begins: 6 for two GPUs, 411 (4 and 11) or 1122 for three "
-        "(default: evenly); auto: fill the GPUs, then main memory, then --offload_dir",
-    )  # fmt: skip
-    group.add_argument("--offload_dir", metavar="DIR", help="with --pn auto: keep here what does not fit in memory")
-    group.add_argument(
-        "--max_memory", metavar="SIZE",
-        help="with --pn auto: what weights may take of each device, such as 14GB (default: nearly all that is free)",
-    )  # fmt: skip
-
-
-@dataclass
-class Placement:
-    """Where a captioner lies and what of it is kept.
-
-    Args:
-        devices: as `pick_devices` returns them.
-        pn: the flag; None: decoder layers are split evenly over the devices.
-        offload_dir, max_memory: the flags, for `pn` auto.
-        fsdp: shard the weights over the processes.
-        gradient_checkpointing: keep only the decoder layers' inputs for the backward pass.
-    """
-
-    devices: list
-    pn: str | None = None
-    offload_dir: str | None = None
-    max_memory: str | None = None
-    fsdp: bool = False
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self):
-        for flag in ("offload_dir", "max_memory"):
-            if getattr(self, flag) and self.pn != "auto":
-                raise ValueError(f"--{flag} goes with --pn auto; add it, or leave --{flag} out")
 
 
 def pick_device(name=None):

@@ -1,7 +1,4 @@
-"""The processes of one command, as torchrun (or `accelerate launch`) starts them; one process where nobody did.
-
-Every process runs the same command. Process 0 speaks and writes; errors are told once.
-"""
+"""What the processes of one command tell each other; in one process all of it does nothing."""
 
 import contextlib
 import functools
@@ -14,25 +11,11 @@ import torch
 from torch import distributed
 
 from utils.files import reason
+from utils.processes import is_main, rank, world_size
 
 # one may wait for another that saves or extracts; a process that dies is noticed at once
 TIMEOUT = timedelta(days=1)
 LOST = re.compile("gloo|NCCL", re.IGNORECASE)  # the libraries whose RuntimeErrors tell of that
-
-
-def world_size():
-    """Return how many processes the command runs in."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-
-
-def rank():
-    """Return this process' number, from 0."""
-    return int(os.environ["RANK"]) if world_size() > 1 else 0
-
-
-def is_main():
-    """Tell whether this is the process that speaks and writes."""
-    return rank() == 0
 
 
 @contextlib.contextmanager
@@ -80,16 +63,6 @@ def own_device(devices):
     return devices[int(os.environ.get("LOCAL_RANK", rank()))]
 
 
-def first_to_fail():
-    """Tell whether no other process has told of an error yet."""
-    if not distributed.is_initialized():
-        return is_main()  # what fails before the processes are connected fails in all of them
-    try:
-        return distributed.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except distributed.DistError:  # the one that keeps count is gone, and spoke before it went
-        return False
-
-
 def all_sum(value):
     """Return the sum of a number over all processes."""
     if world_size() == 1:
@@ -126,24 +99,3 @@ def all_gather(value):
 def all_union(items):
     """Return the union of the processes' sets or dictionaries."""
     return functools.reduce(operator.or_, all_gather(items))
-
-
-def share(items):
-    """Return this process' part of a sequence that all have, as equal as can be."""
-    return items[rank() :: world_size()]
-
-
-def check_shares(bs, records):
-    """Refuse a batch that cannot be shared out evenly, and more processes than records.
-
-    Raises: ValueError naming what would do.
-    """
-    processes = world_size()
-    if bs % processes:
-        fitting = [n * processes for n in (bs // processes, bs // processes + 1) if n]
-        raise ValueError(
-            f"--bs {bs} captions cannot be shared out evenly over {processes} processes; "
-            f"{' or '.join(map(str, fitting))} can"
-        )
-    if records < processes:
-        raise ValueError(f"{processes} processes and only {records} captions; start at most {records}")

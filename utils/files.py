@@ -9,8 +9,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import torch
-
 
 @contextlib.contextmanager
 def atomic_path(path):
@@ -74,12 +72,6 @@ def disk_errors(folder):
             probe.write(bytes(1 << 16))
             probe.flush()
         raise
-
-
-def save_torch(path, value):
-    """Write `value` in torch's format, atomically; see `disk_errors`."""
-    with atomic_path(path) as temporary, disk_errors(temporary.parent):
-        torch.save(value, temporary)
 
 
 def read_json(path):

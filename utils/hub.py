@@ -3,8 +3,6 @@
 import contextlib
 import errno
 import re
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from utils.cli import note, shows_progress
@@ -60,6 +58,9 @@ def _cut_off():
 
 def hub_answers():
     """Tell whether the model hub may and can be reached, through the user's proxy settings."""
+    import urllib.error
+    import urllib.request
+
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

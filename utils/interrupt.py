@@ -1,8 +1,4 @@
-"""Imported first by every script: Ctrl-C while the other imports are under way ends it quietly.
-
-Those take seconds, and Python would show where in somebody else's package it was. `utils.cli.run` goes back to
-KeyboardInterrupt.
-"""
+"""Imported first by every script: Ctrl-C while it imports ends it quietly, until `utils.cli.run` takes over."""
 
 import os
 import signal

@@ -18,22 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from utils.cli import note
 from utils.files import reason
 
-DTYPES = ("auto", "fp32", "bf16", "int8")
 ROWS_EXPECTED = 64  # rows that the blocks are laid out for; measured to serve 1 to 3,200 rows
 PROBED = 4  # positions that show whether a language model computes the same with other layers
 # largest difference from a plain layer's output, as a share of its largest number; measured: 4e-7 in float32, 0.03 in
 # int8, which is told from nonsense only, for there are models that lose more by it
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.int8: 0.5}
-
-
-def add_dtype_flag(parser):
-    """Add --dtype."""
-    parser.add_argument(
-        "--dtype", choices=DTYPES,
-        help="numbers to compute in: auto is bf16 where the device has it, int8 is for CPUs and rounds over the "
-        "batch, so that an image's result depends a little on what shares its batch (default: fp32, but CLIP's own "
-        "fp16 on a GPU)",
-    )  # fmt: skip
 
 
 def pick_dtype(name, device):

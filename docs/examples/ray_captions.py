@@ -18,6 +18,7 @@ from features.extraction import Reading  # noqa: E402
 from features.sources import Tars  # noqa: E402
 from features.tars import expand_tars  # noqa: E402
 from models.bulk import CaptionFolder, caption_parts  # noqa: E402
+from models.captioner import captioner_of  # noqa: E402
 from models.made_by import made_by  # noqa: E402
 
 
@@ -29,7 +30,7 @@ class CaptionTar:
         self.args = predict.get_parser().parse_args(words)
         self.decoding = predict.decoding_config(self.args)
         self.parts = Tars(expand_tars(self.args.images), False).parts()
-        self.captioner = predict.captioner_of(self.args)
+        self.captioner = captioner_of(self.args)
 
     def __call__(self, row):
         """Caption one tar; returns its row with the exit status that predict.py would have had."""

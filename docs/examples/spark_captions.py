@@ -31,11 +31,12 @@ def caption_tars(words, root, numbers):
     from features.sources import Tars
     from features.tars import expand_tars
     from models.bulk import CaptionFolder, caption_parts
+    from models.captioner import captioner_of
     from models.made_by import made_by
 
     args = predict.get_parser().parse_args(words)
     decoding, parts = predict.decoding_config(args), Tars(expand_tars(args.images), False).parts()
-    captioner = predict.captioner_of(args)
+    captioner = captioner_of(args)
     for number in numbers:
         folder = CaptionFolder(args.out, made_by(args, decoding))
         reading = Reading(args.batch_size or predict.BATCH, 0)

@@ -1,0 +1,130 @@
+"""What predict.py does once its command line is right: captions of pictures to the terminal and a file, or in bulk."""
+
+import contextlib
+import sys
+
+from features.extraction import Reading
+from features.listing import as_line
+from features.loader import prepare_readers
+from features.results import name_shared, record, shared_ids, write_part, write_results
+from features.store import check_encoders, read_store
+from models.bulk import CaptionFolder, caption_parts, caption_store
+from models.captioner import captioner_of
+from models.settings import CLIP
+from utils.cli import note, progress_bar
+from utils.devices import pick_devices
+from utils.distributed import connected, own_device
+from utils.outputs import lock
+from utils.processes import is_main, world_size
+
+
+def caption_in_bulk(args, decoding, source, made, batch_size):
+    """Caption into a folder of parquet files, in one process or several.
+
+    Args:
+        args: the command line of predict.py.
+        decoding: DecodingConfig.
+        source: Source of the pictures; None: --data is captioned.
+        made: what captions, as `made_by` returns it.
+        batch_size: pictures at a time.
+    Returns: the exit status.
+    """
+    store = None
+    if args.data:
+        store = read_store(args.data)
+        if store.is_of_texts:
+            raise ValueError(f"--data {args.data} holds embeddings of texts; name a store of images")
+    workers = args.num_workers if source and (source.count or sys.maxsize) > batch_size else 0
+    prepare_readers(source.count if source else 0, workers)
+    device = own_device(pick_devices(args.device))
+    if world_size() > 1:
+        args.device = str(device)
+    folder = CaptionFolder(args.out, made)
+    with connected(device), lock(args.out) if is_main() else contextlib.nullcontext():
+        captioner = captioner_of(args, with_encoder=not store or decoding.rerank == CLIP)
+        try:
+            if store:
+                own = captioner.model.config.shape, captioner.described
+                check_encoders(f"--data {store.path}", store, f"--checkpoint {args.checkpoint}", *own)
+                return caption_store(captioner, store, folder, decoding, args.batch_size)
+            reading = Reading(batch_size, workers)
+            return caption_parts(captioner, source.parts(), folder, decoding, reading)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on from here") from None
+
+
+def caption_pictures(args, decoding, paths, unreadable, batch_size):
+    """Caption pictures one by one, as far as the reader sees: to the terminal, and to --out.
+
+    Args:
+        args: the command line of predict.py.
+        decoding: DecodingConfig.
+        paths: the pictures.
+        unreadable: {name: why it is left out} of those that are known not to be captioned.
+        batch_size: pictures at a time.
+    Returns: the exit status: 2 where one could not be read.
+    """
+    results, total = {}, len(paths) + len(unreadable)
+    for name, reason in unreadable.items():
+        note(f"skipped {as_line(name)}: {reason}")
+    with results_kept(args, paths, results):
+        workers = 0 if len(paths) <= batch_size else args.num_workers
+        prepare_readers(len(paths), workers)
+        captioner = captioner_of(args)
+        unreadable = unreadable | caption_all(captioner, paths, decoding, batch_size, workers, results)
+    if unreadable:
+        others = "; the others are captioned" if results else ""
+        note(f"error: {len(unreadable)} of {total} images could not be read{others}")
+        return 2
+    return 0
+
+
+def caption_all(captioner, paths, decoding, batch_size, num_workers, results):
+    """Caption files, printing each as it is done.
+
+    Args:
+        results: {path: result in COCO's format} that each image is added to.
+    Returns: {path: why it could not be read}.
+    """
+    unreadable = {}
+    with progress_bar(len(paths), "images", "img") as bar:
+        for captions, errors in captioner.caption_files(paths, decoding, batch_size, num_workers):
+            results |= {path: record(path, group) for path, group in captions.items()}  # kept if printing fails
+            for path, group in captions.items():
+                for caption in group:
+                    bar.write(f"{as_line(path)}\t{' '.join(caption.text.split())}")
+            sys.stdout.flush()  # a pipe's reader waits for whole batches only
+            for path, reason in errors.items():
+                note(f"skipped {as_line(path)}: {reason}")
+            unreadable |= errors
+            bar.update(len(captions) + len(errors))
+    return unreadable
+
+
+@contextlib.contextmanager
+def results_kept(args, paths, results):
+    """Hold --out for the time of the body and write the results then, also those of a run that is stopped.
+
+    Raises: what the body raises; KeyboardInterrupt says how many images are captioned.
+    """
+    shared = shared_ids(paths) if args.out else {}
+    if shared:
+        number = sum(map(len, shared.values()))
+        note(
+            f"warning: {number:,} images share an image_id with another ({name_shared(shared)}), of which evaluate.py "
+            "takes one caption each; rename the files"
+        )
+    with lock(args.out) if args.out else contextlib.nullcontext():
+        try:
+            yield
+            if results and args.out:
+                write_results(args.out, results, shared)
+        except (KeyboardInterrupt, Exception) as stop:
+            said = f"{len(results)} of {len(paths)} images are captioned"
+            if results and args.out:
+                said += f", in {write_part(args.out, results, shared)}"
+            if isinstance(stop, KeyboardInterrupt):
+                raise KeyboardInterrupt(said) from None
+            if results:
+                note(f"warning: {said}")
+            raise
