@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +9,10 @@ from pathlib import Path
 import torch
 
 from exporting.card import TORCH
+from exporting.pictures import preprocessing
 from exporting.share import describe_shared, without_folders, write_card, write_shared
 from models.captioner import Captioner
+from models.exported import runtime
 from models.language import context_length
 from models.pretrained import checkpoint_file
 from models.stopping import begin_tokens, end_tokens
@@ -23,26 +24,6 @@ from utils.precision import unpack
 
 FORMAT = 2  # of captioner.json
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ("Resize", "CenterCrop", "ToTensor", "Normalize")  # of preprocessing, in this order
-
-
-def preprocessing(encoder):
-    """Return what turns an RGB picture into the encoder's pixels; raises ValueError where that is unknown."""
-    steps = getattr(encoder.preprocess, "transforms", ())
-    kinds = [type(step).__name__ for step in steps]
-    if [kind for kind in STEPS if kind in kinds] != kinds or not {"ToTensor", "Normalize"} <= set(kinds):
-        raise ValueError(f"the preprocessing of {encoder.name} cannot be exported: {' '.join(str(steps).split())}")
-    told = {"size": None, "interpolation": None, "crop": None}
-    for kind, step in zip(kinds, steps, strict=True):
-        if kind == "Resize":
-            size = step.size if isinstance(step.size, int) else list(step.size)
-            told |= {"size": size[0] if isinstance(size, list) and len(size) == 1 else size,
-                     "interpolation": step.interpolation.value}  # fmt: skip
-        elif kind == "CenterCrop":
-            told["crop"] = list(step.size)
-        elif kind == "Normalize":
-            told |= {name: torch.as_tensor(getattr(step, name)).tolist() for name in ("mean", "std")}
-    return told
 
 
 def describe(captioner, args, decoding):
@@ -86,10 +67,7 @@ def write_export(captioner, described, folder):
 
 def compare(folder, expected, paths):
     """Say which pictures the exported captioner captions otherwise; returns how many."""
-    sys.path.append(str(ROOT / "runtime"))
-    import clipcap_runtime
-
-    exported, differing = clipcap_runtime.Captioner(folder), 0
+    exported, differing = runtime().Captioner(folder), 0
     for path in paths:
         said = [
             " | ".join(caption.text for caption in group) for group in (expected[path], exported.captions([path])[0])

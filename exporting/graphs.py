@@ -3,6 +3,8 @@
 Axes: B images, K tokens of an image, D width of an embedding, T prompt tokens, R rows, V vocabulary, L layers, H heads.
 """
 
+import contextlib
+import inspect
 import logging
 import re
 import warnings
@@ -66,7 +68,12 @@ class Step(nn.Module):
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer].index_select(0, rows), past[2 * layer + 1].index_select(0, rows), layer)
         embedded = torch.cat((prefix, self.gpt.get_input_embeddings()(tokens)), dim=1)
-        out = self.gpt(inputs_embeds=embedded, **{cache_argument(self.gpt): cache}, use_cache=True, logits_to_keep=1)
+        options = {cache_argument(self.gpt): cache, "use_cache": True, "logits_to_keep": 1}
+        if "position_ids" in inspect.signature(self.gpt.forward).parameters:
+            # for each row: ONNX Runtime's rotation takes no positions that rows share
+            places = torch.arange(embedded.shape[1]) + past[0].shape[2]
+            options["position_ids"] = places.expand(len(embedded), -1)
+        out = self.gpt(inputs_embeds=embedded, **options)
         return out.logits[:, -1], _layers(cache)
 
 
@@ -94,7 +101,7 @@ def make_graphs(captioner, folder, dtype):
     each, several = {0: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     names = [f"{what}.{layer}" for layer in range(len(past) // 2) for what in ("key", "value")]
     plans = {
-        "encoder": (Encoder(captioner.encoder), (pixels,), (each,), ["pixels"], ["embedding"]),
+        "encoder": (Encoder(captioner.encoder), (pixels,), (each,), ["pixels"], ["clip_embedding"]),
         "prefill": (Prefill(model), (embedding,), (each,), ["embedding"], ["prefix"]),
         "step": (
             Step(model), (prefix[:2], torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([2, 0]), past),
@@ -179,7 +186,8 @@ def _compare_steps(session, model, vocabulary):
 
 def _compare(name, session, given, expected):
     """Return a graph's outputs, after comparing the first with torch's; raises ValueError."""
-    found = session.run(None, _feeds(session, given))
+    with _refusing(name):
+        found = session.run(None, _feeds(session, given))
     largest = expected.nan_to_num(0, 0, 0).abs().max().item()
     if found[0].shape != tuple(expected.shape) or not np.allclose(
         found[0], expected.numpy(), rtol=0, atol=TOLERANCE * largest, equal_nan=True
@@ -196,7 +204,18 @@ def _feeds(session, given):
 
 
 def _session(folder, name):
-    return onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
+    with _refusing(name):
+        return onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def _refusing(name):
+    """Turn what ONNX Runtime raises, which names the node, into a ValueError."""
+    try:
+        yield
+    except Exception as error:  # its classes have no parent of their own
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"the {name} cannot be exported to ONNX, for ONNX Runtime says: {said}") from error
 
 
 def _layers(cache):

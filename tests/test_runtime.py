@@ -22,6 +22,7 @@ import clipcap_runtime  # noqa: E402
 from clipcap_runtime import command, images, searches  # noqa: E402
 
 from encoders import load_encoder  # noqa: E402
+from exporting.pictures import preprocessing  # noqa: E402
 from features import images as ours  # noqa: E402
 from features.arrays import from_array  # noqa: E402
 from models.captioner import Captioner  # noqa: E402
@@ -57,8 +58,7 @@ def write_pictures(folder):
 
 
 def preprocess_of(encoder):
-    export = pytest.importorskip("exporting.folder")
-    return images.Preprocess(**export.preprocessing(encoder))
+    return images.Preprocess(**preprocessing(encoder))
 
 
 def test_pixels_are_equal(tmp_path, clip_file):
@@ -231,28 +231,6 @@ def test_runs_without_torch(exported, tmp_path):
     done = subprocess.run([Path(python).parent / "clipcap", exported, SCENES[0]], capture_output=True, text=True)
     text = clipcap_runtime.Captioner(exported).caption(SCENES[0])
     assert done.stdout == f"{SCENES[0]}\t{text}\n", done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ("opt", "llama", "transformer"))
-def test_families_and_mapping_networks(kind, store, language_model, photos, tmp_path, capsys):
-    from conftest import train
-    from test_OPT import small
-
-    folder = language_model
-    if kind != "transformer":
-        folder = tmp_path / "gpt"
-        tokenizer = load_tokenizer(str(language_model))
-        small(kind, vocab_size=len(tokenizer)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    more = ("--mapping_type", "transformer", "--num_layers", 1) if kind == "transformer" else ()
-    train(store, folder, tmp_path / "run", *more)
-    checkpoint = tmp_path / "run" / "run_latest.pt"
-    run_script("export.py", "--checkpoint", checkpoint, "--out", tmp_path / "out", "--check", *photos.glob("*.jpg"))
-    for flags in ((), ("--use_beam_search",)):
-        expected = run_script("predict.py", photos, "--checkpoint", checkpoint, *flags, "--device", "cpu").stdout
-        command.main([str(tmp_path / "out"), str(photos), *flags])
-        assert capsys.readouterr().out == expected
 
 
 @pytest.mark.slow
