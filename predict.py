@@ -204,7 +204,7 @@ def main(argv=None, parser=None):
         source = bulk_source(args, made)
         check_captioner(args.checkpoint, args.clip_model_type)
         with late_imports():
-            from models.captioning import caption_in_bulk
+            from models.bulk import caption_in_bulk
         return caption_in_bulk(args, decoding, source, made, batch_size)
     if world_size() > 1:
         raise ValueError("several processes share out parts of --out DIR/ alone; start one, or name a folder")

@@ -11,11 +11,14 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from torchvision.transforms import Compose, ToTensor
 
 from encoders.names import PATCHES, POOLED
 from utils.cli import note
+from utils.lean import lean
 from utils.precision import pick_dtype, prepare_for_inference
+
+with lean():
+    from torchvision.transforms import Compose, ToTensor
 
 RESNET_STRIDE = 32  # pixels of a side that a place of a ResNet's last grid stands for
 

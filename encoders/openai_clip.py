@@ -13,6 +13,7 @@ import torch
 from encoders.base import RESNET_STRIDE, ImageEncoder, Published
 from encoders.names import POOLED, check_openai, openai_sha256
 from utils.files import reason, sha256
+from utils.lean import lean
 from utils.precision import prepare_for_inference
 
 CONTEXT = 77  # tokens of CLIP's text tower, the begin and the end token among them
@@ -102,7 +103,7 @@ def _is_cut(tokenize, text):
 
 def _import_clip():
     """Return OpenAI's module; importing it takes a second, and not every command needs it."""
-    with warnings.catch_warnings():
+    with lean(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # which is not the user's to mend
         import clip
     return clip

@@ -7,9 +7,13 @@ Axes: R rows, H heads, G heads of keys and values, T positions so far, D width o
 """
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from utils.lean import lean
+
+with lean():
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
 
 NAME = "clipcap"  # among transformers' implementations
 FEW_ROWS = 4  # of which torch's own is the faster

@@ -1,10 +1,12 @@
 """Bare checkpoints, those of the predecessors, without a json: what the keys and shapes of their weights tell."""
 
-from transformers import GPT2Config, OPTConfig
-
 from models.mapping import recognise_mapping_network
 from models.settings import CaptionConfig
 from utils.cli import note
+from utils.lean import lean
+
+with lean():
+    from transformers import GPT2Config, OPTConfig
 
 MAPPING = "clip_project."  # what the names of a mapping network's weights begin with
 OPT_EMBEDDINGS = "gpt.model.decoder.embed_tokens.weight"

@@ -6,6 +6,7 @@
 A part that is on the disk stays, unless what it was made of has changed. Several processes share the parts out.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -16,20 +17,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from features.extraction import encode_parts, known_count
+from features.extraction import Reading, encode_parts, known_count
 from features.images import reader
 from features.listing import as_text
+from features.loader import prepare_readers
 from features.shards import MappedCaptions, shard_stamp
+from features.store import check_encoders, read_store
 from features.store_files import shard_rows
 from features.tars import TarMember
-from models.captioner import image_key
+from models.captioner import captioner_of, image_key
 from models.made_by import MADE_BY, check_bulk
 from models.rerank import draws_samples
+from models.settings import CLIP
 from utils.cli import note, progress_bar
-from utils.devices import is_out_of_memory
-from utils.distributed import all_gather, all_sum
+from utils.devices import is_out_of_memory, pick_devices
+from utils.distributed import all_gather, all_sum, connected, own_device
 from utils.files import atomic_path, write_json
-from utils.processes import is_main, share
+from utils.outputs import lock
+from utils.processes import is_main, share, world_size
 
 STAMP = b"clipcap"  # key of a parquet's metadata
 ROWS_AT_ONCE = {"cpu": 256, "cuda": 1024}  # of a store, unless --batch_size says
@@ -123,6 +128,41 @@ class CaptionFolder:
             note(f"error: {errors:,} of {captions + errors:,} {what} could not be read{others}")
             return 2
         return 0
+
+
+def caption_in_bulk(args, decoding, source, made, batch_size):
+    """Caption into a folder of parquet files, in one process or several.
+
+    Args:
+        args: the command line of predict.py.
+        decoding: DecodingConfig.
+        source: Source of the pictures; None: --data is captioned.
+        made: what captions, as `made_by` returns it.
+        batch_size: pictures at a time.
+    Returns: the exit status.
+    """
+    store = None
+    if args.data:
+        store = read_store(args.data)
+        if store.is_of_texts:
+            raise ValueError(f"--data {args.data} holds embeddings of texts; name a store of images")
+    workers = args.num_workers if source and (source.count or sys.maxsize) > batch_size else 0
+    prepare_readers(source.count if source else 0, workers)
+    device = own_device(pick_devices(args.device))
+    if world_size() > 1:
+        args.device = str(device)
+    folder = CaptionFolder(args.out, made)
+    with connected(device), lock(args.out) if is_main() else contextlib.nullcontext():
+        captioner = captioner_of(args, with_encoder=not store or decoding.rerank == CLIP)
+        try:
+            if store:
+                own = captioner.model.config.shape, captioner.described
+                check_encoders(f"--data {store.path}", store, f"--checkpoint {args.checkpoint}", *own)
+                return caption_store(captioner, store, folder, decoding, args.batch_size)
+            reading = Reading(batch_size, workers)
+            return caption_parts(captioner, source.parts(), folder, decoding, reading)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on from here") from None
 
 
 class Batches:

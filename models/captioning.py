@@ -1,56 +1,14 @@
-"""What predict.py does once its command line is right: captions of pictures to the terminal and a file, or in bulk."""
+"""What predict.py does once its command line is right: captions of pictures to the terminal, and to a file."""
 
 import contextlib
 import sys
 
-from features.extraction import Reading
 from features.listing import as_line
 from features.loader import prepare_readers
 from features.results import name_shared, record, shared_ids, write_part, write_results
-from features.store import check_encoders, read_store
-from models.bulk import CaptionFolder, caption_parts, caption_store
 from models.captioner import captioner_of
-from models.settings import CLIP
 from utils.cli import note, progress_bar
-from utils.devices import pick_devices
-from utils.distributed import connected, own_device
 from utils.outputs import lock
-from utils.processes import is_main, world_size
-
-
-def caption_in_bulk(args, decoding, source, made, batch_size):
-    """Caption into a folder of parquet files, in one process or several.
-
-    Args:
-        args: the command line of predict.py.
-        decoding: DecodingConfig.
-        source: Source of the pictures; None: --data is captioned.
-        made: what captions, as `made_by` returns it.
-        batch_size: pictures at a time.
-    Returns: the exit status.
-    """
-    store = None
-    if args.data:
-        store = read_store(args.data)
-        if store.is_of_texts:
-            raise ValueError(f"--data {args.data} holds embeddings of texts; name a store of images")
-    workers = args.num_workers if source and (source.count or sys.maxsize) > batch_size else 0
-    prepare_readers(source.count if source else 0, workers)
-    device = own_device(pick_devices(args.device))
-    if world_size() > 1:
-        args.device = str(device)
-    folder = CaptionFolder(args.out, made)
-    with connected(device), lock(args.out) if is_main() else contextlib.nullcontext():
-        captioner = captioner_of(args, with_encoder=not store or decoding.rerank == CLIP)
-        try:
-            if store:
-                own = captioner.model.config.shape, captioner.described
-                check_encoders(f"--data {store.path}", store, f"--checkpoint {args.checkpoint}", *own)
-                return caption_store(captioner, store, folder, decoding, args.batch_size)
-            reading = Reading(batch_size, workers)
-            return caption_parts(captioner, source.parts(), folder, decoding, reading)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("the same command goes on from here") from None
 
 
 def caption_pictures(args, decoding, paths, unreadable, batch_size):

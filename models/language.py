@@ -10,14 +10,17 @@ from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.activations import NewGELUActivation
-from transformers.utils.logging import disable_progress_bar
 
 from models.attention import attend_in
 from utils.cli import note
 from utils.files import reason
 from utils.hub import hub_answers
+from utils.lean import lean
+
+with lean():
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers.activations import NewGELUActivation
+    from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()  # a bar for loading weights says nothing about the work
 

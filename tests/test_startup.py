@@ -109,3 +109,52 @@ def test_nothing_heavy_is_imported_before_a_refusal(script, words, tmp_path):
 def test_a_wrong_flag_is_refused_at_once(script):
     status, _, error, imported = start(script, "--batch_sise", "4")
     assert (status, imported) == (2, []) and "error: " in error
+
+
+# parts of libraries that captioning has no use for; utils/lean.py
+LEFT_OUT = ("ftfy", "pyarrow", "scipy", "sympy", "torch._dynamo", "torch.distributed.tensor", "triton")
+
+
+@pytest.mark.slow
+def test_captioning_imports_no_compiler_and_no_algebra():
+    harness = HARNESS.replace(repr(HEAVY), repr((*LEFT_OUT, "transformers")))
+    words = ("predict.py", "demo/images/200003.jpg", "--checkpoint", "demo")
+    done = subprocess.run([sys.executable, "-c", harness, *words], cwd=ROOT, capture_output=True, text=True)
+    said, imported = done.stdout.splitlines()
+    assert said == "demo/images/200003.jpg\tA big red star is over a little white star on snow."
+    assert imported == "imported: transformers", done.stderr
+
+
+@pytest.mark.slow
+def test_what_is_left_out_comes_when_it_is_used():
+    """Afterwards all is as without `lean`, and inside what nothing stands for is."""
+    script = """
+import sys
+import torch
+from models import language
+from encoders.openai_clip import _import_clip
+from utils.lean import lean
+clip = _import_clip()
+assert "torch._dynamo" not in sys.modules and "ftfy" not in sys.modules
+assert clip.tokenize("caf\u00e9 &amp; cake").equal(clip.tokenize("caf\u00c3\u00a9 & cake")) and "ftfy" in sys.modules
+from transformers import utils
+assert utils.is_torch_distributed_available() and utils.is_torch_flex_attn_available()
+with lean():
+    import torch._dynamo.config  # a part that nothing stands for
+    assert torch._dynamo.config.__file__
+assert torch._dynamo.__file__ and torch.compiler.disable.__module__ == "torch.compiler"
+from torch._dynamo.utils import is_compile_supported
+assert is_compile_supported("cpu") in (True, False)
+calls = []
+def backend(graph, inputs):
+    calls.append(1)
+    return graph
+assert torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2)).tolist() == [2, 2] and calls
+from torch.distributed.tensor import DTensor
+from transformers.masking_utils import TransformGetItemToIndex
+with TransformGetItemToIndex():
+    pass
+assert torch.nn.Linear(2, 2).weight.abs().sum() > 0
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
