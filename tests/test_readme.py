@@ -234,6 +234,7 @@ def test_published_weights_are_named():
     ("page", "scripts"),
     (
         ("docs/training.md", {"train_scst.py", "parse_coco.py", "train.py", "predict.py"}),
+        ("docs/encoders.md", {"parse_coco.py", "train.py", "predict.py"}),
         ("docs/share.md", {"predict.py", "train_scst.py", "evaluate.py", "export.py"}),
     ),
 )
