@@ -59,7 +59,7 @@ class Size:
 
 SIZES = {
     "short": Size(600, 80, VARIANTS, 2, "a minute or two, to see that everything runs"),
-    "usual": Size(6000, 500, VARIANTS[:1], 4, "some minutes on two cores"),
+    "usual": Size(4000, 500, VARIANTS[:1], 4, "some minutes on two cores"),
     "full": Size(9000, 1000, VARIANTS, None, "up to half an hour on two cores"),
 }
 TRAINING = ("--bs", "100", "--warmup_steps", "100", "--prefix_length", "10", "--prefix_length_clip", "10")
@@ -207,7 +207,7 @@ def get_parser():
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(description="Run the whole way on the made world.")
     parser.add_argument("--out", type=Path, default=Path("demo/out"), help="folder to write")
-    parser.add_argument("--scenes", type=int, help="training scenes (default: 6000; 9000 with --full)")
+    parser.add_argument("--scenes", type=int, help="training scenes (default: 4000; 9000 with --full)")
     parser.add_argument("--test", type=int, help="test scenes (default: 500; 1000 with --full)")
     size = parser.add_mutually_exclusive_group()
     for name in ("short", "full"):
