@@ -21,13 +21,25 @@ import matplotlib.figure
 import torch
 import transformers
 
-from benchmarks import bulk, captioning, extraction, measure, serving, storing, tokens, towers, training, workload
+from benchmarks import (
+    bulk,
+    captioning,
+    extraction,
+    measure,
+    serving,
+    startup,
+    storing,
+    tokens,
+    towers,
+    training,
+    workload,
+)
 from utils.files import atomic_path, read_json, write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 SECTIONS = {
     "captioning": captioning, "extraction": extraction, "towers": towers, "training": training, "storing": storing,
-    "tokens": tokens, "bulk": bulk, "serving": serving,
+    "tokens": tokens, "bulk": bulk, "serving": serving, "startup": startup,
 }  # fmt: skip
 TITLES = {
     "captioning": "Captioning: GPT-2 124M, prefix 10",
@@ -38,6 +50,7 @@ TITLES = {
     "tokens": "Stores of tokens: read and trained on",
     "bulk": "At scale: tars of JPEG files of 640 x 480, ViT-B/32; stored embeddings, GPT-2 124M",
     "serving": "Serving: app.py with the demo's captioner, batches of 16",
+    "startup": "Starting: each a process of its own",
 }
 NOTES = {
     "captioning": "`plain` runs the whole sequence again for every token, one image at a time; `generate` is "
@@ -57,6 +70,8 @@ NOTES = {
     "serving": "Clients, in another process on the same processor, each ask for the next of 256 pictures as soon as "
     "they have an answer; `offline` captions the same files in batches, in turn. `share`: of its rate. The plain "
     "endpoint is one request; gradio's is three: an upload, a question, a wait for its turn.",
+    "startup": "`import` is of torch and transformers, which captioning needs and can hardly undercut; `one picture` is "
+    "captioned by the demo's captioner. MiB: resident at most.",
     "storing": "Resident memory includes Python, torch, the models and all that is mapped at that moment.",
     "tokens": "Random batches of 40 are gathered by one thread while training, which is a resampler and a frozen GPT-2 "
     "124M in bf16, computes. `from the disk`: none of the rows held in memory by the system before. `x`: rows read, "
