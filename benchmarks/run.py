@@ -70,8 +70,8 @@ NOTES = {
     "serving": "Clients, in another process on the same processor, each ask for the next of 256 pictures as soon as "
     "they have an answer; `offline` captions the same files in batches, in turn. `share`: of its rate. The plain "
     "endpoint is one request; gradio's is three: an upload, a question, a wait for its turn.",
-    "startup": "`import` is of torch and transformers, which captioning needs and can hardly undercut; `one picture` is "
-    "captioned by the demo's captioner. MiB: resident at most.",
+    "startup": "`import` is of torch and transformers, which captioning needs and can hardly undercut; `one picture` "
+    "is captioned by the demo's captioner. MiB: resident at most.",
     "storing": "Resident memory includes Python, torch, the models and all that is mapped at that moment.",
     "tokens": "Random batches of 40 are gathered by one thread while training, which is a resampler and a frozen GPT-2 "
     "124M in bf16, computes. `from the disk`: none of the rows held in memory by the system before. `x`: rows read, "
