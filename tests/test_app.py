@@ -472,7 +472,7 @@ def test_port_that_is_taken(server):
 def test_wrong_checkpoint():
     done = run_script("app.py", "--checkpoint", "no-such", check=2)
     assert (
-        done.stderr.startswith("error: --checkpoint no-such is neither a file nor one of")
+        done.stderr.startswith("error: --checkpoint no-such is neither a file, nor one of")
         and done.stderr.count("\n") == 1
     )
 
