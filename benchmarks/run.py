@@ -26,6 +26,7 @@ from benchmarks import (
     captioning,
     extraction,
     measure,
+    runtime,
     serving,
     startup,
     storing,
@@ -39,7 +40,7 @@ from utils.files import atomic_path, read_json, write_json, write_text
 HERE = Path(__file__).resolve().parent
 SECTIONS = {
     "captioning": captioning, "extraction": extraction, "towers": towers, "training": training, "storing": storing,
-    "tokens": tokens, "bulk": bulk, "serving": serving, "startup": startup,
+    "tokens": tokens, "bulk": bulk, "serving": serving, "startup": startup, "runtime": runtime,
 }  # fmt: skip
 TITLES = {
     "captioning": "Captioning: GPT-2 124M, prefix 10",
@@ -49,6 +50,7 @@ TITLES = {
     "storing": "Folders of shards: embeddings of 512, the demo's small captioner, batch 40",
     "tokens": "Stores of tokens: read and trained on",
     "bulk": "At scale: tars of JPEG files of 640 x 480, ViT-B/32; stored embeddings, GPT-2 124M",
+    "runtime": "Without torch: GPT-2 124M, prefix 10, ViT-B/32, int8",
     "serving": "Serving: app.py with the demo's captioner, batches of 16",
     "startup": "Starting: each a process of its own",
 }
@@ -67,6 +69,9 @@ NOTES = {
     "language model too. Every row is beside `plain` in fp32, measured in turn with it.",
     "bulk": "`encode_images` is given pixels that lie ready. From tars, other processes decode; they take as long to "
     "start for any number of tars. Memory is that of one process which goes through tars of two small pictures each.",
+    "runtime": "The exported captioner in an environment of its own, one image at a time, as many threads as torch; "
+    "`torch int8` is predict.py's own way with --dtype int8, in turn with it. Weights are random, no stop token is "
+    "set, pictures are JPEG files of 640 x 480. Aimed at: at most 0.75 x torch from embeddings, 300 ms from pictures.",
     "serving": "Clients, in another process on the same processor, each ask for the next of 256 pictures as soon as "
     "they have an answer; `offline` captions the same files in batches, in turn. `share`: of its rate. The plain "
     "endpoint is one request; gradio's is three: an upload, a question, a wait for its turn.",

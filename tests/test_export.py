@@ -16,9 +16,11 @@ pytest.importorskip("onnxscript")
 from clipcap_runtime import command  # noqa: E402
 
 from encoders import load_encoder  # noqa: E402
-from models.clip_caption import CaptionConfig, build_captioner  # noqa: E402
+from models.checkpoint import save_torch  # noqa: E402
+from models.clip_caption import build_captioner  # noqa: E402
 from models.language import load_language_model, load_tokenizer  # noqa: E402
-from utils.files import save_torch, write_json  # noqa: E402
+from models.settings import CaptionConfig  # noqa: E402
+from utils.files import write_json  # noqa: E402
 
 TRANSFORMER = {"mapping_type": "transformer", "num_layers": 1, "prefix_length": 4, "prefix_length_clip": 3}
 RESAMPLER = {"mapping_type": "resampler", "num_layers": 1, "num_heads": 2, "prefix_length": 3}

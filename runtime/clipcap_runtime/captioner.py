@@ -3,6 +3,7 @@
 Axes: B images, D width of an embedding, K its tokens, T prompt tokens, R rows, V vocabulary.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,6 +20,10 @@ from clipcap_runtime.images import Preprocess, from_array, read_image, to_rgb
 from clipcap_runtime.searches import Stop, beam, greedy, sample
 
 FORMAT = 2  # of captioner.json
+KEYS = {  # of captioner.json -> their types
+    "graphs": list, "preprocessing": dict, "shape": list, "prefix_length": int, "context": (int, type(None)),
+    "begin_tokens": list, "end_tokens": list, "decoding": dict,
+}  # fmt: skip
 SETTINGS = {  # of decoding that callers may give -> (type, what it must be, whether it is that)
     "method": (str, "greedy, beam or sample", lambda value: value in ("greedy", "beam", "sample")),
     "beam_size": (int, "at least 1", lambda value: value >= 1),
@@ -48,25 +53,29 @@ class Captioner:
         file = self.folder / "captioner.json"
         if not file.is_file():
             raise FileNotFoundError(f"{folder} holds no captioner.json: pass a folder that export.py wrote")
-        try:
+        with _reading(file):
             self.config = json.loads(file.read_text(encoding="utf-8"))
             number = self.config["format"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file} is damaged; export the captioner again") from None
         if number != FORMAT:
             raise ValueError(f"{file} has format {number} and this version reads {FORMAT}: update, or export again")
+        with _reading(file):
+            wrong = {name: self.config[name] for name, kind in KEYS.items() if not isinstance(self.config[name], kind)}
+            if wrong:
+                raise TypeError(f"it says {wrong}")
+            self.preprocess = Preprocess(**self.config["preprocessing"])
+            self.settings({name: self.config["decoding"][name] for name in SETTINGS})
         for name in (*self.config["graphs"], "tokenizer.json", "weights.bin"):
             if not (self.folder / name).is_file():
                 raise ValueError(f"{folder} lacks {name}; export the captioner again")
-        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        with _reading(self.folder / "tokenizer.json"):
+            self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.preprocess = Preprocess(**self.config["preprocessing"])
         self.options = onnxruntime.SessionOptions()
         self.options.intra_op_num_threads = threads or len(getattr(os, "sched_getaffinity", lambda _: range(0))(0))
         # waiting threads would take the processor from those that work: measured 4 times slower on a busy machine
         self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.options.log_severity_level = 3
+        self.options.log_severity_level = 4  # what is wrong is raised
         self.encoder, self.prefill, self.step = map(self._session, ("encoder", "prefill", "step"))
         self.outputs, inputs = [output.name for output in self.step.get_outputs()], self.step.get_inputs()
         self.inputs = [put.name for put in inputs]
@@ -76,10 +85,8 @@ class Captioner:
 
     def _session(self, name):
         file = self.folder / f"{name}.onnx"
-        try:
+        with _reading(f"{file} or weights.bin"):
             return onnxruntime.InferenceSession(file, self.options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises errors of its own for every cause
-            raise ValueError(f"{file} cannot be loaded ({str(error).splitlines()[0][:200]}); export it again") from None
 
     def caption(self, image, **decoding):
         """Return the caption of a picture: a file, a PIL image or an array; a list of captions of a list of them."""
@@ -95,18 +102,14 @@ class Captioner:
             decoding: in place of what captioner.json says; see SETTINGS.
         Raises: ImageError where a picture cannot be read; ValueError for a setting that is none.
         """
-        pixels = [self.preprocess(_rgb(image)) for image in images]
-        return self._caption_pixels(pixels, [_key(image) for image in images], decoding)
+        return self.caption_pixels([self.preprocess(_rgb(image)) for image in images], images, **decoding)
 
-    def caption_pixels(self, pixels, **decoding):
-        """Return what `captions` does for {file: its preprocessed pixels [3, H, W]}."""
-        return self._caption_pixels(list(pixels.values()), [_key(path) for path in pixels], decoding)
-
-    def _caption_pixels(self, pixels, keys, decoding):
+    def caption_pixels(self, pixels, images, **decoding):
+        """Return what `captions` does for preprocessed pixels, each [3, H, W], of `images`."""
         if not pixels:
             return []
         embeddings = self.encoder.run(None, {"pixels": np.stack(pixels)})[0]
-        return self.caption_embeddings(embeddings, keys, **decoding)
+        return self.caption_embeddings(embeddings, [_key(image) for image in images], **decoding)
 
     def caption_embeddings(self, embeddings, keys=None, **decoding):
         """Return what `captions` does for embeddings [B, D] or [B, K, D].
@@ -119,25 +122,22 @@ class Captioner:
         if not len(embeddings):
             return []
         stop = self._stop(settings["stop_token"])
-        prompt = self.tokenizer.encode(settings["prompt"], add_special_tokens=False).ids
-        prompt = self.config["begin_tokens"] + prompt
+        prompt = self.config["begin_tokens"] + self.tokenizer.encode(settings["prompt"], add_special_tokens=False).ids
         length, temperature = self._room(settings["entry_length"], len(prompt)), np.float32(settings["temperature"])
         prefix = self.prefill.run(None, {"embedding": embeddings})[0]  # [B, P, E]
-        images, width = np.arange(len(prefix)), prefix.shape[2]
         past = [OrtValue.ortvalue_from_numpy(np.empty((len(prefix), *shape), np.float32)) for shape in self.empty]
 
         def step(tokens, sources, before=None):
             """Append tokens [R] or [R, T], at first behind a prefix `before` them; returns logits of the next."""
             nonlocal past
-            before = np.empty((len(tokens), 0, width), np.float32) if before is None else before
+            before = np.empty((len(tokens), 0, prefix.shape[2]), np.float32) if before is None else before
             given = [before, *(np.array(ids, np.int64) for ids in (tokens.reshape(len(tokens), -1), sources))]
             given = [OrtValue.ortvalue_from_numpy(array) for array in given]
-            logits, *past = self.step.run_with_ort_values(
-                self.outputs, dict(zip(self.inputs, [*given, *past], strict=True))
-            )
+            feeds = dict(zip(self.inputs, [*given, *past], strict=True))
+            logits, *past = self.step.run_with_ort_values(self.outputs, feeds)
             return logits.numpy() / temperature
 
-        first = step(np.tile(np.array(prompt, np.int64), (len(images), 1)), images, prefix)
+        first = step(np.tile(np.array(prompt, np.int64), (len(prefix), 1)), np.arange(len(prefix)), prefix)
         common, count = (step, first, stop, length), settings["num_captions"]
         if settings["method"] == "beam":
             groups = beam(*common, settings["beam_size"], settings["length_penalty"], count)
@@ -171,6 +171,16 @@ class Captioner:
         if context and context + 1 - taken < 1:
             raise ValueError(f"prefix and prompt take {taken} positions and the language model has only {context}")
         return min(entry_length, context + 1 - taken) if context else entry_length
+
+
+@contextlib.contextmanager
+def _reading(what):
+    """Turn whatever a damaged file lets its reader raise into a ValueError."""
+    try:
+        yield
+    except Exception as error:  # each library raises classes of its own
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{what} is damaged ({said}); export the captioner again") from None
 
 
 def _rgb(image):

@@ -48,7 +48,7 @@ def as_line(path):
 
 
 def caption_all(args):
-    """Caption what the command line names; returns (how many pictures could not be read, how many there are)."""
+    """Caption what the command line names; raises ValueError, at its end where pictures could not be read."""
     if args.batch_size < 1 or (args.threads or 1) < 1:
         raise ValueError("--batch_size and --threads are at least 1")
     paths = find_images(args.images)
@@ -67,10 +67,12 @@ def caption_all(args):
             except ImageError as error:
                 print(f"skipped {as_line(path)}: {error}", file=sys.stderr)
                 unreadable += 1
-        for path, group in zip(read, captioner.caption_pixels(read, **given), strict=True):
+        for path, group in zip(read, captioner.caption_pixels(list(read.values()), list(read), **given), strict=True):
             for caption in group:
                 print(f"{as_line(path)}\t{' '.join(caption.text.split())}", flush=True)
-    return unreadable, len(paths)
+    if unreadable:
+        others = "; the others are captioned" if unreadable < len(paths) else ""
+        raise ValueError(f"{unreadable} of {len(paths)} images could not be read{others}")
 
 
 def main(argv=None):
@@ -79,14 +81,7 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        unreadable, number = caption_all(get_parser().parse_args(argv))
+        caption_all(get_parser().parse_args(argv))
     except (ValueError, OSError) as error:
-        sys.exit(_fail(" ".join(str(error).split())))
-    if unreadable:
-        others = "; the others are captioned" if unreadable < number else ""
-        sys.exit(_fail(f"{unreadable} of {number} images could not be read{others}"))
-
-
-def _fail(said):
-    print(f"error: {said}", file=sys.stderr)
-    return 2
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,5 +1,6 @@
 """Image files of any mode -> upright RGB -> an encoder's pixels: as ClipCap's features/images.py and torchvision do."""
 
+import contextlib
 import os
 import re
 import stat
@@ -30,32 +31,27 @@ class ImageError(ValueError):
 def read_image(path):
     """Read an image file as upright RGB; raises ImageError where it is none, or one that Pillow alone reads wrong."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
-            raise ImageError("a pipe or a device, not a file")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ImageError("a folder, a pipe or a device, not a file")
         with open(path, "rb") as file:
             tiff = file.read(4) in TIFF
             file.seek(0)
             with Image.open(file) as image:
                 if image.format == "EPS":
                     raise ImageError("not a readable image (a drawing (PostScript): export it as PNG)")
-                if image.width * image.height > MAX_PIXELS:
-                    raise ImageError(f"{image.width:,} x {image.height:,} is more than {MAX_PIXELS:,} pixels")
                 return _read_tiff(image) if tiff else to_rgb(image)
     except ImageError:
         raise
     except FileNotFoundError:
         raise ImageError("a link to nothing" if os.path.islink(path) else "no such file") from None
-    except IsADirectoryError:
-        raise ImageError("a folder, not an image") from None
     except Image.DecompressionBombError:
         raise ImageError(f"more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # decoders raise whatever they like on damaged files
         if isinstance(error, OSError) and error.errno:
             raise ImageError(f"cannot be opened: {os.strerror(error.errno).lower()}") from None
         cut = re.search("truncat|not enough|broken data|unexpected end|premature|end of file", str(error).lower())
-        raise ImageError(
-            f"not a readable image ({'truncated' if cut else 'of no format that is known, or damaged'})"
-        ) from None
+        kind = "truncated" if cut else "of no format that is known, or damaged"
+        raise ImageError(f"not a readable image ({kind})") from None
 
 
 def _read_tiff(image):
@@ -63,8 +59,7 @@ def _read_tiff(image):
     tags = image.tag_v2
     kind, samples, bits = tags.get(PHOTOMETRIC), tags.get(SAMPLES, 1), tags.get(BITS, (1,))
     if kind == GREY and bits == (12,):
-        orientation = image.getexif().get(ORIENTATION, 1)
-        return turned(from_array(np.asarray(image) << 4), orientation)
+        return turned(from_array(np.asarray(image) << 4), image.getexif().get(ORIENTATION, 1))
     plain = len(set(bits)) == 1 and bits[0] <= 8
     if kind in (GREY, INVERTED):
         plain = samples == 1 and (kind == GREY or bits[0] <= 8)
@@ -88,12 +83,10 @@ def to_rgb(image):
 def _take_orientation(image):
     """Return the EXIF orientation, 1 where there is none to be read; the image forgets its EXIF."""
     orientation = 1
-    try:
+    with contextlib.suppress(Exception):  # broken metadata raises whatever it likes
         exif = image.getexif()
         orientation = exif.get(ORIENTATION, 1)
         exif.clear()
-    except Exception:  # broken metadata raises whatever it likes
-        return orientation
     return orientation
 
 
@@ -105,8 +98,6 @@ def turned(image, orientation):
 
 def _plain(image):
     """Return a loaded image of any mode as RGB."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image.copy()
     if image.mode.startswith("I") or image.mode == "F":
         return from_array(np.asarray(image))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -156,16 +147,12 @@ class Preprocess:
             width, height = (self.size, long) if width <= height else (long, self.size)
         elif self.size:
             height, width = self.size
-        if (width, height) != image.size:
-            image = image.resize((width, height), self.how)
+        image = image.resize((width, height), self.how)
         if self.crop:
             down, across = self.crop
-            if across > width or down > height:  # torchvision pads with black
-                left, top = max((across - width) // 2, 0), max((down - height) // 2, 0)
-                padded = Image.new("RGB", (max(across, width), max(down, height)))
-                padded.paste(image, (left, top))
-                image = padded
-            top, left = int(round((image.height - down) / 2)), int(round((image.width - across) / 2))
+            # a middle that is larger is framed in black, with the odd pixel at the right and at the bottom
+            left = -((across - width) // 2) if across > width else round((width - across) / 2)
+            top = -((down - height) // 2) if down > height else round((height - down) / 2)
             image = image.crop((left, top, left + across, top + down))
         pixels = np.asarray(image, np.uint8).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
         return (pixels - self.mean) / self.std

@@ -48,8 +48,8 @@ def greedy(step, logits, ended, length, count=1, choose=None):
 
 def sample(step, logits, ended, length, keys, count, top_p, seed):
     """Draw tokens from the likeliest that hold `top_p` of the probability; numbers as torch's generator gives them."""
-    draws = [_draws(f"{seed} {candidate} ".encode() + key, length) for key in keys for candidate in range(count)]
-    draws = np.stack(draws)  # [B * count, T]
+    # [B * count, T]
+    draws = np.stack([_draws(f"{seed} {number} ".encode() + key, length) for key in keys for number in range(count)])
 
     def choose(logits, rows, number):
         probabilities = np.exp(logits - _logsumexp(logits))
@@ -117,10 +117,7 @@ def beam(step, logits, ended, length, width, penalty, count):
 
 def _top(values, number):
     """Return the indices of the `number` largest along the last axis, largest first."""
-    if number < values.shape[-1]:
-        found = np.argpartition(-values, number - 1, axis=-1)[..., :number]
-    else:
-        found = np.broadcast_to(np.arange(number), values.shape).copy()
+    found = np.argpartition(-values, number - 1, axis=-1)[..., :number]
     order = np.argsort(-np.take_along_axis(values, found, -1), axis=-1, kind="stable")
     return np.take_along_axis(found, order, -1)
 

@@ -1,0 +1,138 @@
+"""The runtime without torch beside ours in int8, and what it costs to install, to start and to keep in memory."""
+
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks import workload
+from benchmarks.measure import interleave
+from models.captioner import Captioner
+from models.checkpoint import save_torch
+from models.exported import runtime
+from models.settings import DecodingConfig
+from utils.files import sha256, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+END, VOCABULARY = "<|endoftext|>", 50257  # of GPT-2
+DECODING = DecodingConfig(entry_length=20, stop_token="")
+AIMS = {"MB installed": 150, "s of import": 0.5, "s of --help": None, "MB of memory at most": 600}
+IMAGES = 8
+# captions photos one by one and tells the most memory it took, in kB
+PEAK = """
+import sys, clipcap_runtime
+captioner = clipcap_runtime.Captioner(sys.argv[1], int(sys.argv[2]))
+for path in sys.argv[3:]:
+    captioner.caption(path)
+lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(lines["VmHWM"].split()[0])
+"""
+
+
+def write_tokenizer(folder):
+    """Write a tokenizer of GPT-2's size: bytes, pairs of them, and the end."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(first, second) for first in letters for second in letters][: VOCABULARY - len(letters) - 1]
+    words = [*letters, *map("".join, pairs), END]
+    core = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, pairs))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=core, bos_token=END, eos_token=END).save_pretrained(folder)
+
+
+def write_captioner(folder):
+    """Write an MLP, a GPT-2 and a ViT-B/32 of full size with random weights; returns the checkpoint."""
+    workload.write_clip(folder / "clip.pt")
+    write_tokenizer(folder / "gpt2")
+    gpt = workload.language_model(ours=False)
+    gpt.save_pretrained(folder / "gpt2")
+    model = workload.captioner("mlp", gpt, True)
+    model.config.language_model, model.config.clip_model_type = str(folder / "gpt2"), str(folder / "clip.pt")
+    model.config.clip_sha256 = sha256(folder / "clip.pt")
+    save_torch(folder / "captioner.pt", model.state_dict())
+    described = {"model": model.config.to_dict(), "language_model_config": gpt.config.to_dict()}
+    write_json(folder / "captioner.json", described | {"format": 1, "decoding": asdict(DECODING)})
+    return folder / "captioner.pt"
+
+
+def install(folder):
+    """Make an environment with the runtime and what it needs, nothing else; returns (its Python, MB installed)."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], check=True)
+    python = folder / "env" / "bin" / "python"
+    source = shutil.copytree(ROOT / "runtime", folder / "runtime")
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", source], check=True)
+    files = [file for file in (folder / "env" / "lib").rglob("*") if file.is_file() and not file.is_symlink()]
+    return python, sum(file.stat().st_blocks * 512 for file in files) / 1e6
+
+
+def seconds_of(command, repeats):
+    """Return the median time of a command, after one run that fills the system's cache."""
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def measure_package(folder, exported, photos, repeats):
+    """Return rows of what the package costs, by itself and beside its aims."""
+    python, size = install(folder)
+    threads = str(torch.get_num_threads())
+    peak = subprocess.run([python, "-c", PEAK, exported, threads, *photos], check=True, capture_output=True, text=True)
+    found = {
+        "MB installed": size,
+        "s of import": seconds_of([python, "-c", "import clipcap_runtime"], repeats),
+        "s of --help": seconds_of([python.parent / "clipcap", "--help"], repeats),
+        "MB of memory at most": int(peak.stdout) * 1024 / 1e6,
+    }
+    return [{"figure": name, "measured": value, "at most": AIMS[name]} for name, value in found.items()]
+
+
+def measure_captions(checkpoint, exported, photos, repeats):
+    """Return rows of the time per caption, one image at a time, in turn with ours in int8."""
+    ours = Captioner(checkpoint, device="cpu", dtype="int8")
+    theirs = runtime().Captioner(exported, torch.get_num_threads())
+    embeddings = torch.randn(IMAGES, 512, generator=torch.Generator().manual_seed(0))
+    work = {
+        ("torch int8", "embeddings"): lambda: [
+            ours.caption_embeddings(row[None], DECODING)[0][0] for row in embeddings
+        ],
+        ("runtime int8", "embeddings"): lambda: [
+            theirs.caption_embeddings(row[None].numpy())[0][0] for row in embeddings
+        ],
+        ("torch int8", "pictures"): lambda: [
+            found[path][0] for path in photos for found, _ in ours.caption_files([path], DECODING)
+        ],
+        ("runtime int8", "pictures"): lambda: [theirs.captions([path])[0][0] for path in photos],
+    }
+    seconds, captions = interleave(work, repeats, torch.device("cpu"))
+    assert all(len(found.tokens) == DECODING.entry_length for group in captions.values() for found in group)
+    return [
+        {"system": system, "from": source, "tokens": DECODING.entry_length, "ms/caption": took / IMAGES * 1e3,
+         "x torch": took / seconds["torch int8", source]}
+        for (system, source), took in seconds.items()
+    ]  # fmt: skip
+
+
+def run(device, repeats, quick):
+    """Measure the package and its captions, on the processor; returns {title: rows}."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        checkpoint, exported = write_captioner(folder), folder / "exported"
+        (folder / "photos").mkdir()
+        photos = workload.write_photos(folder / "photos", IMAGES)
+        words = ("--checkpoint", checkpoint, "--out", exported, "--dtype", "int8", "--check", photos[0])
+        subprocess.run([sys.executable, "export.py", *words], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+        return {
+            "package": measure_package(folder, exported, photos, repeats),
+            "captions": measure_captions(checkpoint, exported, photos, repeats),
+        }
