@@ -224,7 +224,7 @@ def test_bad_input_is_one_line(exported, tmp_path, capsys):
     for name, size in (("tokenizer.json", 500), ("step.onnx", 4000), ("weights.bin", 1000)):
         os.truncate(copy / name, size)
         err = fails(copy, SCENES[0])[1]
-        assert f"{name} is damaged" in err and err.count("\n") == 1 and "export the captioner again" in err
+        assert name in err and "is damaged (" in err and err.count("\n") == 1 and "export the captioner again" in err
         with pytest.raises(ValueError, match="is damaged"):
             clipcap_runtime.Captioner(copy)
         shutil.copy(exported / name, copy / name)
