@@ -32,7 +32,7 @@ def start(words, status=0):
         raise RuntimeError(f"python {' '.join(words)} ended with {ended}, not {status}")
 
 
-def memory(words):
+def resident(words):
     """Run Python to its end; returns the MiB that were resident at most."""
     done = subprocess.run([sys.executable, "-c", WATCH, *words], cwd=ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
@@ -50,11 +50,11 @@ def run(device, repeats, quick):
     seconds, _ = interleave(work, repeats, device)
     rows = [
         {"command": name, "--help, s": seconds[name, "help"], "a wrong flag, s": seconds[name, "refusal"],
-         "MiB": memory((f"{name}.py", "--help"))} for name in commands
+         "MiB": resident((f"{name}.py", "--help"))} for name in commands
     ]  # fmt: skip
     imports = seconds["import torch, transformers"]
     pictures = [
-        {"process": name, "s": seconds[name], "x import": seconds[name] / imports, "MiB": memory(words)}
+        {"process": name, "s": seconds[name], "x import": seconds[name] / imports, "MiB": resident(words)}
         for name, words in whole.items()
     ]
     return {"help and refusals": rows, "one picture": pictures}
