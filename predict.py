@@ -37,11 +37,15 @@ BATCH = 32  # images at a time, unless --batch_size says
 
 
 def __getattr__(name):
-    """Return Predictor, which other code finds here, from where torch is imported."""
+    """Return what other code finds here, from where torch is imported."""
     if name == "Predictor":
         from models.predictor import Predictor
 
         return Predictor
+    if name == "Captioner":
+        from models.captioner import Captioner
+
+        return Captioner
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
