@@ -96,10 +96,11 @@ td.all { font-weight: 700; } tr.floor td { color: var(--quiet); font-weight: 400
 details, details p { font-size: .85rem; color: var(--quiet); }
 .tag { color: var(--accent); border: 1px solid; border-radius: 99px; padding: .05em .6em; font-size: .75rem; }
 @media (max-width: 700px) {  /* a row is a list of what its columns are called and hold */
-  thead { display: none; }
-  tr { display: grid; grid-template-columns: repeat(2, 1fr); border-bottom: 1px solid var(--line); padding: .4rem 0; }
-  td { border: 0; padding: .15rem .75rem; text-align: left; }
-  td:first-child { grid-column: 1 / -1; white-space: normal; font-weight: 650; }
+  thead { display: none; } table, tbody { display: block; }
+  tr { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); padding: .4rem 0;
+    border-bottom: 1px solid var(--line); }
+  td { border: 0; padding: .15rem .75rem; text-align: left; white-space: normal; }
+  td:first-child { grid-column: 1 / -1; font-weight: 650; }
   td[data-of]::before { content: attr(data-of) ": "; color: var(--quiet); font-weight: 400; }
   td small { display: inline; margin-left: .4em; }
   .grid .card { flex-direction: column; } .grid img { width: 100%; height: auto; }

@@ -5,7 +5,6 @@ import json
 import os
 import queue
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -54,19 +53,6 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(server):
     return gradio_client.Client(server[0], verbose=False, max_workers=100, httpx_kwargs={"timeout": 120})
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium, or a skip."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("there is no Chromium to look at the page with")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def caption(client, image, *options):

@@ -221,15 +221,6 @@ def site(tmp_path_factory):
     assert process.returncode == 0  # Ctrl-C is how it ends
 
 
-@pytest.fixture(scope="module")
-def browser(site):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(site, browser):
     """The page with its captioner loaded; nothing it does may ask another host or complain."""

@@ -157,6 +157,23 @@ def test_written_split_is_coco_json_and_reports(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("width", (320, 390, 1600))
+def test_no_cell_of_the_report_is_cut_off(width, browser, tmp_path):
+    paths = world.write_split("test", 8, tmp_path, processes=1)
+    said = tmp_path / "said.json"
+    said.write_text(
+        json.dumps([{"image_id": r["image_id"], "caption": ""} for r in json.loads(paths["scenes"].read_text())])
+    )
+    report.write_report(paths["scenes"], {"MLP + fine-tuned GPT-2": said}, paths["images"], tmp_path / "report.html")
+    page = browser.new_page(viewport={"width": width, "height": 1000})
+    page.goto((tmp_path / "report.html").as_uri())
+    cut = """() => [...document.querySelectorAll("td")].filter((cell) =>
+        cell.getBoundingClientRect().right > document.documentElement.clientWidth + 1
+        || cell.scrollWidth > cell.clientWidth + 1).map((cell) => cell.innerText)"""
+    assert page.locator("td").count() > 40 and page.evaluate(cut) == []
+
+
 # ---------------------------------------------------------------- weights
 def test_weights_are_small():
     files = [p for p in WEIGHTS.rglob("*") if p.is_file()]

@@ -108,7 +108,7 @@ class TrainingLog:
         label_of_epochs = "an epoch begins"
         for previous, entry in zip(self.entries, self.entries[1:], strict=False):
             if entry["epoch"] != previous["epoch"]:
-                axes.axvline(entry["step"], color="0.85", linewidth=0.8, zorder=0, label=label_of_epochs)
+                axes.axvline(entry["step"], color="0.5", linewidth=0.8, linestyle=":", zorder=0, label=label_of_epochs)
                 label_of_epochs = None  # the legend says it once
         axes.set(ylabel=label)
         axes.legend(frameon=False)
