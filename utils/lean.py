@@ -7,6 +7,7 @@ torchvision the compiler too; OpenAI's clip ftfy. Of `import transformers.modeli
 
 import contextlib
 import importlib
+import importlib.machinery
 import sys
 import threading
 import types
@@ -33,6 +34,7 @@ class StandIn(types.ModuleType):
 
     def __init__(self, name, **known):
         super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)  # libraries ask by it whether there is the module
         vars(self).update(known)
 
     def __getattr__(self, name):
