@@ -13,7 +13,7 @@ import importlib.util
 from pathlib import Path
 
 from features.images import set_max_pixels
-from models.captioner_files import check_captioner, is_export
+from models.captioner_files import check_captioner, check_export_dtype, is_export
 from models.pretrained import DEMO, NAMES
 from utils.cli import Parser, late_imports, note, positive_int, run
 from utils.flags import add_dtype_flag
@@ -42,14 +42,10 @@ def get_parser():
 
 def check_arguments(args):
     """Refuse what cannot be served; raises ValueError, FileNotFoundError."""
-    missing = next((package for package in ("gradio",) if importlib.util.find_spec(package) is None), None)
-    if missing:
-        raise ValueError(f'the page needs {missing}; run: pip install -e ".[app]"')
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError('the page needs gradio; run: pip install -e ".[app]"')
     if args.checkpoint and is_export(args.checkpoint):
-        if args.dtype:
-            raise ValueError(
-                f"--dtype {args.dtype}: {args.checkpoint} has the numbers that export.py gave it; leave it out"
-            )
+        check_export_dtype(args.checkpoint, args.dtype)
     elif args.checkpoint:
         check_captioner(args.checkpoint)
 

@@ -14,7 +14,7 @@ import os
 import sys
 
 from features.images import ImageError
-from models.captioner_files import is_export
+from models.captioner_files import check_export_dtype, is_export
 from models.pretrained import NAMES, repository_of
 from utils.cli import VERSION, Parser, late_imports, note, positive_int, run
 from utils.files import write_json
@@ -82,8 +82,8 @@ def check_own(checkpoint, dtype):
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     if checkpoint and not os.path.exists(checkpoint) and not repository_of(checkpoint):
         raise FileNotFoundError(f"--checkpoint {checkpoint} is neither a file nor a folder, nor ORG/NAME of the hub")
-    if checkpoint and dtype and is_export(checkpoint):
-        raise ValueError(f"--dtype {dtype}: {checkpoint} has the numbers that export.py gave it; leave it out")
+    if checkpoint and is_export(checkpoint):
+        check_export_dtype(checkpoint, dtype)
 
 
 def openapi():

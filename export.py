@@ -17,12 +17,11 @@ import re
 from pathlib import Path
 
 from exporting.card import ONNX, TORCH, read_scores
-from models.captioner_files import captioner_files, check_captioner
+from models.captioner_files import captioner_files, check_captioner, is_export
 from models.pretrained import SHARED_CONFIG, SHARED_WEIGHTS
 from models.settings import BEAM, NO_RERANK, DecodingConfig
-from predict import add_decoding_flags, decoding_config
+from predict import add_decoding_flags, add_parts_flags, decoding_config
 from utils.cli import Parser, late_imports, run
-from utils.files import read_json
 from utils.hub import check_push, parse_repository
 from utils.outputs import same_file
 
@@ -41,9 +40,7 @@ def get_parser():
         help="of weights; int4 keeps the encoder and the table of words in 8 bits (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--check", nargs="+", metavar="IMAGE", help="pictures to compare captions of")
-    parser.add_argument("--clip_model_type", help="encoder, where the checkpoint does not say or it has moved")
-    parser.add_argument("--language_model", help="its folder or name, where the checkpoint does not say")
-    parser.add_argument("--normalize_prefix", action="store_true", default=None, help="for a bare checkpoint")
+    add_parts_flags(parser)
     hub = parser.add_argument_group("sharing")
     hub.add_argument(
         "--push", metavar="ORG/NAME", help="upload to this repository of the Hugging Face Hub, with a model card"
@@ -115,8 +112,7 @@ def check_folder(args):
 
 def is_earlier(folder):
     """Tell whether a folder is an earlier export of either format."""
-    described = read_json(folder / SHARED_CONFIG) if (folder / SHARED_CONFIG).is_file() else {}
-    return "graphs" in described or (folder / SHARED_WEIGHTS).is_file()
+    return is_export(folder) or (folder / SHARED_WEIGHTS).is_file()
 
 
 def main(argv=None):

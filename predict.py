@@ -81,11 +81,7 @@ def add_captioner_flags(parser, decoding):
         "--checkpoint", default="coco",
         help=f"{', '.join(NAMES)}, a file, or ORG/NAME[@REVISION] of the Hugging Face Hub (default: coco)",
     )  # fmt: skip
-    model.add_argument("--clip_model_type", help="encoder, where the checkpoint does not say or it has moved")
-    model.add_argument("--language_model", help="its folder or name, where the checkpoint does not say or it has moved")
-    model.add_argument(
-        "--normalize_prefix", action="store_true", default=None, help="for a bare checkpoint trained with it"
-    )
+    add_parts_flags(model)
     add_decoding_flags(parser, decoding)
     batches = parser.add_argument_group("batches")
     batches.add_argument("--batch_size", type=positive_int, default=32, help="images at a time (default: 32)")
@@ -95,6 +91,17 @@ def add_captioner_flags(parser, decoding):
     add_max_pixels_flag(batches)
     add_device_flags(parser)
     add_dtype_flag(batches)
+
+
+def add_parts_flags(parser):
+    """Add what a bare checkpoint does not say of the captioner's parts."""
+    parser.add_argument("--clip_model_type", help="encoder, where the checkpoint does not say or it has moved")
+    parser.add_argument(
+        "--language_model", help="its folder or name, where the checkpoint does not say or it has moved"
+    )
+    parser.add_argument(
+        "--normalize_prefix", action="store_true", default=None, help="for a bare checkpoint trained with it"
+    )
 
 
 def add_decoding_flags(parser, decoding):

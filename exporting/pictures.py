@@ -1,12 +1,10 @@
 """What turns a picture into an encoder's pixels, in words that runtime/ reads."""
 
 import numpy as np
-import torch
 from PIL import Image
 
 from models.exported import runtime
 
-STEPS = ("Resize", "CenterCrop", "ToTensor", "Normalize")  # of torchvision's preprocessing, in this order
 SIZES = ((45, 70), (300, 200), (33, 40))  # of made pictures, [H, W]
 # mean difference of pixels, of 255 levels: transformers' processors round one in 150 pixels of torchvision's bicubic to
 # the level beside Pillow's, which is 0.008
@@ -19,7 +17,8 @@ def preprocessing(encoder):
     Args:
         encoder: encoders.base.ImageEncoder.
     """
-    told = _of_processor(encoder) if hasattr(encoder.preprocess, "processor") else _of_steps(encoder.preprocess)
+    told = {"size": None, "interpolation": None, "crop": None} | encoder.preprocessing()
+    told["size"] = _plain_size(told["size"])
     try:
         own = runtime().images.Preprocess(**told)
         same = all(_difference(encoder.preprocess, own, size) < TOLERANCE for size in SIZES)
@@ -31,30 +30,13 @@ def preprocessing(encoder):
     return told
 
 
-def _of_steps(preprocess):
-    """Return what steps of torchvision say, or nothing where there are others."""
-    steps = getattr(preprocess, "transforms", ())
-    kinds = [type(step).__name__ for step in steps]
-    if [kind for kind in STEPS if kind in kinds] != kinds or not {"ToTensor", "Normalize"} <= set(kinds):
-        return {}
-    told = {"size": None, "interpolation": None, "crop": None}
-    for kind, step in zip(kinds, steps, strict=True):
-        if kind == "Resize":
-            size = step.size if isinstance(step.size, int) else list(step.size)
-            told |= {"size": size[0] if isinstance(size, list) and len(size) == 1 else size,
-                     "interpolation": step.interpolation.value}  # fmt: skip
-        elif kind == "CenterCrop":
-            told["crop"] = list(step.size)
-        elif kind == "Normalize":
-            told |= {name: torch.as_tensor(getattr(step, name)).tolist() for name in ("mean", "std")}
-    return told
-
-
-def _of_processor(encoder):
-    """Return what a processor of transformers says."""
-    told = {"crop": None} | encoder.preprocessing()
-    size = told["size"]
-    return told | {"size": size["shortest_edge"] if "shortest_edge" in size else [size["height"], size["width"]]}
+def _plain_size(size):
+    """Return a side in pixels, [rows, columns] or None, however a library says it."""
+    if isinstance(size, dict):
+        size = [size["shortest_edge"]] if "shortest_edge" in size else [size["height"], size["width"]]
+    if isinstance(size, list | tuple):
+        return size[0] if len(size) == 1 else list(size)
+    return size
 
 
 def _difference(theirs, ours, size):

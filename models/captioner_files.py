@@ -45,6 +45,12 @@ def is_export(folder):
     return isinstance(described, dict) and "graphs" in described
 
 
+def check_export_dtype(folder, dtype):
+    """Refuse the flag --dtype for a folder that export.py wrote, which has its numbers already; raises ValueError."""
+    if dtype:
+        raise ValueError(f"--dtype {dtype}: {folder} has the numbers that export.py gave it; leave it out")
+
+
 def check_weights_file(path):
     """Refuse a file of weights that does not exist.
 

@@ -308,8 +308,8 @@ def best_tokens(logits, number, temperature):
 
 
 def _parts(rows):
-    """Split a tensor's rows into what is worked on at once: all on a GPU, what a processor's cache holds on a CPU."""
-    return rows.split(max(1, len(rows)) if rows.is_cuda else ROWS_AT_ONCE)
+    """Split a tensor's rows into what is worked on at once: on a CPU what its cache holds, elsewhere all."""
+    return rows.split(ROWS_AT_ONCE if rows.device.type == "cpu" else max(1, len(rows)))
 
 
 def make_search(config, stop, keys=None, limits=None):
