@@ -59,8 +59,8 @@ class Size:
 
 SIZES = {
     "short": Size(600, 80, VARIANTS, 2, "a minute or two, to see that everything runs"),
-    "usual": Size(4000, 500, VARIANTS[:1], 4, "some minutes on two cores"),
-    "full": Size(9000, 1000, VARIANTS, None, "up to half an hour on two cores"),
+    "usual": Size(4000, 500, VARIANTS[:1], 4, "three to four minutes on two cores"),
+    "full": Size(9000, 1000, VARIANTS, None, "about half an hour on two cores"),
 }
 TRAINING = ("--bs", "100", "--warmup_steps", "100", "--prefix_length", "10", "--prefix_length_clip", "10")
 
