@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 
 import numpy as np
 import pyarrow as pa
@@ -48,9 +49,13 @@ def work(environment, words, folder, before):
     for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
         stream.flush()
         os.dup2(os.open(folder / f"{number}-{environment['RANK']}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-    if before:
-        before(int(environment["RANK"]))
-    done = run_script(*words, check=None)
+    try:
+        if before:
+            before(int(environment["RANK"]))
+        done = run_script(*words, check=None)
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())  # sys.stderr is pytest's here
+        os._exit(1)
     os.write(1, done.stdout.encode())
     os.write(2, done.stderr.encode())
     os._exit(done.returncode)
