@@ -25,6 +25,9 @@ SHARED = ROOT.parent / "shared"
 EMBED_DIM = 32
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the models are too small for more
+# A first backward pass starts a thread for each kind of device that is known, and a forked process cannot train where
+# there is one. Exports make up a GPU (torch's FakeTensorMode), so the first backward pass is now, before them.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 def mean_loss(model, tokens, clip_embedding, lengths):
