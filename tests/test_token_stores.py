@@ -1,9 +1,11 @@
 """Tokens in the place of one vector an image, from the pictures to their captions: stores, training, captioning."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -112,6 +114,33 @@ def test_what_is_encoded_is_kept(parse, tmp_path, monkeypatch, name, number):
     stop(parse, out, monkeypatch, lambda: os.kill(os.getpid(), number), 128 + number)
     assert f"going on: {({'x.pkl': 6, 'x/': 2})[name]} of " in parse(out).stderr
     assert same(contents(out), contents(f"{tmp_path}/whole/{name}")) and not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.slow
+@OUTPUTS
+def test_killed_at_random_moments(parse, tmp_path, name):
+    """SIGKILL: what is whole stays whole, the next run goes on, and the end is as if nothing had happened."""
+    started = time.monotonic()
+    parse(f"{tmp_path}/whole/{name}")
+    seconds = time.monotonic() - started
+    out, rng, kills, found = tmp_path / name, np.random.default_rng(0), 0, 0
+    while kills < 20:
+        process = multiprocessing.get_context("fork").Process(
+            target=lambda: os._exit(parse(f"{tmp_path}/{name}", check=None).returncode)
+        )
+        process.start()
+        process.join(rng.uniform(0, seconds))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        kills += process.exitcode != 0
+        found += (tmp_path / "x.pkl.partial").exists() or len(list(tmp_path.glob("x/img_emb/*.npy"))) in (1, 2)
+        if process.exitcode == 0:
+            assert same(contents(out), contents(tmp_path / "whole" / name))
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+    assert found  # some kills came in the middle
+    parse(f"{tmp_path}/{name}")
+    assert same(contents(out), contents(tmp_path / "whole" / name)) and not list(tmp_path.rglob("*.partial"))
 
 
 def test_processes_share_it_out(patches, photos, clip_file, tmp_path):
