@@ -43,9 +43,9 @@ lint: $(STAMP)
 
 # retrains what demo/weights/ holds; takes about an hour on 2 cores
 demo-weights: $(BASE)
-	$(VENV)/bin/python -m demo.clip_cache
-	$(VENV)/bin/python -m demo.train_clip
-	$(VENV)/bin/python -m demo.train_gpt2
+	$(VENV)/bin/python -m demo.world.clip_cache
+	$(VENV)/bin/python -m demo.world.train_clip
+	$(VENV)/bin/python -m demo.world.train_gpt2
 	$(VENV)/bin/python -m demo.run --full --out demo/out/full --save_weights
 
 clean:

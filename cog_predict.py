@@ -56,7 +56,7 @@ class Predictor(BaseRunner):
         model: str = Input(  # noqa: B008
             default="coco",
             choices=["coco", "conceptual", "conceptual-captions", "coco-transformer", "demo", "own"],
-            description="Model to use; demo needs no download and knows a small made world, own is the server's own",
+            description="Model to use; demo needs no download, knows a synthetic world; own is the server's own",
         ),
         use_beam_search: bool = Input(  # noqa: B008
             default=False, description="Whether to apply beam search to generate the output text"

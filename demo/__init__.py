@@ -1,1 +1,1 @@
-"""The embedded default: a small made world, its CLIP, its GPT-2 and its report."""
+"""The whole way without a download: `make demo` and experiments, on the synthetic world that demo/world makes."""

@@ -1,4 +1,4 @@
-"""Judge captions of the made world's test split and write report.html and report.json.
+"""Judge captions of the synthetic world's test split and write report.html and report.json.
 
     python -m demo.report --scenes demo/out/world/scenes_test.json --images demo/out/world/test \
         --variant "MLP + GPT-2=demo/out/mlp_captions.json" --out demo/out/report.html
@@ -12,8 +12,8 @@ import html
 import re
 from pathlib import Path
 
-from demo.captions import COUNT_WORDS, PLACES, RELATION_WORDS, SIZE_WORDS, judge
-from demo.world import ATTRIBUTES, COLOURS, KINDS, Scene
+from demo.world.captions import COUNT_WORDS, PLACES, RELATION_WORDS, SIZE_WORDS, judge
+from demo.world.scenes import ATTRIBUTES, COLOURS, KINDS, Scene
 from utils.files import read_json, write_json
 from utils.look import PAGE
 
@@ -185,7 +185,7 @@ def pick_scenes(scenes, verdicts):
 
 
 INTRO = """<h1>What the demo's captions get right</h1>
-<p>Every figure here is about a <b>small made world</b>: rendered scenes of one to three shapes, captioned by a
+<p>Every figure here is about a <b>small synthetic world</b>: rendered scenes of one to three shapes, captioned by a
 small CLIP and a small GPT-2 that know nothing else. It shows that the whole way from images to captions works and
 compares variants exactly; it says nothing about photographs.</p>
 <p>To caption photographs, use the published weights: <code>python predict.py photo.jpg --checkpoint coco</code>.</p>
@@ -267,7 +267,7 @@ def summary_lines(results):
 
 def get_parser():
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(description="Judge captions of the made world and write a page.")
+    parser = argparse.ArgumentParser(description="Judge captions of the synthetic world and write a page.")
     parser.add_argument("--scenes", default="demo/out/world/scenes_test.json", help="scenes of the split")
     parser.add_argument("--images", default="demo/out/world/test", help="images of the split")
     parser.add_argument("--variant", action="append", required=True, metavar="NAME=CAPTIONS_JSON", help="repeatable")

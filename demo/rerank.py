@@ -1,4 +1,4 @@
-"""What choosing among candidates brings in the made world, and what it costs: quality over time.
+"""What choosing among candidates brings in the synthetic world, and what it costs: quality over time.
 
     python -m demo.rerank
     python -m demo.rerank --tune
@@ -16,8 +16,9 @@ import matplotlib.figure
 import numpy as np
 import torch
 
-from demo.captions import judge
-from demo.world import Scene, write_split
+from demo.world.captions import judge
+from demo.world.scenes import Scene
+from demo.world.splits import write_split
 from features.loader import encode_files
 from models.captioner import Captioner, image_key
 from models.rerank import LOGPROB_WEIGHT, distinct, rank_by_consensus, scores_by_clip
@@ -172,7 +173,7 @@ def draw(results, path):
 def get_parser():
     """Return the command line's parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="demo", help="captioner of the made world")
+    parser.add_argument("--checkpoint", default="demo", help="captioner of the synthetic world")
     parser.add_argument("--out", type=Path, default=Path("demo/out/rerank"), help="folder for scenes and figures")
     parser.add_argument("--picture", type=Path, default=Path("docs/rerank.png"), help="picture to write")
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="how many")

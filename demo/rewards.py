@@ -1,4 +1,4 @@
-"""Measure training on rewards in the made world: CIDEr-D, and CLIP on pictures that nobody captioned.
+"""Measure training on rewards in the synthetic world: CIDEr-D, and CLIP on pictures that nobody captioned.
 
     python -m demo.rewards --out demo/out/rewards --seeds 0 1 2
 
@@ -11,11 +11,11 @@ stage that was finished with the same command is skipped on a rerun.
 
 import statistics
 
-from demo.captions import parse_caption
 from demo.experiment import get_parser, mean_and_spread, table
 from demo.report import PARTS, judge_variant, read_captions, read_references
 from demo.run import CLIP, ROOT, draw_world, stages_in
-from demo.world import write_split
+from demo.world.captions import parse_caption
+from demo.world.splits import write_split
 from metrics.coco import coco_scores
 from models.pretrained import DEMO_CHECKPOINT
 from utils.files import read_json, write_json
@@ -105,7 +105,7 @@ def rows_of(results):
 
 def main(argv=None):
     """Measure what the command line asks for."""
-    parser = get_parser("Measure training on rewards in the made world.", "rewards")
+    parser = get_parser("Measure training on rewards in the synthetic world.", "rewards")
     parser.add_argument("--methods", nargs="+", choices=REWARDS, default=list(REWARDS), help="rewards to measure")
     args = parser.parse_args(argv)
     with stages_in(args.out, (DEMO_CHECKPOINT,)) as stages:

@@ -1,4 +1,4 @@
-"""Run the whole way on the made world: draw, extract, train, caption, report.
+"""Run the whole way on the synthetic world: draw, extract, train, caption, report.
 
     python -m demo.run --out demo/out
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from demo.report import summary_lines, write_report
-from demo.world import write_split
+from demo.world.splits import write_split
 from models.checkpoint import load_weights
 from models.checkpoint import save_weights as write_checkpoint
 from utils.files import read_json, write_json
@@ -83,7 +83,7 @@ class Stages:
         self.weights = weights_digest(files)
         self.done = read_json(self.stamps) if self.stamps.exists() else {}
 
-    def run(self, name, command, outputs, work):
+    def run(self, name, command, outputs, work, makes=None):
         """Do one stage.
 
         Args:
@@ -91,7 +91,10 @@ class Stages:
             command: str; a stage is skipped where it was done with the same and `outputs` exist.
             outputs: paths that the stage writes.
             work: callable without arguments.
+            makes: what the stage makes and what for, in words to print.
         """
+        if makes:
+            print(f"\n[{name}] makes {makes}", flush=True)
         print(f"[{name}] {command}", flush=True)
         key = f"{command} # weights {self.weights}"
         if self.done.get(name) == key and all(Path(p).exists() for p in outputs):
@@ -110,11 +113,11 @@ class Stages:
         self.done = {n: self.done[n] for n in kept} | {name: key}
         write_json(self.stamps, self.done)
 
-    def script(self, name, arguments, outputs):
-        """Run one of the repository's commands as a stage, from the repository's root."""
+    def script(self, name, arguments, outputs, makes=None):
+        """Run one of the repository's commands as a stage, from the repository's root; arguments as of `run`."""
         shown = shlex.join(["python", *map(str, arguments)])
         command = [sys.executable, *map(str, arguments)]
-        self.run(name, shown, outputs, lambda: subprocess.run(command, cwd=ROOT, check=True))
+        self.run(name, shown, outputs, lambda: subprocess.run(command, cwd=ROOT, check=True), makes)
 
 
 @contextlib.contextmanager
@@ -136,11 +139,12 @@ def stages_in(out, files=()):
 def draw_world(stages, scenes, test):
     """Draw the train and test splits; returns the test split's paths."""
     world = stages.out / "world"
-    for split, number in (("train", scenes), ("test", test)):
+    for split, number, purpose in (("train", scenes, "to learn from"), ("test", test, "that training never sees")):
         files = [world / f"captions_{split}.json", world / f"scenes_{split}.json"]
         stages.run(
             f"draw {split}", f"{number} scenes -> {world / split}", files,
             lambda split=split, number=number: write_split(split, number, world, processes=2),
+            f"pictures with five captions each, {purpose}",
         )  # fmt: skip
     return world
 
@@ -154,10 +158,11 @@ def train_variant(stages, variant, store, test_images, epochs):
         "train.py", "--data", store, "--out_dir", folder, "--prefix", variant.name,
         "--language_model", LANGUAGE_MODEL, "--epochs", epochs or variant.epochs,
         "--save_every", 100, *TRAINING, *variant.flags,
-    ], [checkpoint])  # fmt: skip
+    ], [checkpoint],
+        "the captioner: a mapping network that turns an embedding into a prefix, which GPT-2 goes on from")  # fmt: skip
     stages.script(f"predict {variant.name}", [
         "predict.py", test_images, "--checkpoint", checkpoint, "--out", captions,
-    ], [captions])  # fmt: skip
+    ], [captions], "a caption of each test picture, from the picture alone")  # fmt: skip
     return captions
 
 
@@ -195,8 +200,9 @@ def run_demo(stages, size):
     stages.script("parse", [
         "parse_coco.py", "--clip_model_type", CLIP, "--annotations", world / "captions_train.json",
         "--images", world / "train", "--out", store,
-    ], [store])  # fmt: skip
+    ], [store], "the feature store: CLIP's embedding of each training picture, computed once")  # fmt: skip
     variants = {v.title: train_variant(stages, v, store, world / "test", size.epochs) for v in size.variants}
+    print("\n[report] makes the page: each caption read back and compared with what was drawn", flush=True)
     results = write_report(world / "scenes_test.json", variants, world / "test", out / "report.html")
     print("\n".join(summary_lines(results)))
     print(f"{out / 'report.html'}; {time.monotonic() - began:.0f} s in all")
@@ -205,7 +211,7 @@ def run_demo(stages, size):
 
 def get_parser():
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(description="Run the whole way on the made world.")
+    parser = argparse.ArgumentParser(description="Run the whole way on the synthetic world.")
     parser.add_argument("--out", type=Path, default=Path("demo/out"), help="folder to write")
     parser.add_argument("--scenes", type=int, help="training scenes (default: 4000; 9000 with --full)")
     parser.add_argument("--test", type=int, help="test scenes (default: 500; 1000 with --full)")

@@ -1,4 +1,4 @@
-"""Measure text-only training on the made world: captions without their pictures, and beside them a few pictures.
+"""Measure text-only training on the synthetic world: captions without their pictures, and beside them a few pictures.
 
     python -m demo.text_only --out demo/out/text_only --seeds 0 1 2
 
@@ -11,11 +11,12 @@ command is skipped on a rerun. A captioner and epoch take about four minutes on 
 
 import numpy as np
 
-from demo.captions import write_captions
 from demo.experiment import get_parser, mean_and_spread, table
 from demo.report import PARTS, judge_variant, read_captions
 from demo.run import CLIP, LANGUAGE_MODEL, TRAINING, VARIANTS, draw_world, stages_in
-from demo.world import CAPTIONS_PER_IMAGE, SHARE_UNSEEN, sample_scene, write_split
+from demo.world.captions import write_captions
+from demo.world.scenes import sample_scene
+from demo.world.splits import CAPTIONS_PER_IMAGE, SHARE_UNSEEN, write_split
 from utils.files import read_json, write_json, write_text
 
 UNLABELLED = 200  # pictures for --match
@@ -120,7 +121,7 @@ def rows_of(results):
 
 def main(argv=None):
     """Measure what the command line asks for."""
-    parser = get_parser("Measure text-only training on the made world.", "text_only")
+    parser = get_parser("Measure text-only training on the synthetic world.", "text_only")
     parser.add_argument("--epochs", type=int, default=VARIANTS[0].epochs, help="passes over the captions")
     parser.add_argument("--angles", type=float, nargs="*", default=[], help="noise angles to compare `auto` with")
     args = parser.parse_args(argv)

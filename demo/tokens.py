@@ -3,21 +3,21 @@
     python -m demo.tokens --out demo/out/tokens --seeds 0 1 2
 
 Input: demo/weights, whose GPT-2 it begins with. Draws scenes of one to six objects, trains a small ViT CLIP on them
-whose patches stay readable (demo/crowded_clip.py), and a captioner per mapping network, with the language model frozen,
-tuned or with a LoRA, all for equal steps on the same scenes. Each captions two test splits. Prints, for each, the share
-of objects named right and of scenes all right, over the seeds, and writes results.json. A stage that was finished with
-the same command is skipped on a rerun.
+whose patches stay readable (demo/world/crowded_clip.py), and a captioner per mapping network, with the language model
+frozen, tuned or with a LoRA, all for equal steps on the same scenes. Each captions two test splits. Prints, for each,
+the share of objects named right and of scenes all right, over the seeds, and writes results.json. A stage that was
+finished with the same command is skipped on a rerun.
 """
 
 import sys
 
 import numpy as np
 
-from demo.crowded import judge_crowded, split_scenes, write_crowded
-from demo.crowded_clip import train_clip, train_language_model
 from demo.experiment import get_parser, mean_and_spread, table
 from demo.report import read_captions
 from demo.run import LANGUAGE_MODEL, stages_in
+from demo.world.crowded import judge_crowded, split_scenes, write_crowded
+from demo.world.crowded_clip import train_clip, train_language_model
 from utils.files import write_json
 
 SPLITS = ("ordinary", "crowded")
@@ -33,6 +33,7 @@ NETWORKS = {  # what is mapped, by what -> store, flags
     "patches, resampler": ("patches", ("--mapping_type", "resampler", "--prefix_length", 10, "--num_layers", 2)),
 }  # fmt: skip
 LEARNS = {"frozen": ("--only_prefix",), "LoRA": ("--lora_rank", 8), "tuned": ()}  # of the language model
+ENCODER_CODE = ("demo/world/crowded.py", "demo/world/crowded_clip.py")
 TRAINING = ("--bs", 50, "--warmup_steps", 50, "--lr", "1e-3", "--save_every", 100)
 
 
@@ -107,7 +108,7 @@ def main(argv=None):
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="to measure")
     parser.add_argument("--learns", nargs="+", choices=LEARNS, default=list(LEARNS), help="the language model")
     args = parser.parse_args(argv)
-    with stages_in(args.out, ("demo/crowded.py", "demo/crowded_clip.py")) as stages:  # which make the encoder
+    with stages_in(args.out, ENCODER_CODE) as stages:
         world, language_model, stores = make_stores(
             stages, args.scenes, args.test, args.clip_epochs, args.steps, args.readable
         )

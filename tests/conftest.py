@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from demo.train_gpt2 import train_bpe
+from demo.world.train_gpt2 import train_bpe
 from utils.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent

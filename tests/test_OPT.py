@@ -16,7 +16,7 @@ import predict
 import predict_nice
 import predict_OPT
 import train_OPT
-from demo.train_gpt2 import train_bpe
+from demo.world.train_gpt2 import train_bpe
 from encoders import load_encoder
 from features.loader import encode_files
 from models.checkpoint import load_captioner

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from demo import tokens
-from demo.clip_parts import Words
-from demo.crowded import OBJECTS, SIDE, caption_crowded, draw_crowded, judge_crowded, split_scenes
-from demo.crowded_clip import CONTEXT, targets
-from demo.draw import COLOUR_RGB, SIZE
-from demo.world import COLOURS
+from demo.world.clip_parts import Words
+from demo.world.crowded import OBJECTS, SIDE, caption_crowded, draw_crowded, judge_crowded, split_scenes
+from demo.world.crowded_clip import CONTEXT, targets
+from demo.world.draw import COLOUR_RGB, SIZE
+from demo.world.scenes import COLOURS
 
 
 def test_splits_hold_as_many_objects_as_they_say():

@@ -1,4 +1,4 @@
-"""The made world: scenes, captions, the judge, the splits and the weights that come with it."""
+"""The synthetic world: scenes, captions, the judge, the splits and the weights that come with it."""
 
 import json
 from dataclasses import replace
@@ -8,9 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from demo import captions, report, world
-from demo.captions import judge, parse_caption, write_caption, write_captions
-from demo.world import ATTRIBUTES, BACKGROUNDS, COLOURS, KINDS, SIZES, Group, Scene
+from demo import report
+from demo.world.captions import PAIR_FORMS, SINGLE_FORMS, judge, parse_caption, write_caption, write_captions
+from demo.world.scenes import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    SIZES,
+    Group,
+    Scene,
+    edit_scene,
+    is_unseen,
+    is_valid,
+    sample_scene,
+)
+from demo.world.splits import FIRST_ID, split_scenes, write_split
 
 WEIGHTS = Path(__file__).parent.parent / "demo" / "weights"
 PAIR = Scene((Group(1, "small", "red", "star"), Group(2, "large", "blue", "circle")), "left", "grass")
@@ -19,7 +32,7 @@ PAIR_CAPTION = "A small red star to the left of two large blue circles on grass.
 
 def scenes(number, unseen=False, seed=0):
     rng = np.random.default_rng(seed)
-    return [world.sample_scene(rng, unseen) for _ in range(number)]
+    return [sample_scene(rng, unseen) for _ in range(number)]
 
 
 def wrong(caption, scene):
@@ -94,29 +107,29 @@ def test_a_group_too_few_or_too_many_is_wrong():
 # ---------------------------------------------------------------- scenes, splits, pictures
 def test_kept_combinations_are_in_the_test_split_only():
     for split in ("train", "val"):
-        assert not any(world.is_unseen(s) for _, s, _ in world.split_scenes(split, 1500))
-    unseen = [world.is_unseen(s) for _, s, _ in world.split_scenes("test", 200)]
+        assert not any(is_unseen(s) for _, s, _ in split_scenes(split, 1500))
+    unseen = [is_unseen(s) for _, s, _ in split_scenes("test", 200)]
     assert sum(unseen) == 50
     rng = np.random.default_rng(4)
-    assert not any(world.is_unseen(world.edit_scene(s, rng)) for s in scenes(300))
+    assert not any(is_unseen(edit_scene(s, rng)) for s in scenes(300))
 
 
 def test_splits_depend_on_their_seed_only_and_do_not_share_ids():
-    assert world.split_scenes("val", 20) == world.split_scenes("val", 40)[:20]
-    ids = [i for split in world.FIRST_ID for i, _, _ in world.split_scenes(split, 50)]
-    assert len(set(ids)) == 50 * len(world.FIRST_ID)
+    assert split_scenes("val", 20) == split_scenes("val", 40)[:20]
+    ids = [i for split in FIRST_ID for i, _, _ in split_scenes(split, 50)]
+    assert len(set(ids)) == 50 * len(FIRST_ID)
 
 
 def test_edits_change_the_meaning_and_stay_valid():
     rng = np.random.default_rng(5)
     for scene in scenes(200):
-        edited = world.edit_scene(scene, rng)
-        assert edited != scene and world.is_valid(edited)
+        edited = edit_scene(scene, rng)
+        assert edited != scene and is_valid(edited)
         assert sum(g.count for g in edited.groups) <= 3
 
 
 def test_pictures_are_deterministic_and_keep_the_relation():
-    from demo.draw import SIZE, draw_scene, place
+    from demo.world.draw import SIZE, draw_scene, place
 
     scene = scenes(1)[0]
     one, two = draw_scene(scene, 7), draw_scene(scene, 7)
@@ -130,7 +143,7 @@ def test_pictures_are_deterministic_and_keep_the_relation():
 
 
 def test_written_split_is_coco_json_and_reports(tmp_path):
-    paths = world.write_split("test", 8, tmp_path, processes=1)
+    paths = write_split("test", 8, tmp_path, processes=1)
     data = json.loads(paths["captions"].read_text())
     assert [i["file_name"] for i in data["images"]][:2] == ["200001.jpg", "200002.jpg"]
     assert len(data["annotations"]) == 40 and set(data["annotations"][0]) == {"image_id", "id", "caption"}
@@ -160,7 +173,7 @@ def test_written_split_is_coco_json_and_reports(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", (320, 390, 1600))
 def test_no_cell_of_the_report_is_cut_off(width, browser, tmp_path):
-    paths = world.write_split("test", 8, tmp_path, processes=1)
+    paths = write_split("test", 8, tmp_path, processes=1)
     said = tmp_path / "said.json"
     said.write_text(
         json.dumps([{"image_id": r["image_id"], "caption": ""} for r in json.loads(paths["scenes"].read_text())])
@@ -184,7 +197,7 @@ def test_weights_are_small():
 def test_clip_loads_and_tells_scenes_apart():
     import clip
 
-    from demo.draw import draw_scene
+    from demo.world.draw import draw_scene
 
     model, preprocess = clip.load(str(WEIGHTS / "clip.pt"), device="cpu")
     chosen = scenes(8, seed=6)
@@ -199,7 +212,7 @@ def test_clip_loads_and_tells_scenes_apart():
 def test_clip_training_words_are_clips_own():
     import clip
 
-    from demo.clip_parts import Words
+    from demo.world.clip_parts import Words
 
     words, rng = Words(), np.random.default_rng(7)
     for scene in scenes(50):
@@ -224,7 +237,7 @@ def test_gpt2_loads_and_its_tokens_round_trip():
 
 
 def test_grammar_mentions_every_attribute():
-    for form in captions.SINGLE_FORMS:
+    for form in SINGLE_FORMS:
         assert "{a}" in form and "{place}" in form
-    for form in captions.PAIR_FORMS:
+    for form in PAIR_FORMS:
         assert all(part in form for part in ("{a}", "{b}", "{rel}", "{place}"))

@@ -8,7 +8,7 @@ from conftest import captions_of, mean_loss
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from demo.train_gpt2 import train_bpe
+from demo.world.train_gpt2 import train_bpe
 from features.dataset import CaptionDataset
 from features.store import read_store
 from models.clip_caption import build_captioner

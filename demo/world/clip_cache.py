@@ -1,6 +1,6 @@
-"""Draw the made world's CLIP training pictures once, as uint8 at the CLIP's input size.
+"""Draw the synthetic world's CLIP training pictures once, as uint8 at the CLIP's input size.
 
-    python -m demo.clip_cache --out demo/out/clip_cache --chunks 8
+    python -m demo.world.clip_cache --out demo/out/clip_cache --chunks 8
 
 Output: `000.npy` [CHUNK, RESOLUTION, RESOLUTION, 3] with `000.json`, its scenes, per chunk.
 Scenes come in families of four: a scene and three that differ from it in one respect, so
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from demo.draw import draw_scene
-from demo.world import JPEG_QUALITY, Scene, edit_scene, sample_scene
+from demo.world.draw import JPEG_QUALITY, draw_scene
+from demo.world.scenes import Scene, edit_scene, sample_scene
 from utils.files import read_json, write_json
 
 CHUNK = 16000  # pictures a file

@@ -1,21 +1,6 @@
-"""The made world: what a scene may hold, which combinations are kept for testing, the splits.
+"""The synthetic world's scenes: what one may hold, which combinations are kept for testing, how one is drawn by lot."""
 
-    python -m demo.world --out demo/out/world --train 9000 --val 400 --test 1000
-
-Input: nothing. Output per split: `<split>/000123.jpg`, `captions_<split>.json` (COCO
-annotations) and `scenes_<split>.json` (what is really in the picture, for the judge).
-"""
-
-import argparse
-import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-
-from utils.files import write_json
 
 KINDS = ("circle", "square", "triangle", "star", "heart", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white")
@@ -34,12 +19,6 @@ UNSEEN_RELATIONS = frozenset(
         ("ring", "above", "circle"),
     }
 )
-FIRST_ID = {"train": 1, "val": 100001, "test": 200001, "adapt": 300001}
-SPLIT_SEED = {"train": 11, "val": 12, "test": 13, "adapt": 14}
-CAPTIONS_PER_IMAGE = 5
-SHARE_UNSEEN = 0.25  # of the test split
-SHARES_UNSEEN = {"train": 0, "val": 0, "test": SHARE_UNSEEN, "adapt": 0.5}  # "adapt": photos that nobody captioned
-JPEG_QUALITY = 92
 
 
 @dataclass(frozen=True)
@@ -70,14 +49,6 @@ class Scene:
         """Read what `to_json` wrote; other keys are ignored."""
         groups = tuple(Group(**g) for g in record["groups"])
         return Scene(groups, record["relation"], record["background"])
-
-
-class Job(NamedTuple):
-    """One picture to draw and save."""
-
-    scene: Scene
-    seed: tuple
-    path: str
 
 
 def is_unseen(scene):
@@ -157,89 +128,3 @@ def _edit(scene, what, rng):
         value = _choice(rng, options[what])
     groups[i] = replace(groups[i], **{what: value})
     return replace(scene, groups=tuple(groups))
-
-
-def split_scenes(split, number):
-    """Return the scenes of a split, [(image_id, Scene, seed)].
-
-    A longer split begins with the shorter one. In "test" every fourth scene is unseen, in "adapt" every other.
-    """
-    rows, share = [], SHARES_UNSEEN[split]
-    for i in range(number):
-        seed = (SPLIT_SEED[split], i)
-        unseen = share > 0 and (i + 1) % round(1 / share) == 0
-        rows.append((FIRST_ID[split] + i, sample_scene(np.random.default_rng(seed), unseen), seed))
-    return rows
-
-
-def scene_captions(scene, seed):
-    """Return the CAPTIONS_PER_IMAGE captions of a split's scene; `seed` as from `split_scenes`."""
-    from demo.captions import write_captions
-
-    return write_captions(scene, np.random.default_rng((*seed, 2)), CAPTIONS_PER_IMAGE)
-
-
-def _render(job):
-    from demo.draw import draw_scene
-
-    if not os.path.exists(job.path):
-        partial = f"{job.path}.{os.getpid()}.part"
-        draw_scene(job.scene, job.seed + (1,)).save(partial, format="JPEG", quality=JPEG_QUALITY)
-        os.replace(partial, job.path)
-
-
-def write_split(split, number, out, processes=2):
-    """Draw and caption a split; pictures that exist are kept.
-
-    Args:
-        split: "train", "val", "test" or "adapt".
-        number: how many images.
-        out: folder; see the module's docstring for what goes in.
-        processes: how many to draw with.
-    Returns: dict of paths: "images", "captions", "scenes".
-    """
-    out = Path(out)
-    images = out / split
-    images.mkdir(parents=True, exist_ok=True)
-    rows = split_scenes(split, number)
-    names = [f"{image_id:06d}.jpg" for image_id, _, _ in rows]
-    jobs = [Job(scene, seed, str(images / name)) for (_, scene, seed), name in zip(rows, names, strict=True)]
-    if processes > 1:
-        with ProcessPoolExecutor(processes) as pool:
-            list(pool.map(_render, jobs, chunksize=64))
-    else:
-        list(map(_render, jobs))
-    annotations, scenes = [], []
-    for image_id, scene, seed in rows:
-        for caption in scene_captions(scene, seed):
-            annotations.append({"image_id": image_id, "id": len(annotations) + 1, "caption": caption})
-        scenes.append({"image_id": image_id, "unseen": is_unseen(scene), **scene.to_json()})
-    heads = [{"id": image_id, "file_name": name} for (image_id, _, _), name in zip(rows, names, strict=True)]
-    paths = {"images": images, "captions": out / f"captions_{split}.json", "scenes": out / f"scenes_{split}.json"}
-    write_json(paths["scenes"], scenes)
-    write_json(paths["captions"], {"images": heads, "annotations": annotations})
-    return paths
-
-
-def get_parser():
-    """Return the command line's parser."""
-    parser = argparse.ArgumentParser(description="Draw the made world's splits.")
-    parser.add_argument("--out", default="demo/out/world", help="folder to write")
-    parser.add_argument("--train", type=int, default=9000, help="train images")
-    parser.add_argument("--val", type=int, default=400, help="validation images")
-    parser.add_argument("--test", type=int, default=1000, help="test images")
-    parser.add_argument("--adapt", type=int, default=0, help="images to adapt to")
-    parser.add_argument("--processes", type=int, default=2, help="processes that draw")
-    return parser
-
-
-def main(argv=None):
-    """Draw what the command line asks for."""
-    args = get_parser().parse_args(argv)
-    for split in (split for split in FIRST_ID if getattr(args, split)):
-        paths = write_split(split, getattr(args, split), args.out, args.processes)
-        print(f"{split}: {getattr(args, split)} images in {paths['images']}")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from demo.clip_cache import RESOLUTION
-from demo.clip_parts import Words, build_clip, contrastive_loss, export_state_dict, image_batch, save_packed
-from demo.crowded import SIDE, caption_crowded, split_scenes
-from demo.train_gpt2 import make_sequence, pad_rows
-from demo.world import COLOURS, KINDS, SIZES
+from demo.world.clip_cache import RESOLUTION
+from demo.world.clip_parts import Words, build_clip, contrastive_loss, export_state_dict, image_batch, save_packed
+from demo.world.crowded import SIDE, caption_crowded, split_scenes
+from demo.world.scenes import COLOURS, KINDS, SIZES
+from demo.world.train_gpt2 import make_sequence, pad_rows
 
 WIDTH, LAYERS, PATCH = 128, 4, 16  # 6 x 6 patches, 2 x 2 to a cell of the grid
 CONTEXT = 48  # tokens of the longest caption

@@ -1,4 +1,4 @@
-"""Draw one scene of the made world: textured background, objects, clutter, light.
+"""Draw one scene of the synthetic world: textured background, objects, clutter, light.
 
 Everything is a function of the scene's meaning and one seed, so an image can be
 drawn again anywhere.
@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 SIZE = 144  # side of a saved image, in pixels
 OVERSAMPLE = 4  # shapes are drawn this much larger, then averaged down
 RADIUS = {"small": (10.0, 13.0), "large": (19.0, 24.0)}  # pixels
+JPEG_QUALITY = 92
 CANDIDATES = 64  # layouts tried at once
 COLOUR_RGB = {
     "red": (212, 38, 42),
@@ -253,7 +254,7 @@ def draw_scene(scene, seed, clutter=1.0, layout=place):
     """Draw a scene.
 
     Args:
-        scene: `demo.world.Scene`, or another that has groups and a background.
+        scene: `demo.world.scenes.Scene`, or another that has groups and a background.
         seed: int or sequence of ints; equal seeds give equal pictures.
         clutter: about how much undescribed detail, 0 for none.
         layout: function of the scene and a generator that returns what `place` does.

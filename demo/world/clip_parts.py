@@ -1,4 +1,4 @@
-"""The parts of the made world's CLIP: words, towers, throw-away heads, loss, file."""
+"""The parts of the synthetic world's CLIP: words, towers, throw-away heads, loss, file."""
 
 import io
 import math
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from clip.model import CLIP
 from torch import nn
 
-from demo.clip_cache import RESOLUTION
-from demo.world import BACKGROUNDS, COLOURS, KINDS, RELATIONS, SIZES
+from demo.world.clip_cache import RESOLUTION
+from demo.world.scenes import BACKGROUNDS, COLOURS, KINDS, RELATIONS, SIZES
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # clip.load's preprocessing
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)

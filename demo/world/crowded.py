@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from demo.captions import PLACES
-from demo.draw import SIZE, draw_scene
-from demo.world import BACKGROUNDS, COLOURS, JPEG_QUALITY, KINDS, SIZES, Group
+from demo.world.captions import PLACES
+from demo.world.draw import JPEG_QUALITY, SIZE, draw_scene
+from demo.world.scenes import BACKGROUNDS, COLOURS, KINDS, SIZES, Group
 from utils.files import write_json
 
 OBJECTS = {"train": (1, 6), "ordinary": (1, 2), "crowded": (4, 6)}  # fewest and most of a scene
@@ -58,7 +58,7 @@ def split_scenes(split, number):
 
 
 def in_cells(scene, rng):
-    """Lay a scene's objects into their cells; returns as `demo.draw.place`."""
+    """Lay a scene's objects into their cells; returns as `demo.world.draw.place`."""
     cell = np.array(scene.cells)
     centres = (np.stack([cell % SIDE, cell // SIDE], 1) + 0.5) * SIZE / SIDE
     radii = np.array([rng.uniform(*RADIUS[group.size]) for group in scene.groups])

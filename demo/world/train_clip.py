@@ -1,6 +1,6 @@
-"""Train the made world's CLIP, in OpenAI's architecture, on pictures that clip_cache drew.
+"""Train the synthetic world's CLIP, in OpenAI's architecture, on pictures that clip_cache drew.
 
-    python -m demo.train_clip --minutes 50
+    python -m demo.world.train_clip --minutes 50
 
 Loss: CLIP's contrastive loss, where batches are families of scenes that differ in one
 respect (hard negatives on both sides) and each picture meets one more wrong caption, mostly
@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from demo.captions import write_caption
-from demo.clip_cache import FAMILY, read_chunks
-from demo.clip_parts import (
+from demo.world.captions import write_caption
+from demo.world.clip_cache import FAMILY, read_chunks
+from demo.world.clip_parts import (
     EMBED_DIM,
     Heads,
     Words,
@@ -46,7 +46,7 @@ from demo.clip_parts import (
     import_state_dict,
     save_packed,
 )
-from demo.world import RELATIONS, edit_scene
+from demo.world.scenes import RELATIONS, edit_scene
 
 EMA_DECAY = 0.98  # what is exported is this running average of the weights
 HELD_OUT = 100  # families of the last chunk, to measure on
@@ -222,7 +222,7 @@ class Trainer:
 
 def get_parser():
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(description="Train the made world's CLIP.")
+    parser = argparse.ArgumentParser(description="Train the synthetic world's CLIP.")
     parser.add_argument("--cache", default="demo/out/clip_cache", help="folder of clip_cache")
     parser.add_argument("--state", default="demo/out/clip_state.pt", help="file to go on from")
     parser.add_argument("--init_from", metavar="FILE", help="a CLIP that this command wrote, to begin with")
@@ -247,7 +247,7 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     chunks = read_chunks(args.cache)
     if not chunks:
-        raise FileNotFoundError(f"--cache {args.cache} holds no pictures; run python -m demo.clip_cache first")
+        raise FileNotFoundError(f"--cache {args.cache} holds no pictures; run python -m demo.world.clip_cache first")
     Trainer(args, Families(chunks)).run()
 
 

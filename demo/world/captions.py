@@ -1,4 +1,4 @@
-"""Caption scenes of the made world, read captions back, and judge them.
+"""Caption scenes of the synthetic world, read captions back, and judge them.
 
 The grammar has several sentence forms, either order of mention and two wordings of most
 phrases; every caption mentions every attribute, so that "all right" can be decided.
@@ -7,7 +7,7 @@ phrases; every caption mentions every attribute, so that "all right" can be deci
 import re
 from itertools import permutations
 
-from demo.world import ATTRIBUTES, COLOURS, KINDS, Group, Scene
+from demo.world.scenes import ATTRIBUTES, COLOURS, KINDS, Group, Scene
 
 COUNT_WORDS = {1: ("a", "one"), 2: ("two",), 3: ("three",)}
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}

@@ -1,6 +1,6 @@
-"""Train the made world's GPT-2 on the train split's captions, text only.
+"""Train the synthetic world's GPT-2 on the train split's captions, text only.
 
-    python -m demo.train_gpt2 --out demo/weights/gpt2
+    python -m demo.world.train_gpt2 --out demo/weights/gpt2
 
 Output: a folder for AutoModelForCausalLM / AutoTokenizer.from_pretrained, with a byte-level
 BPE of its own. It learns to say an image's caption after a list of what the scene holds, so
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from demo.world import scene_captions, split_scenes
+from demo.world.splits import scene_captions, split_scenes
 
 END = "<|endoftext|>"
 SHARE_TOLD = 0.85  # of the sequences say first what the scene holds
@@ -134,7 +134,7 @@ def train(model, images, weight, end, args):
 
 def get_parser():
     """Return the command line's parser."""
-    parser = argparse.ArgumentParser(description="Train the made world's GPT-2.")
+    parser = argparse.ArgumentParser(description="Train the synthetic world's GPT-2.")
     parser.add_argument("--scenes", type=int, default=9000, help="scenes of the train split to caption")
     parser.add_argument("--init_from", metavar="DIR", help="folder that this command wrote, to begin with")
     parser.add_argument("--out", default="demo/weights/gpt2", help="folder to write")
