@@ -22,7 +22,7 @@ PARSE = "parse_coco.py --clip_model_type {root}/demo/weights/clip.pt --num_worke
 PREDICT = "predict.py --checkpoint demo "
 NICE = "predict_nice.py --checkpoint demo --prompt= --stop_token . --decoder clipcap --beam_size 1 --ofile o --images "
 SCORE = "evaluate.py --metrics Bleu CIDEr --tokenizer python --bootstrap 10 "
-REFERENCES = [{"image_id": number, "caption": "A red ball."} for number in (1, 200002, 200003)]
+REFERENCES = [{"image_id": number, "caption": "A red ball."} for number in (1, 200001, 200003)]
 
 
 @dataclass
@@ -67,7 +67,7 @@ def check(names, status=0, *shows, images="{c}", hides=()):
     return Step(f"{CHECK} {names} --images {images}", status, shows, hides)
 
 
-def copy_demo(folder, name, number=200002):
+def copy_demo(folder, name, number=200001):
     shutil.copy(ROOT / "demo" / "images" / f"{number}.jpg", os.path.join(os.fsencode(folder), os.fsencode(name)))
 
 

@@ -23,7 +23,7 @@ from predict import Predictor
 
 for module in ("cog", "coglet"):  # the second, cog's server, is a binary that not every platform has
     pytest.importorskip(module, reason='serving needs cog: pip install -e ".[serve]"')
-SAMPLE = ROOT / "demo" / "images" / "200002.jpg"
+SAMPLE = ROOT / "demo" / "images" / "200001.jpg"
 
 
 def data_uri(content, kind="image/jpeg"):
@@ -111,7 +111,7 @@ def test_an_unreadable_image_is_a_failed_prediction(port):
     assert request(port, "POST", "/predictions", {"input": {"image": IMAGE, "model": "demo"}})[1]["output"]
 
 
-@pytest.mark.parametrize("path", (str(SAMPLE), "demo/images/200002.jpg", SAMPLE.as_uri(), "/etc/passwd", "/none", ""))
+@pytest.mark.parametrize("path", (str(SAMPLE), "demo/images/200001.jpg", SAMPLE.as_uri(), "/etc/passwd", "/none", ""))
 def test_files_of_the_server_are_not_read(port, path):
     """Nor is it told whether they are there."""
     answer = request(port, "POST", "/predictions", {"input": {"image": path, "model": "demo"}})[1]

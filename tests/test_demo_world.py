@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
 
 from demo import report
 from demo.world.captions import PAIR_FORMS, SINGLE_FORMS, judge, parse_caption, write_caption, write_captions
@@ -234,6 +235,14 @@ def test_gpt2_loads_and_its_tokens_round_trip():
         ids = tokenizer.encode(caption)
         assert tokenizer.decode(ids) == caption
         assert tokenizer.decode(ids[-1:]) == "." and len(ids) <= 40
+
+
+def test_first_sample_is_captioned_rightly():
+    """It is what a newcomer sees first, and a picture of the test split like the others."""
+    samples = sorted((WEIGHTS.parent / "images").iterdir())
+    scene = {image_id: scene for image_id, scene, _ in split_scenes("test", 50)}[int(samples[0].stem)]
+    said = run_script("predict.py", samples[0], "--checkpoint", "demo", "--num_workers", 0).stdout.split("\t")[1]
+    assert len(samples) == 10 and judge(said, scene)["all"], said
 
 
 def test_grammar_mentions_every_attribute():

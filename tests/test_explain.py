@@ -11,8 +11,9 @@ from PIL import Image
 from test_stopping import sentencepiece
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from demo.world.draw import draw_scene
+from demo.world.splits import split_scenes
 from encoders.base import ImageEncoder
-from features.images import read_image
 from models.captioner import Captioner
 from models.clip_caption import build_captioner
 from models.decoding import Caption, generate_captions
@@ -30,8 +31,9 @@ def captioner():
 
 @pytest.fixture(scope="module")
 def pixels(captioner):
-    """A red circle above and left of the middle, a purple heart below and right of it."""
-    return captioner.encoder.preprocess(read_image(ROOT / "demo" / "images" / "200002.jpg"))
+    """A red circle above and left of the middle, a purple heart below and right of it: second of the test split."""
+    _, scene, seed = split_scenes("test", 2)[1]
+    return captioner.encoder.preprocess(draw_scene(scene, (*seed, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def test_captions_are_explained_as_they_were_decoded(llama, prompt, monkeypatch)
     service = pages_service.Service({"demo": "demo"}, "cpu")
     service.predictor = SimpleNamespace(captioner=lambda model: stub, is_loaded=lambda model: True)
     monkeypatch.setattr(pages_service, "word_heat", word_heat)
-    image = str(ROOT / "demo" / "images" / "200002.jpg")
+    image = str(ROOT / "demo" / "images" / "200001.jpg")
     for method in ("beam", "sample"):
         answer = service.caption(image, "demo", service.decoding(method, 3, 1.0, 1.0, 0))
         means = sorted((caption.logprob / len(caption.tokens) for caption in found[0]), reverse=True)
