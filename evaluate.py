@@ -30,7 +30,7 @@ def get_parser():
     """Return the command line's parser."""
     parser = Parser(__doc__)
     parser.add_argument("captions", metavar="CAPTIONS", help="one caption per image; formats as of REFERENCES")
-    parser.add_argument("references", metavar="REFERENCES", help=f"{FORMATS}; .gz too")
+    parser.add_argument("references", metavar="REFERENCES", help=FORMATS)
     data = parser.add_argument_group("what is compared")
     data.add_argument("--split", default="test", help="of a Karpathy file; train includes restval (default: test)")
     data.add_argument("--subset", action="store_true", help="score the images that all files have, not all images")
