@@ -9,6 +9,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from features.dataset import batches_per_epoch, epoch_batches
 from models.placement import get_optimizer_state, get_weights, is_sharded, set_optimizer_state, set_weights
+from models.products import multiply_by_onednn
 from training.optimizers import make_optimizer
 from training.settings import MIXED_PRECISION
 from utils.distributed import all_gather, all_sum
@@ -30,6 +31,8 @@ class Trainer:
         dataset = objective.dataset
         check_shares(config.bs, len(dataset))
         self.model, self.objective, self.dataset, self.config, self.device = model, objective, dataset, config, device
+        if device.type == "cpu" and not is_sharded(model):
+            multiply_by_onednn(model)
         self.token_logprobs = data_parallel(model)
         if rank():  # process 0 goes on as one process would; the others draw other dropout
             torch.manual_seed(config.seed + rank())
