@@ -153,7 +153,14 @@ def run_one_epoch(words):
     return run_script(*map(os.path.expanduser, words), *(["--epochs", 1] if words[0].startswith("train") else []))
 
 
-def test_commands(workplace):
+@pytest.fixture
+def small_split(monkeypatch):
+    """Let Karpathy's split have as few images as ours; no Java, for speed."""
+    monkeypatch.setattr(references, "KARPATHY_COCO", {"train": 6, "val": 3, "test": 3})
+    monkeypatch.setattr(coco, "java_available", lambda: False)
+
+
+def test_commands(workplace, small_split):
     """Training first, in the README's order, then captioning."""
     own = [words for words in COMMANDS if words[0] not in SERVERS and not any("demo" in word for word in words)]
     training = [words for words in own if words[0].startswith(("parse", "train"))]
@@ -171,11 +178,9 @@ def test_commands(workplace):
 
 
 @pytest.mark.parametrize(("page", "trainings"), (("docs/your_data.md", 2), ("docs/reproduce.md", 7)))
-def test_page(workplace, monkeypatch, page, trainings):
+def test_page(workplace, small_split, monkeypatch, page, trainings):
     """A page from its top to its end, Python and commands."""
     monkeypatch.setenv("HOME", str(workplace))
-    monkeypatch.setattr(references, "KARPATHY_COCO", {"train": 6, "val": 3, "test": 3})
-    monkeypatch.setattr(coco, "java_available", lambda: False)  # for speed
     ran = []
     for kind, block in blocks(page):
         if kind == "python":
