@@ -35,10 +35,10 @@ def mean_loss(model, tokens, clip_embedding, lengths):
     return -model.token_logprobs(tokens, clip_embedding, lengths).mean()
 
 
-@pytest.fixture(scope="session")
-def parity():
-    """The folder of reference results, or a skip."""
-    folder = SHARED / "parity"
+@pytest.fixture(scope="session", params=["small", pytest.param("large", marks=pytest.mark.slow)])
+def parity(request):
+    """The folder of reference results: the repository's own; and larger ones, or a skip where they are not."""
+    folder = {"small": ROOT / "tests" / "parity", "large": SHARED / "parity"}[request.param]
     if not folder.is_dir():
         pytest.skip(f"the reference results are not at {folder}")
     return folder
