@@ -1,12 +1,12 @@
 # make demo: set everything up and run the main job, no download of weights. make browser: captions in the browser.
-# make test: the tests.
+# make test: the tests. make bench: the benchmarks.
 PYTHON ?= python3
 VENV ?= .venv
 BASE := $(VENV)/.installed
 STAMP := $(VENV)/.installed-test
 EXPORT := $(VENV)/.installed-export
 
-.PHONY: demo demo-full browser test lint demo-weights clean
+.PHONY: demo demo-full browser test bench lint demo-weights clean
 
 $(BASE): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,11 @@ browser: $(EXPORT)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TEST_FLAGS)
+
+# the figures of benchmarks/ and where the time goes, on a machine without other work
+bench: $(STAMP)
+	$(VENV)/bin/python benchmarks/run.py $(BENCH_FLAGS)
+	$(VENV)/bin/python benchmarks/profiling.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -79,7 +79,8 @@ def extraction(clip_file, tars, device, repeats):
                 "alone": lambda encoder=encoder: [encoder.encode_images(pixels) for _ in range(batches)],
                 "tars": lambda encoder=encoder, workers=workers: encode_tars(encoder, tars, workers),
             }
-            seconds, found = interleave(work, repeats, device)
+            timed = interleave(work, repeats, device)
+            seconds, found = timed.seconds, timed.results
             alone, whole = batches * PER_TAR / seconds["alone"], batches * PER_TAR / seconds["tars"]
             rows.append({
                 "threads of the encoder": own, "processes that decode": workers, "precision": dtype,
@@ -111,7 +112,7 @@ def captioning(folder, device, repeats, count):
             whole, store, CaptionFolder(f"{folder}/captions{next(number)}/", {"files": [], "names": []}), DECODING, size
         ),
     }
-    seconds, _ = interleave(work, repeats, device)
+    seconds = interleave(work, repeats, device).seconds
     return [{
         "batch": size, "generate_captions, captions/s": count / seconds["alone"],
         "predict.py --data, captions/s": count / seconds["bulk"], "share": seconds["alone"] / seconds["bulk"],

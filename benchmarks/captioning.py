@@ -76,7 +76,8 @@ def measure_cell(systems, batch, config, repeats, device):
         name: functools.partial(call, gpt, prefixes(gpt, batch, device), config)
         for name, (call, gpt, _) in systems.items()
     }
-    seconds, tokens = interleave(work, repeats, device)
+    timed = interleave(work, repeats, device)
+    seconds, tokens = timed.seconds, timed.results
     reference = tokens["ours fp32"]
     rows = []
     for name, (_, _, dtype) in systems.items():
@@ -91,7 +92,7 @@ def measure_cell(systems, batch, config, repeats, device):
             "x plain": seconds["plain"] / each, "x generate": generate and generate / seconds[name],
             "GFLOP/s": 2 * PARAMETERS * steps / each / 1e9, "GB/s": weights_read(dtype, config, seconds[name], name),
             "equal to fp32": same,
-        })  # fmt: skip
+        } | timed.quality(name))  # fmt: skip
     return rows
 
 

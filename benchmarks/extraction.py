@@ -69,7 +69,8 @@ def measure(folder, clip_file, device, repeats, quick):
         "plain": lambda: encode_captions(model, lambda image: preprocess(image).to(device), repeated),
         "open_clip fp32": lambda: encode_by_open_clip(*theirs, paths, device),
     } | {name: lambda encoder=encoder: encode_by_ours(encoder, paths) for name, encoder in encoders.items()}
-    seconds, found = interleave(work, repeats, device)
+    timed = interleave(work, repeats, device)
+    seconds, found = timed.seconds, timed.results
     reference = torch.cat(found["plain"][::CAPTIONS_PER_IMAGE]).float().cpu()
     captions = {name: CAPTIONS_PER_IMAGE * (few if name == "plain" else many) for name in work}
     plain = seconds["plain"] / captions["plain"]
@@ -82,7 +83,7 @@ def measure(folder, clip_file, device, repeats, quick):
             "x open_clip": None if name == "plain" else seconds["open_clip fp32"] / took,
             "GFLOP/s": images * GFLOP_PER_IMAGE,
             "largest difference": (first - reference).abs().max().item() / reference.abs().max().item(),
-        })  # fmt: skip
+        } | timed.quality(name))  # fmt: skip
     growth = []
     for count in (32, 64) if quick else (100, 1000, 10_000):
         grown = (paths * (count // many + 1))[:count]

@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import statistics
 import time
+import typing
 from pathlib import Path
 
 import torch
@@ -16,30 +17,56 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
+class Timed(typing.NamedTuple):
+    """What `interleave` found: medians in seconds, last results, (slowest - fastest) / median, GFLOP/s beside them."""
+
+    seconds: dict
+    results: dict
+    spread: dict
+    product: float
+
+    def quality(self, name):
+        """Return columns that tell a quiet machine from a loaded one: a system's spread, and the product beside it."""
+        return {"spread": self.spread[name], "product beside": self.product}
+
+
 def interleave(systems, repeats, device):
-    """Time systems in turn, so that whatever else the machine does hits all of them.
+    """Time systems in turn, so that whatever else the machine does hits all of them, and a fixed product beside them.
 
     Args:
         systems: {name: function without arguments}.
         repeats: rounds after one to warm up.
-    Returns: ({name: median seconds}, {name: what its last call returned}).
+    Returns: Timed; its `product` is the median rate of a float32 product, measured once a round.
     """
-    seconds, results = {name: [] for name in systems}, {}
+    side = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(side, side, device=device) for _ in range(2))
+    seconds, results, products = {name: [] for name in systems}, {}, []
     for number in range(repeats + 1):
+        took, _ = _timed(lambda: a @ b, device)
+        if number:
+            products.append(2 * side**3 / took / 1e9)
         for name, work in systems.items():
-            synchronize(device)
-            began = time.perf_counter()
-            results[name] = work()
-            synchronize(device)
+            took, results[name] = _timed(work, device)
             if number:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(took)
     gc.collect()
-    return {name: statistics.median(values) for name, values in seconds.items()}, results
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    spread = {name: (max(values) - min(values)) / medians[name] for name, values in seconds.items()}
+    return Timed(medians, results, spread, statistics.median(products))
+
+
+def _timed(work, device):
+    """Return (seconds, result) of a function."""
+    synchronize(device)
+    began = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return time.perf_counter() - began, result
 
 
 def best_of(work, repeats, device):
     """Return the shortest time of a function, in seconds: for limits, where noise only adds."""
-    return min(interleave({"": work}, 1, device)[0][""] for _ in range(repeats))
+    return min(_timed(work, device)[0] for _ in range(repeats + 1))  # the first warms up
 
 
 @functools.cache

@@ -2,9 +2,9 @@
 
     python benchmarks/run.py
 
-writes benchmarks/results.md, a picture beside it, and the same figures as results.json and results.csv. Takes more than
-half an hour on 2 cores; how long in all was not measured. --only measures some sections again and keeps the others.
-Systems run in turn and medians are given; look at ratios, for absolute figures are this machine's.
+writes benchmarks/results.md, a picture beside it, and the same figures as results.json and results.csv, which say how
+long each section took. --only measures some sections again and keeps the others. Systems run in turn and medians are
+given; look at ratios, for absolute figures are this machine's.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import datetime
 import io
 import platform
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from anywhere, as a script
@@ -132,11 +133,17 @@ def cell(value):
 
 def write_results(results, out):
     """Write results.md and its picture from the stored results."""
-    parts = ["# What it costs, measured", "Made by `python benchmarks/run.py`, medians of systems that ran in turn."]
+    parts = [
+        "# What it costs, measured",
+        "Made by `python benchmarks/run.py`, medians of systems that ran in turn. "
+        "`spread` is (slowest - fastest) / median of a system's rounds; `product beside` is the rate of a float32 "
+        "product of side 1024 in the same rounds, GFLOP/s: far below its section's limit, the machine had other work.",
+    ]
     for name, section in results.items():
         found = ", ".join(f"{key} {cell(value)}" for key, value in section["limits"].items())
         date = f", {section['date']}" if "date" in section else ""  # not in results of before it was noted
-        parts += [f"## {TITLES[name]}", f"{section['machine']}{date}. Limits measured in the same run: {found} "
+        took = f" Took {section['took'] / 60:.0f} min." if "took" in section else ""  # nor in these
+        parts += [f"## {TITLES[name]}", f"{section['machine']}{date}.{took} Limits measured in the same run: {found} "
                   "(GFLOP/s of products, GB/s of copying and reading).", NOTES[name]]  # fmt: skip
         for title, rows in section["tables"].items():
             parts += [f"### {title[0].upper() + title[1:]}", table(rows)]
@@ -188,13 +195,13 @@ def main(argv=None):
     results = read_json(stored) if stored.is_file() else {}
     for name in args.only:
         print(f"{name} ...", flush=True)
-        section = SECTIONS[name]
+        section, began = SECTIONS[name], time.monotonic()
         tables = section.run(device, args.repeats, args.quick)
         if hasattr(section, "memory") and device.type == "cpu" and not args.quick:
             tables["peak memory"] = section.memory()
         results[name] = {
             "machine": describe_machine(device), "date": datetime.date.today().isoformat(),
-            "limits": measure.limits(device, side), "tables": tables,
+            "took": time.monotonic() - began, "limits": measure.limits(device, side), "tables": tables,
         }  # fmt: skip
         results = {name: results[name] for name in SECTIONS if name in results}
         write_json(stored, results)

@@ -114,11 +114,12 @@ def measure_captions(checkpoint, exported, photos, repeats):
         ],
         ("runtime int8", "pictures"): lambda: [theirs.captions([path])[0][0] for path in photos],
     }
-    seconds, captions = interleave(work, repeats, torch.device("cpu"))
-    assert all(len(found.tokens) == DECODING.entry_length for group in captions.values() for found in group)
+    timed = interleave(work, repeats, torch.device("cpu"))
+    seconds = timed.seconds
+    assert all(len(found.tokens) == DECODING.entry_length for group in timed.results.values() for found in group)
     return [
         {"system": system, "from": source, "tokens": DECODING.entry_length, "ms/caption": took / IMAGES * 1e3,
-         "x torch": took / seconds["torch int8", source]}
+         "x torch": took / seconds["torch int8", source]} | timed.quality((system, source))
         for (system, source), took in seconds.items()
     ]  # fmt: skip
 

@@ -47,7 +47,7 @@ def run(device, repeats, quick):
     for name in commands:
         work[name, "help"] = functools.partial(start, (f"{name}.py", "--help"))
         work[name, "refusal"] = functools.partial(start, (f"{name}.py", "--batch_sise", "4"), REFUSED)
-    seconds, _ = interleave(work, repeats, device)
+    seconds = interleave(work, repeats, device).seconds
     rows = [
         {"command": name, "--help, s": seconds[name, "help"], "a wrong flag, s": seconds[name, "refusal"],
          "MiB": resident((f"{name}.py", "--help"))} for name in commands

@@ -78,5 +78,5 @@ def trained(store, shape, device, repeats):
     training = TrainingConfig(data="", bs=BATCH, warmup_steps=0, mixed_precision="bf16")
     trainer = Trainer(model, CrossEntropy(dataset), training, device)
     groups = trainer.epoch_batches()
-    seconds, _ = interleave({"": lambda: trainer.train_step(next(groups))}, repeats, device)
-    return BATCH / seconds[""]
+    timed = interleave({"": lambda: trainer.train_step(next(groups))}, repeats, device)
+    return BATCH / timed.seconds[""]

@@ -49,12 +49,13 @@ def run(device, repeats, quick):
 
         work = {f"{library} fp32": plain}
         work |= {name: lambda e=encoder, x=pixels: e.encode_images(x) for name, encoder in encoders.items()}
-        seconds, found = interleave(work, repeats, device)
+        timed = interleave(work, repeats, device)
+        seconds, found = timed.seconds, timed.results
         reference = found[f"{library} fp32"]
         for name, took in seconds.items():
             difference = (found[name] - reference).abs().max() / reference.abs().max()
             rows.append({
                 "tower": title, "system": name, "images/s": batch / took,
                 "x library": seconds[f"{library} fp32"] / took, "largest difference": difference.item(),
-            })  # fmt: skip
+            } | timed.quality(name))  # fmt: skip
     return {f"batches of {batch}": rows}

@@ -83,12 +83,13 @@ def run(device, repeats, quick):
             systems[f"ours {dtype}, grouped by length"] = make_ours(variant, dtype, device, grouped=True)
             if dtype == "bf16" and VARIANTS[variant][1]:
                 systems["ours bf16, --load_in 16bit"] = make_ours(variant, dtype, device, load_in="16bit")
-            seconds, _ = interleave(systems, repeats, device)
+            timed = interleave(systems, repeats, device)
+            seconds = timed.seconds
             for name, each in seconds.items():
                 rows.append({
                     "beside": dtype, "system": name, "s/step": each, "captions/s": BATCH / each,
                     "x plain fp32": seconds["plain fp32"] / each,
-                })  # fmt: skip
+                } | timed.quality(name))  # fmt: skip
         tables[variant] = rows
     return tables
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import mean_loss
 
-from benchmarks import captioning, plain, run, training, workload
+from benchmarks import captioning, measure, plain, profiling, run, training, workload
 from models.settings import BEAM, DecodingConfig
 from utils.files import read_json
 
@@ -61,6 +61,30 @@ def test_results_are_lines_of_a_table(tmp_path):
     assert {(line["section"], line["table"], line["date"], line["machine"]) for line in lines} == {
         ("tokens", "batch", "2026-01-02", "a CPU")
     }
+
+
+def test_a_loaded_machine_is_seen_beside_each_system(monkeypatch):
+    """Medians of the rounds after the first, their spread, and the rate of a product of side 1024 in them."""
+    took = iter([9, 9, 9, 0.5, 1, 2, 0.5, 2, 2, 1.0, 3, 4])  # per round: the product, both systems
+    monkeypatch.setattr(measure, "_timed", lambda work, device: (next(took), work()))
+    timed = measure.interleave({"a": lambda: "x", "b": lambda: "y"}, 3, CPU)
+    assert timed.seconds == {"a": 2, "b": 2} and timed.results == {"a": "x", "b": "y"}
+    assert timed.quality("b") == {"spread": 1, "product beside": 2 * 1024**3 / 0.5 / 1e9}
+
+
+@pytest.mark.slow
+def test_profiles_tell_where_the_time_goes(small, tmp_path):
+    """The shares of a cell are those of all of its time, and tables of other names stay."""
+    for name in ("before", "now"):
+        profiling.main(["--quick", "--name", name, "--out", str(tmp_path)])
+    tables = read_json(tmp_path / "profile.json")
+    assert list(tables) == ["before", "now"]
+    rows = tables["now"]["rows"]
+    assert {row["cell"].split(",")[0] for row in rows} == {"captioning", "extraction", "training"}
+    for row in rows:
+        shares = [value for name, value in row.items() if name not in ("cell", "ms")]
+        assert sum(shares) == pytest.approx(100) and min(shares) >= 0 and row["products"] > 1
+    assert "## Before" in (tmp_path / "profile.md").read_text()
 
 
 @pytest.mark.slow
