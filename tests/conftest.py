@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from demo.world.train_gpt2 import train_bpe
+from training.log import TrainingLog
 from utils.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,19 @@ torch.set_num_threads(1)  # the models are too small for more
 # A first backward pass starts a thread for each kind of device that is known, and a forked process cannot train where
 # there is one. Exports make up a GPU (torch's FakeTensorMode), so the first backward pass is now, before them.
 torch.ones(1, requires_grad=True).sum().backward()
+
+
+def slow_but(values, *quick):
+    """Return a test's parameters, all but the `quick` ones among the slow tests: they prove the same of other parts."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.fixture(autouse=True)
+def small_plots():
+    """A pixel where a small training would draw its loss, which takes a third of its time; session fixtures draw it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLog, "plot", lambda _log, path: Image.new("L", (1, 1)).save(path))
+        yield
 
 
 def mean_loss(model, tokens, clip_embedding, lengths):

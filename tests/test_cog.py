@@ -138,6 +138,7 @@ def test_schema_has_the_predecessors_inputs(port):
     assert {"coco", "conceptual-captions"} <= set(schema["components"]["schemas"]["model"]["enum"])
 
 
+@pytest.mark.slow
 def test_own_captioner_and_number_type():
     """What the flags name is what captions."""
     expected = Captioner("demo", device="cpu", dtype="bf16")

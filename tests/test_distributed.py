@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, captions_of, checked, read_log, run_script, train, train_command
+from conftest import ROOT, captions_of, checked, read_log, run_script, slow_but, train, train_command
 from test_readme import twelve_layers, workplace  # noqa: F401, fixtures
 from test_scripts import equal, one_line_error, parse, weights
 from torch.distributed import TCPStore
@@ -154,7 +154,7 @@ def test_sharded_is_one_process(store, still, tmp_path):
     assert close(weights(two), weights(one))
 
 
-@pytest.mark.parametrize("flags", ([], ["--fsdp", "--only_prefix"]), ids=("data parallel", "sharded"))
+@pytest.mark.parametrize("flags", slow_but(([], ["--fsdp", "--only_prefix"]), []), ids=("data parallel", "sharded"))
 def test_two_processes_resume_exactly(store, language_model, tmp_path, flags):
     """With dropout, stopped in the middle of an epoch: the weights of a run that was never stopped, bit for bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -197,7 +197,7 @@ def test_sharded_with_validation_and_resume_at_an_epochs_end(store, still, tmp_p
         assert close(weights(folder), weights(one))
 
 
-@pytest.mark.parametrize("step", (3, 6), ids=("middle", "end"))
+@pytest.mark.parametrize("step", slow_but((3, 6), 3), ids=("middle", "end"))
 def test_one_process_state_goes_on_sharded(store, still, tmp_path, step, monkeypatch):
     """Begun on one device, stopped in the middle of an epoch or after its last step."""
     one, two = tmp_path / "one", tmp_path / "two"

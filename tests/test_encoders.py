@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import transformers
-from conftest import run_script, train
+from conftest import run_script, slow_but, train
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -383,7 +383,7 @@ def named(open_clip_folder, hf_folder, tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("family", ("open_clip", "timm", "hf", "vision"))
+@pytest.mark.parametrize("family", slow_but(("open_clip", "timm", "hf", "vision"), "open_clip", "vision"))
 def test_from_images_to_captions(family, named, photos, language_model, clip_file, tmp_path):
     """The captioner's json leads to its encoder; another one, or one whose weights have changed, is refused."""
     name, store = named[family], tmp_path / "s.pkl"
@@ -544,7 +544,7 @@ def test_blip2_from_images_to_captions(hf_folder, photos, opt_folder, tmp_path):
     assert said == [as_line(group[0].text.strip()) for group in groups]
 
 
-@pytest.mark.parametrize("family", ("open_clip", "timm", "hf"))
+@pytest.mark.parametrize("family", slow_but(("open_clip", "timm", "hf"), "open_clip"))
 def test_patches_from_images_to_captions(family, named, photos, language_model, tmp_path):
     """The captioner loads its encoder for tokens, whatever the encoder."""
     images = ("--annotations", photos / "captions.csv", "--images", photos, "--num_workers", 0)

@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import mean_loss, read_log, run_script, train, train_command
+from conftest import mean_loss, read_log, run_script, slow_but, train, train_command
 from test_OPT import FAMILIES, small
 from test_scripts import equal, one_line_error, predict, weights
 
@@ -91,18 +91,17 @@ def test_bad_flags(store, language_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_offload_changes_nothing(store, language_model, photos, tmp_path):
+@pytest.mark.parametrize("more", slow_but(([], ["--gradient_checkpointing"]), []), ids=("plain", "checkpointing"))
+def test_offload_changes_nothing(store, language_model, photos, tmp_path, more):
     """Half of the language model lies on the disk: the same losses, checkpoint and captions."""
     offload = ["--pn", "auto", "--max_memory", "45KB", "--offload_dir", tmp_path / "disk", "--device", "cpu"]
     flags = ["--only_prefix", "--mapping_type", "transformer", "--num_layers", 2]
     train(store, language_model, tmp_path / "plain", *flags)
-    for more in ([], ["--gradient_checkpointing"]):
-        out = tmp_path / f"offloaded{len(more)}"
-        done = train(store, language_model, out, *flags, *offload, *more)
-        assert "parts on disk" in done.stderr
-        assert equal(weights(out), weights(tmp_path / "plain"))
-    captions = [predict(photos, "--checkpoint", tmp_path / "plain" / "run_latest.pt", *more).stdout
-                for more in ([], offload)]  # fmt: skip
+    done = train(store, language_model, tmp_path / "offloaded", *flags, *offload, *more)
+    assert "parts on disk" in done.stderr
+    assert equal(weights(tmp_path / "offloaded"), weights(tmp_path / "plain"))
+    captions = [predict(photos, "--checkpoint", tmp_path / "plain" / "run_latest.pt", *flags).stdout
+                for flags in ([], offload)]  # fmt: skip
     assert captions[0] == captions[1] and captions[0].count("\t") == 12
 
 
@@ -126,6 +125,7 @@ def test_gradient_checkpointing(family, only_prefix):
     assert held[1] < held[0]
 
 
+KILLS = 20
 MODES = {
     "mlp": [],
     "transformer": ["--mapping_type", "transformer", "--num_layers", 2, "--only_prefix"],
@@ -136,7 +136,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_but(MODES, "mlp", "lora", "fp16"))
 def test_resume_is_exact_in_every_mode(store, language_model, tmp_path, monkeypatch, mode):
     resume_exactly(store, language_model, tmp_path, monkeypatch, *MODES[mode])
 
@@ -165,8 +165,8 @@ def resume_exactly(store, language_model, folder, monkeypatch, *flags):
     return parts
 
 
-@pytest.mark.parametrize("times", (4, pytest.param(20, marks=pytest.mark.slow)))
-def test_killed_at_random_moments(store, language_model, tmp_path, times):
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(store, language_model, tmp_path):
     """SIGKILL at random moments: every restart works, no checkpoint is ever unreadable, the end is the same."""
     flags = ["--epochs", 6, "--save_steps", 1, "--lora_rank", 2]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -177,7 +177,7 @@ def test_killed_at_random_moments(store, language_model, tmp_path, times):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         os._exit(run_script(*train_command(store, language_model, parts, *flags, "--resume"), check=None).returncode)
 
-    while kills < times:
+    while kills < KILLS:
         process = multiprocessing.get_context("fork").Process(target=work)
         process.start()
         before = state.stat().st_mtime_ns if state.exists() else 0
@@ -199,4 +199,4 @@ def test_killed_at_random_moments(store, language_model, tmp_path, times):
             shutil.rmtree(parts)
     train(store, language_model, parts, *flags, "--resume")
     assert equal(weights(parts), weights(whole)) and len(read_log(parts)) == 36
-    assert len(steps) >= times // 2  # the kills were spread over the run
+    assert len(steps) >= KILLS // 2  # the kills were spread over the run

@@ -244,6 +244,7 @@ def test_outputs_that_belong_to_something_else(checkpoint, photos, tmp_path):
     assert before == (tmp_path / "other.json").read_bytes() == checkpoint.with_name("run.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_show_a_name(checkpoint, tmp_path):
     """A terminal without UTF-8 gets escapes, and the file is whole."""
     folder = pictures(tmp_path / "p", "café.jpg", b"caf\xe9.jpg")

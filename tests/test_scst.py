@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import EMBED_DIM, captions_of, read_log, run_script, train
+from conftest import EMBED_DIM, captions_of, read_log, run_script, slow_but, train
 from test_distributed import launch, losses
 from test_scripts import one_line_error, weights
 
@@ -258,7 +258,7 @@ def test_a_caption_that_was_cut_has_no_end():
 # ---- the command
 
 
-@pytest.mark.parametrize("reward", REWARDS)
+@pytest.mark.parametrize("reward", slow_but(REWARDS, "cider+clip"))
 def test_training(taught, store, tmp_path, reward):
     scst(taught, store, tmp_path, "--reward", reward, "--epochs", 5, "--lr", 5e-3, "--kl", 0.01, "--val_data", store)
     log = [entry for entry in read_log(tmp_path) if "loss" in entry]

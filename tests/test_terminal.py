@@ -11,7 +11,7 @@ import sys
 import termios
 
 import pytest
-from conftest import ROOT, run_process, run_script
+from conftest import ROOT, run_process, run_script, slow_but
 
 SCRIPTS = ("parse_coco", "train", "train_OPT", "predict", "predict_OPT", "predict_nice", "evaluate")
 DEMO = ("predict.py", "demo/images", "--checkpoint", "demo", "--batch_size", "2")
@@ -109,7 +109,7 @@ WORDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("script", WORDS)
+@pytest.mark.parametrize("script", slow_but(WORDS, "parse_coco"))
 def test_nobody_reads_the_output(script, tmp_path):
     """As after `| head -1`: the command ends with 141, without a word of it."""
     rows = "".join(f"none{n}.jpg,a caption\n" for n in range(3))

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, train, train_command
+from conftest import run_script, slow_but, train, train_command
 from test_distributed import launch, losses
 from test_distributed import still as still
 from test_large_models import resume_exactly
@@ -208,7 +208,7 @@ def test_damaged_stores(patches, language_model, parse, tmp_path):
 # ---- training and captioning
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", slow_but(NETWORKS, "mlp", "resampler"))
 def test_from_tokens_to_captions(patches, photos, language_model, tmp_path, network):
     """Trained, stopped, resumed exactly; captions alike by image and in batches."""
     with pytest.MonkeyPatch.context() as patch:
