@@ -26,7 +26,7 @@ from features.store_files import check_there
 from features.tars import expand_tars, names_tars
 from models.captioner_files import captioner_files, check_captioner, stored_decoding
 from models.made_by import check_bulk, is_bulk, made_by
-from models.pretrained import NAMES
+from models.pretrained import DEMO, PRETRAINED
 from models.settings import BEAM, DECODERS, GREEDY, NO_RERANK, RERANKS, SAMPLE, DecodingConfig
 from utils.cli import Parser, late_imports, non_negative_int, positive_float, positive_int, run
 from utils.flags import add_device_flags, add_dtype_flag, add_max_pixels_flag, check_offloading
@@ -79,7 +79,8 @@ def add_captioner_flags(parser, decoding):
     model = parser.add_argument_group("captioner")
     model.add_argument(
         "--checkpoint", default="coco",
-        help=f"{', '.join(NAMES)}, a file, or ORG/NAME[@REVISION] of the Hugging Face Hub (default: coco)",
+        help=f"{', '.join(PRETRAINED)} (for photos; fetched once), {DEMO} (for synthetic scenes), a file, or "
+        "ORG/NAME[@REVISION] of the Hugging Face Hub (default: coco)",
     )  # fmt: skip
     add_parts_flags(model)
     add_decoding_flags(parser, decoding)
@@ -126,8 +127,10 @@ def add_decoding_flags(parser, decoding):
         "length_penalty", "exponent of the length in a beam's mean log-probability; above 1 favours long captions",
         type=float,
     )  # fmt: skip
-    group.add_argument("--top_p", type=positive_float, help="sample from this much of the probability")
-    add("temperature", "of sampling", type=positive_float)
+    group.add_argument(
+        "--top_p", type=positive_float, help="sample from the likeliest tokens that together have this probability"
+    )
+    add("temperature", "of sampling; below 1 keeps to the likely, above 1 varies more", type=positive_float)
     add("num_captions", "captions per image", type=positive_int)
     add("seed", "of sampling", type=non_negative_int)
     add("entry_length", "tokens at most", type=positive_int)

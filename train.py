@@ -42,8 +42,10 @@ def get_parser(length=10):
     files.add_argument("--save_steps", type=positive_int, default=10_000, help="steps between saves to resume from")
     model = parser.add_argument_group("model")
     model.add_argument("--language_model", default="gpt2", help="name on the hub, or folder")
-    model.add_argument("--only_prefix", action="store_true", help="train the mapping network only")
-    model.add_argument("--mapping_type", choices=MAPPING_OPTIONS, default="mlp", help="mapping network")
+    model.add_argument(
+        "--only_prefix", action="store_true", help="train the mapping network only; the language model stays as it is"
+    )
+    model.add_argument("--mapping_type", choices=MAPPING_OPTIONS, default="mlp", help="network between CLIP and prefix")
     model.add_argument(
         "--prefix_length", type=positive_int,
         help=f"prefix positions (default: {length}; of the mlp on tokens, one for each token)",
