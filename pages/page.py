@@ -13,17 +13,32 @@ from starlette.responses import JSONResponse
 
 from pages.errors import FAILED, MALFORMED, Refused, Unexplained, told
 from pages.fragments import EMPTY, HEAD, STYLE, captions_html, note_html, prefix_html, words_html
+from pages.look import theme
 from pages.paths import PathsHidden
 from pages.service import RANGES
-from pages.steps import ASK_WHY, FORGET, SHOW_CAPTIONS, SHOW_WHY, WHY_FAILED
+from pages.steps import ASK_WHY, FORGET, LOOK, SHOW_CAPTIONS, SHOW_WHY, WHY_FAILED, name_things
 from utils.cli import note
 
-SAMPLES = Path(__file__).resolve().parent.parent / "demo" / "images"
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = {  # picture: what who does not see it is told
+    "demo/images/200002.jpg": "A red circle and a purple heart on grass",
+    "demo/images/200003.jpg": "A red star and a silver star on snow",
+    "demo/images/200005.jpg": "A green square and two yellow rings on a brick wall",
+    "demo/images/200006.jpg": "An orange circle and a purple heart on snow",
+    "demo/images/200011.jpg": "Two purple circles and a yellow ring on a brick wall",
+    "demo/images/200015.jpg": "A red square and an orange circle on a brick wall",
+    "demo/images/200021.jpg": "A yellow square and a white heart on grass",
+    "demo/images/200023.jpg": "A purple square and two green hearts on sand",
+    "demo/images/200036.jpg": "A white square and two red triangles at night",
+    "demo/images/200041.jpg": "Three green circles at night",
+}
+API = """Captions of a picture, best first, with their scores. Give your own picture's path in the place of
+demo/images/…, which lies in the repository; in JavaScript give its bytes, a Blob. Pictures are not fetched from
+addresses. Without a client: curl --data-binary @photo.jpg SERVER/caption"""
 PRIVATE = {"api_visibility": "private"}
 OWN = 8  # threads of the page itself
 KEPT_SECONDS = 3600  # uploads are deleted after that long
 TYPE = re.compile(r" \(type: <class '\w+'>\)")  # what gradio says besides of a value that is not offered
-FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none is fetched
 
 
 class Page(gr.Blocks):
@@ -60,14 +75,18 @@ def build_page(service, queue_size):
             with gr.Column(scale=4, min_width=300):
                 image, options, button = _inputs(service)
             with gr.Column(scale=7, min_width=300):
-                captions = gr.HTML(EMPTY)
+                captions = gr.HTML(EMPTY, elem_id="cc-captions")
                 with gr.Column(visible=False) as why:
-                    chosen = gr.Dropdown(
-                        label="Caption to explain: pick one, or write your own", allow_custom_value=True
-                    )
+                    chosen = gr.Radio([], label="Caption to explain", elem_id="cc-chosen")
+                    own = gr.Textbox(
+                        label="or a caption of your own", placeholder="Write one", submit_btn="Explain",
+                        elem_id="cc-own",
+                    )  # fmt: skip
+                    chosen.preprocess = own.preprocess  # any text: only the browser knows what there is to choose
                     words, prefix = gr.HTML(), gr.HTML()
         _endpoint(service, image, options)
-        _events(service, image, options, button, (captions, why, chosen, words, prefix))
+        _events(service, image, options, button, (captions, why, chosen, own, words, prefix))
+        page.load(None, js=name_things(list(SAMPLES.values())), **PRIVATE)
     return page.queue(max_size=queue_size)
 
 
@@ -76,7 +95,7 @@ def _endpoint(service, image, options):
     # so many enter at once; the others wait in gradio's queue
     gr.Button(visible=False).click(
         _captioning(service), [image, *options], gr.JSON(visible=False, label="captions"), api_name="caption",
-        concurrency_limit=service.at_once, concurrency_id="caption",
+        api_description=API, concurrency_limit=service.at_once, concurrency_id="caption",
     )  # fmt: skip
 
 
@@ -84,18 +103,19 @@ def _events(service, image, options, button, shown):
     """Lay down what follows what; see steps.py for the browser's part.
 
     Args:
-        shown: the components that show captions, hold the explanations, choose a caption, show words and prefix.
+        shown: the components that show captions, hold the explanations, choose a caption, take one's own, show words
+            and prefix.
     """
-    captions, _, chosen, words, prefix = shown
+    captions, _, chosen, own, words, prefix = shown
     ticket, why_ticket = gr.Textbox(visible=False), gr.Textbox(visible=False)
     answer, reason = gr.JSON(visible=False), gr.JSON(visible=False)
 
     def browser(event, js, inputs, outputs):
         return event(None, inputs, outputs, js=js, trigger_mode="multiple", **PRIVATE)
 
-    def explain(event):
+    def explain(event, text):
         asked = event(
-            _explaining(service), [image, options[0], chosen, why_ticket], reason, concurrency_id="why",
+            _explaining(service), [image, options[0], text, why_ticket], reason, concurrency_id="why",
             trigger_mode="multiple", show_progress_on=words, **PRIVATE,
         )  # fmt: skip
         browser(asked.success, SHOW_WHY, [reason, why_ticket], [words, prefix])
@@ -108,8 +128,12 @@ def _events(service, image, options, button, shown):
         _showing(service), [image, *options, ticket], answer, concurrency_limit=service.at_once,
         concurrency_id="caption", trigger_mode="multiple", show_progress_on=captions, **PRIVATE,
     )  # fmt: skip
-    explain(browser(asked.success, SHOW_CAPTIONS, [answer, ticket], [why_ticket, *shown]).success)
-    explain(browser(chosen.input, ASK_WHY, [], [why_ticket, words, prefix]).success)
+    browser(asking.success, LOOK, [], [])
+    arrived = browser(asked.success, SHOW_CAPTIONS, [answer, ticket], [why_ticket, *shown])
+    browser(arrived.success, LOOK, [], [])
+    explain(arrived.success, chosen)
+    explain(browser(chosen.input, ASK_WHY, [], [why_ticket, words, prefix, own]).success, chosen)
+    explain(browser(own.submit, ASK_WHY, [], [why_ticket, words, prefix, chosen]).success, own)
 
 
 def _inputs(service):
@@ -126,11 +150,13 @@ def _inputs(service):
         return await to_cache(path)
 
     image.async_move_resource_to_block_cache = uploads_only
-    gr.Examples(
-        sorted(map(str, SAMPLES.iterdir())), image, label="or pick one", elem_id="cc-samples", api_visibility="private"
-    )
+    sample = next(iter(SAMPLES))
+    image.example_payload = lambda: {"path": sample, "url": sample, "meta": {"_type": "gradio.FileData"}}
+    image.api_info()["additional_description"] = "A file; addresses are not fetched."
+    samples = [str(ROOT / path) for path in SAMPLES]
+    gr.Examples(samples, image, label="or pick one", elem_id="cc-samples", api_visibility="private")
     button = gr.Button("Caption", variant="primary")
-    model = gr.Dropdown(
+    model = gr.Radio(
         service.models, value=service.models[0], label="Model",
         info="demo knows only made scenes like the ones above; coco, conceptual and coco-transformer know photos and "
         "are fetched once",
@@ -232,17 +258,6 @@ def _failure(request, error):
 HANDLERS = {HTTPException: _refusal, RequestValidationError: _malformed, Exception: _failure}
 
 
-def _theme():
-    """Return gradio's soft theme with quieter labels and the system's own letters."""
-    theme = gr.themes.Soft(primary_hue="orange", neutral_hue="stone", font=FONT, font_mono=("monospace",))
-    plain = {"background_fill": "transparent", "text_color": "*body_text_color", "padding": "0"}
-    return theme.set(
-        **{f"block_title_{name}": value for name, value in plain.items()},
-        block_label_background_fill="*background_fill_primary", block_label_text_color="*body_text_color",
-        block_info_text_color="*neutral_600", body_background_fill="*neutral_50",
-    )  # fmt: skip
-
-
 def launch(page, route, host, port, max_upload_mb, at_once):
     """Serve a page until Ctrl-C.
 
@@ -259,7 +274,7 @@ def launch(page, route, host, port, max_upload_mb, at_once):
     try:
         _, address, _ = page.launch(
             server_name=host, server_port=port, max_file_size=size, max_threads=at_once + OWN, share=False,
-            ssr_mode=False, prevent_thread_lock=True, quiet=True, theme=_theme(), css=STYLE, footer_links=["api"],
+            ssr_mode=False, prevent_thread_lock=True, quiet=True, theme=theme(), css=STYLE, footer_links=["api"],
             app_kwargs={"middleware": [limit, hidden], "routes": [route], "exception_handlers": HANDLERS},
         )  # fmt: skip
     except OSError:

@@ -12,19 +12,20 @@ SAME = "{__type__: 'update'}"  # leaves a component as it is
 DRAWN = "String(Math.random())"
 EMPTY_JS, EXPLAINING_JS = json.dumps(EMPTY), json.dumps(EXPLAINING)
 
-# -> ticket, ticket of the explanation, captions, panel of explanations, caption to explain, words, prefix
+# -> ticket, ticket of the explanation, captions, panel of explanations, caption to explain, one's own, words, prefix
 FORGET = f"""() => [{DRAWN}, '', {EMPTY_JS}, {{visible: false, __type__: 'update'}},
-  {{choices: [], value: null, __type__: 'update'}}, '', '']"""
+  {{choices: [], value: null, __type__: 'update'}}, '', '', '']"""
 
-# answer, ticket -> ticket of the explanation, captions, panel of explanations, caption to explain, words, prefix
+# answer, ticket -> ticket of the explanation, captions, panel of explanations, caption to explain, one's own, words,
+# prefix
 SHOW_CAPTIONS = f"""(answer, ticket) => answer?.ticket === ticket
   ? [{DRAWN}, answer.captions, {{visible: true, __type__: 'update'}},
      {{choices: answer.texts.map(text => [text, text]), value: answer.texts[0], __type__: 'update'}},
-     {EXPLAINING_JS}, '']
-  : Array(6).fill({SAME})"""
+     '', {EXPLAINING_JS}, '']
+  : Array(7).fill({SAME})"""
 
-# -> ticket of the explanation, words, prefix
-ASK_WHY = f"() => [{DRAWN}, {EXPLAINING_JS}, '']"
+# -> ticket of the explanation, words, prefix, and the other way to choose a caption, which is the chosen one no more
+ASK_WHY = f"() => [{DRAWN}, {EXPLAINING_JS}, '', null]"
 
 # answer, ticket of the explanation -> words, prefix
 SHOW_WHY = f"""(answer, ticket) => answer?.ticket && answer.ticket === ticket
@@ -32,3 +33,22 @@ SHOW_WHY = f"""(answer, ticket) => answer?.ticket && answer.ticket === ticket
 
 # words -> words: what was to be explained could not be
 WHY_FAILED = f"words => words === {EXPLAINING_JS} ? '' : words"
+
+# scrolls to the captions where they are out of sight, as below a phone's screen
+LOOK = """() => {
+  const panel = document.querySelector('#cc-captions'), top = panel.getBoundingClientRect().top
+  if (top < 0 || top > innerHeight / 2) panel.scrollIntoView()
+}"""
+
+
+def name_things(samples):
+    """Return what gives sample pictures their names, and has screen readers say captions when they come.
+
+    Args:
+        samples: descriptions of the sample pictures, in their order.
+    """
+    return f"""() => {{
+  const names = {json.dumps(samples)}
+  document.querySelectorAll('#cc-samples button').forEach((button, i) => button.setAttribute('aria-label', names[i]))
+  document.querySelector('#cc-captions').setAttribute('aria-live', 'polite')
+}}"""

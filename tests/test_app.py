@@ -1,9 +1,7 @@
 """The page in a headless browser, and its endpoint under a hundred requests, bad ones and too large ones."""
 
-import collections
 import json
 import os
-import queue
 import re
 import signal
 import socket
@@ -21,8 +19,6 @@ import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
-from pages.fragments import STYLE
-from pages.service import Explanation
 from predict import Predictor
 
 gradio = pytest.importorskip("gradio", reason='the page needs gradio: pip install -e ".[app]"')
@@ -90,7 +86,7 @@ def test_page(server, browser):
         page.wait_for_function(f"getComputedStyle(document.querySelector('img.{number}')).opacity == 1")
         assert page.locator(f"span.{number}").inner_text().startswith("With the brightest region hidden")
     assert page.locator(".cc-prefix li").count() == 10
-    own = page.get_by_label("Caption to explain")
+    own = page.get_by_label("or a caption of your own")
     own.fill("A <b>${1 + 1}</b> star.")
     own.press("Enter")
     page.wait_for_selector(".cc-words label:text-is('star')")
@@ -180,6 +176,16 @@ def test_the_best_of_candidates_come_first(client):
     assert means == sorted(means, reverse=True) and "score" not in beams[0]
 
 
+def test_the_sample_of_the_api_page_runs(server):
+    """As printed, in the repository's folder."""
+    endpoint = json.loads(fetch(f"{server[0]}/gradio_api/info")[1])["named_endpoints"]["/caption"]
+    sample = endpoint["code_snippets"]["python"]
+    done = subprocess.run([sys.executable, "-c", sample], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "'caption': 'There is a large purple heart" in done.stdout, done.stderr
+    told = json.dumps([endpoint["code_snippets"], endpoint["parameters"][0]["python_type"], endpoint["description"]])
+    assert "https" not in told and "URL" not in told and told.count("not fetched") == 2
+
+
 def test_files_of_the_server_are_not_read(server):
     """A request may name what was uploaded, not any path."""
     image = {"path": str(SAMPLES[0]), "meta": {"_type": "gradio.FileData"}}
@@ -236,7 +242,7 @@ def test_every_error_is_one_line_for_visitors(server):
         (["x", "demo", *rest], "the request is malformed"),
         ([elsewhere, "demo", *rest], "the request is malformed"),
         ([image], "the request is malformed"),
-        ([image, ["demo"], *rest], "the model is one of demo_latest, demo, coco"),
+        ([image, ["demo"], *rest], "Value: ['demo'] is not in the list of choices: ['demo_latest', 'demo', 'coco'"),
         ([image, "coco", *rest], "the model coco cannot be loaded on this server: choose another"),
         ([image, "demo", "no", *rest[1:]], "Value: 'no' is not in the list of choices"),
         ([image, "demo", "sample", 3, 0.8, 1, None], "captions, top_p, temperature and seed are numbers"),
@@ -285,145 +291,6 @@ class SlowService:
     def caption(self, image, model, decoding):
         self.gate.wait(30)
         return []
-
-
-class GatedService:
-    """Says which model and picture it was asked about, when their gate is open."""
-
-    models, methods, at_once = ["demo", "other", "broken"], {"greedy": "greedy", "sampling": "sample"}, 4
-
-    def __init__(self):
-        self.gates = collections.defaultdict(threading.Event)
-        self.asked = queue.Queue()
-
-    def decoding(self, *values):
-        return values
-
-    def answer(self, *question):
-        self.asked.put(question)
-        self.gates[question].wait(30)
-
-    def caption(self, image, model, decoding):
-        self.answer("caption", model, Path(image).stem)
-        if model == "broken":
-            raise OSError(2, "no such file", "/home/me/broken.pt")
-        texts = (f"{word} {model} {Path(image).stem}" for word in ("first", "second"))
-        return [{"caption": text, "logprob": -0.5, "clip_score": 0.7} for text in texts]
-
-    def explain(self, image, model, text):
-        self.answer("explain", text)
-        return Explanation(Image.new("RGB", (8, 8)), text.split(), np.ones((3, 8, 8)), np.ones(3), [[("a", 0.5)]])
-
-
-@pytest.fixture
-def gated(browser):
-    """A page of a GatedService in the browser; yields (service, page)."""
-    from pages.page import build_page
-
-    service = GatedService()
-    blocks = build_page(service, queue_size=9)
-    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, server_port=None, ssr_mode=False, css=STYLE)
-    try:
-        page = browser.new_page()
-        page.goto(address)
-        yield service, page
-    finally:
-        for gate in list(service.gates.values()):
-            gate.set()
-        page.close()
-        blocks.close()
-
-
-def pick(page, number):
-    """Pick a sample picture; returns its name."""
-    page.locator("#cc-samples button").nth(number).click()
-    name = SAMPLES[number].name
-    page.wait_for_function(f"document.querySelector('#cc-image img')?.src.endsWith('{name}')")
-    return SAMPLES[number].stem
-
-
-def ask(page):
-    page.get_by_role("button", name="Caption", exact=True).click()
-
-
-def choose(page, label, option):
-    page.get_by_label(label).click()
-    page.get_by_role("option", name=option).click()
-
-
-def shown(page):
-    """Return the captions and the words that the page shows."""
-    return page.locator(".cc-captions b").all_inner_texts(), page.locator(".cc-words label").all_inner_texts()
-
-
-def test_a_late_answer_is_not_shown(gated):
-    """Old captions go with their picture or model, and what was asked about them is not shown when it comes."""
-    service, page = gated
-    old, new = pick(page, 0), None
-    ask(page)
-    assert service.asked.get(timeout=20) == ("caption", "demo", old)
-    new = pick(page, 1)
-    ask(page)
-    assert service.asked.get(timeout=20) == ("caption", "demo", new)
-    service.gates["caption", "demo", new].set()
-    page.wait_for_selector(".cc-captions")
-    assert service.asked.get(timeout=20) == ("explain", f"first demo {new}")
-    service.gates["explain", f"first demo {new}"].set()
-    page.wait_for_selector(".cc-words label")
-    service.gates["caption", "demo", old].set()
-    page.wait_for_timeout(1500)
-    wanted = [f"first demo {new}", f"second demo {new}"], ["first", "demo", new]
-    assert shown(page) == wanted
-    choose(page, "Model", "other")
-    page.wait_for_selector(".cc-captions", state="detached")
-    assert shown(page) == ([], []) and not page.get_by_label("Caption to explain").is_visible()
-    choose(page, "Model", "demo")
-    ask(page)
-    page.wait_for_selector(".cc-words label")
-    assert shown(page) == wanted
-    pick(page, 2)
-    page.wait_for_selector(".cc-captions", state="detached")
-    assert shown(page) == ([], [])
-
-
-def test_a_late_explanation_is_not_shown(gated):
-    service, page = gated
-    name = pick(page, 0)
-    service.gates["caption", "demo", name].set()
-    ask(page)
-    page.wait_for_selector(".cc-captions")
-    service.gates["explain", f"second demo {name}"].set()
-    assert service.asked.get(timeout=20)[0] == "caption"
-    assert service.asked.get(timeout=20) == ("explain", f"first demo {name}")
-    choose(page, "Caption to explain", f"second demo {name}")
-    service.gates["explain", f"first demo {name}"].set()
-    page.wait_for_selector(".cc-words label")
-    assert shown(page)[1] == ["second", "demo", name]
-    choose(page, "Caption to explain", f"first demo {name}")
-    page.wait_for_selector(".cc-words label:text-is('first')")
-    service.gates["explain", f"second demo {name}"].clear()
-    choose(page, "Caption to explain", f"second demo {name}")
-    page.wait_for_selector(".cc-words label", state="detached")
-    pick(page, 1)
-    service.gates["explain", f"second demo {name}"].set()
-    page.wait_for_timeout(1500)
-    assert shown(page) == ([], [])
-
-
-def test_an_error_takes_old_captions_away(gated, capfd):
-    service, page = gated
-    name = pick(page, 0)
-    for model in ("demo", "broken"):
-        service.gates["caption", model, name].set()
-    service.gates["explain", f"first demo {name}"].set()
-    ask(page)
-    page.wait_for_selector(".cc-words label")
-    choose(page, "Model", "broken")
-    ask(page)
-    page.wait_for_selector("text=the server could not do this; its log says why")
-    assert shown(page) == ([], []) and page.get_by_text("Captions appear here.").is_visible()
-    assert not page.locator("[data-testid=status-tracker] .error:visible").count()  # it would outlast its picture
-    assert "/home/me" not in page.content() and "/home/me/broken.pt" in capfd.readouterr().err
 
 
 def test_queue_has_a_limit():

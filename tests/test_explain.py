@@ -221,7 +221,7 @@ def test_what_is_lost_without_the_picture(captioner, monkeypatch):
 def test_what_is_told_of_a_word_was_tested(region, picture, told):
     heat = np.full((1, 8, 8), region)
     page = words_html(Image.new("RGB", (8, 8)), ["red"], heat, np.array([picture]))
-    assert f'<span class="cc-told cc-0">{told}</span>' in page
+    assert f'<span class="cc-told cc-0" id="cc-told-0">{told}</span>' in page
 
 
 def test_prefix_that_is_a_word_is_read_as_it(captioner, monkeypatch):
