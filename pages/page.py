@@ -21,7 +21,7 @@ from utils.cli import note
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = {  # picture: what who does not see it is told
-    "demo/images/200002.jpg": "A red circle and a purple heart on grass",
+    "demo/images/200001.jpg": "Two purple rings and a white ring on sand",
     "demo/images/200003.jpg": "A red star and a silver star on snow",
     "demo/images/200005.jpg": "A green square and two yellow rings on a brick wall",
     "demo/images/200006.jpg": "An orange circle and a purple heart on snow",
