@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import pytest
 from conftest import ROOT, run_script
@@ -214,6 +215,18 @@ def test_servers_know_their_flags():
     for words in (words for words in COMMANDS if words[0] in SERVERS):
         pytest.importorskip("cog" if "cog" in words[0] else "gradio")
         importlib.import_module(words[0].removesuffix(".py")).get_parser().parse_args(words[1:])
+
+
+def test_endpoint_knows_what_is_asked():
+    """The query of the README's curl, by the page's own models."""
+    pytest.importorskip("gradio")
+    from pages.route import read_options
+    from pages.service import Service
+
+    [query] = re.findall(r"/caption\?([^\"]+)", (ROOT / "README.md").read_text())
+    service = Service({name: name for name in (pretrained.DEMO, *pretrained.PRETRAINED)})
+    model, method, *_ = read_options(dict(parse_qsl(query, strict_parsing=True)), service)
+    assert (model, method) == ("coco", "greedy") and model in pretrained.PRETRAINED  # a photo
 
 
 @pytest.mark.parametrize(
