@@ -3,10 +3,8 @@
 A predecessor's bare `.pt`, which has no json, is recognised by models/bare.py.
 """
 
-import contextlib
 import pickle
 import re
-import threading
 import warnings
 import zipfile
 from pathlib import Path
@@ -30,11 +28,11 @@ from models.lora import add_lora, merge_lora
 from models.placement import get_weights
 from models.settings import CaptionConfig
 from utils.files import atomic_path, disk_errors, read_json, reason
-from utils.lean import lean
+from utils.lean import lean, undrawn
 from utils.processes import is_main
 
 with lean():
-    from transformers import AutoConfig, PreTrainedModel
+    from transformers import AutoConfig
 
 FORMAT = 1  # of a run's json; files of before it had a number are read too
 # all that such a json can hold
@@ -42,7 +40,6 @@ KEYS = {"format", "model", "language_model_config", "training", "decoding", "dat
 # buffers that transformers stored before 4.31; no weights
 OLD_BUFFERS = re.compile(r"gpt\.transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 OUTPUT = "gpt.lm_head.weight"  # the output layer
-_building = threading.Lock()  # a captioner without memory: meanwhile torch and accelerate build all so
 
 
 def save_torch(path, value):
@@ -202,22 +199,10 @@ def load_captioner(checkpoint, language_model=None, normalize_prefix=None, devic
         own = model.state_dict()
         state_dict = {name: value for name, value in own.items() if not _is_trained(name)} | state_dict
     else:
-        with _building, init_empty_weights(), _undrawn():  # else all would be drawn at random, only to be overwritten
+        with undrawn(), init_empty_weights():  # else all would be drawn at random, only to be overwritten
             model = build_captioner(config, build_language_model(gpt_config))
     _fill(model, state_dict, checkpoint)
     return model.eval(), tokenizer, described is not None
-
-
-@contextlib.contextmanager
-def _undrawn():
-    """Let the body draw no weights: torch would import its compiler to do so without memory."""
-    functions = [name for name in vars(torch.nn.init) if name.endswith("_") and not name.startswith("_")]
-    places = [*((torch.nn.init, name) for name in functions), (PreTrainedModel, "initialize_weights")]
-    with contextlib.ExitStack() as undo:
-        for place, name in places:
-            undo.callback(setattr, place, name, getattr(place, name))
-            setattr(place, name, lambda tensor, *_, **__: tensor)
-        yield
 
 
 def _language_config(checkpoint, config, stored, language_model, state_dict):

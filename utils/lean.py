@@ -70,6 +70,24 @@ def lean():
         yield
 
 
+@contextlib.contextmanager
+def undrawn():
+    """Let the body build models of transformers without random weights, for those that have no memory.
+
+    To draw them without memory, torch would import its compiler. Meanwhile all threads build so, one after the other.
+    """
+    import torch
+    from transformers import PreTrainedModel
+
+    functions = [name for name in vars(torch.nn.init) if name.endswith("_") and not name.startswith("_")]
+    places = [*((torch.nn.init, name) for name in functions), (PreTrainedModel, "initialize_weights")]
+    with _one_at_a_time, contextlib.ExitStack() as undo:
+        for place, name in places:
+            undo.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, lambda tensor, *_, **__: tensor)
+        yield
+
+
 def _leave_compiler_out(undo):
     """Stand in for torch's compiler, whose decorators libraries put on functions of theirs."""
     import torch

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from utils.cli import note
 from utils.files import reason
+from utils.lean import undrawn
 
 ROWS_EXPECTED = 64  # rows that the blocks are laid out for; measured to serve 1 to 3,200 rows
 PROBED = 4  # positions that show whether a language model computes the same with other layers
@@ -245,7 +246,7 @@ def _convert_buffers(gpt, dtype):
         gpt: language model of transformers.
     """
     config = copy.deepcopy(gpt.config)  # which is changed
-    with torch.device("meta"):
+    with undrawn(), torch.device("meta"):
         types = {name: buffer.dtype for name, buffer in gpt._from_config(config, dtype=dtype).named_buffers()}
     for name, buffer in gpt.named_buffers():
         if buffer.is_floating_point():
