@@ -95,14 +95,8 @@ td.all { font-weight: 700; } tr.floor td { color: var(--quiet); font-weight: 400
 .ok { color: var(--good); } .no { color: var(--error); }
 details, details p { font-size: .85rem; color: var(--quiet); }
 .tag { color: var(--accent); border: 1px solid; border-radius: 99px; padding: .05em .6em; font-size: .75rem; }
-@media (max-width: 700px) {  /* a row is a list of what its columns are called and hold */
-  thead { display: none; } table, tbody { display: block; }
-  tr { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); padding: .4rem 0;
-    border-bottom: 1px solid var(--line); }
-  td { border: 0; padding: .15rem .75rem; text-align: left; white-space: normal; }
-  td:first-child { grid-column: 1 / -1; font-weight: 650; }
-  td[data-of]::before { content: attr(data-of) ": "; color: var(--quiet); font-weight: 400; }
-  td small { display: inline; margin-left: .4em; }
+@media (max-width: 800px) {
+  table.wide td { padding: .15rem .75rem; } td small { display: inline; margin-left: .4em; }
   .grid .card { flex-direction: column; } .grid img { width: 100%; height: auto; }
 }
 """
@@ -143,7 +137,8 @@ def figure_table(results):
         rows.append(f'<tr class="group"><td colspan="{len(COLUMNS) + 1}">{part} ({number:,} scenes)</td></tr>')
         rows += [_figure_row(n, f[part], "floor" if n == FLOOR else "") for n, f in results.items()]
     body = "".join(rows)
-    return f'<div class="card"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    head = f"<thead><tr><td></td>{head}</tr></thead>"
+    return f'<div class="card"><table class="wide">{head}<tbody>{body}</tbody></table></div>'
 
 
 def scene_card(record, image, said, verdicts, references):

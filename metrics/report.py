@@ -16,9 +16,8 @@ TOKENIZERS = {"java": "Stanford PTBTokenizer", "python": "Penn Treebank, without
 STYLE = (
     PAGE
     + """
-.scroll { overflow-x: auto; }
-th, td { padding: .35rem .9rem .35rem 0; }
-td.value { font-weight: 600; }
+th, td { padding: .35rem .9rem .35rem 0; } td { overflow-wrap: anywhere; }
+td:nth-child(2) { font-weight: 600; }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
 .card { overflow-wrap: anywhere; }
 .card img { display: block; width: 100%; height: 12rem; object-fit: contain; background: var(--page); }
@@ -27,12 +26,13 @@ td.value { font-weight: 600; }
 .caption { font-weight: 600; margin: 0; }
 .other { margin: .35rem 0 0; }
 .tables { display: flex; flex-wrap: wrap; gap: 0 3.5rem; align-items: flex-start; }
-.tables > section { max-width: 100%; }
+.tables > section { max-width: 100%; overflow-x: auto; }
 .tables .quiet { max-width: 26rem; margin-top: .5rem; overflow-wrap: anywhere; }
 .head { display: flex; justify-content: space-between; gap: 1rem; margin: 0 0 .4rem; color: var(--quiet);
   font-size: .85rem; }
 """
 )
+FITTING = 3  # columns that a phone shows beside one another
 SHORT = 3  # letters of a word that is never marked, such as "the"
 
 
@@ -140,10 +140,10 @@ def render(result, best, worst):
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body><h1>{_text(title)}</h1>"
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body><main><h1>{_text(title)}</h1>"
         f"<p class='quiet'>{result['images']:,} images · references: {_text(references)} · tokens: {tokenizer}</p>\n"
         f"{warnings}"
-        f"<div class='tables'>{sections}</div>\n{cards}</body></html>\n"
+        f"<div class='tables'>{sections}</div>\n{cards}</main></body></html>\n"
     )
 
 
@@ -162,18 +162,19 @@ def mark_unsaid(caption, references):
 
 
 def _section(heading, head, rows, notes):
-    """A heading, a table and notes below it."""
+    """A heading, a table and notes below it; on a narrow window, rows of many columns are lists."""
+    kind = " class='wide'" if len(head) > FITTING else ""
     cells = "".join(f"<th scope='col'>{_text(name)}</th>" for name in head)
     lines = "".join(
-        f"<tr><td>{_text(row[0])}</td><td class='value'>{_text(row[1])}</td>"
-        + "".join(f"<td>{_text(cell)}</td>" for cell in row[2:])
+        f"<tr><td>{_text(row[0])}</td>"
+        + "".join(f"<td data-of='{_text(of)}'>{_text(cell)}</td>" for of, cell in zip(head[1:], row[1:], strict=True))
         + "</tr>"
         for row in rows
     )
     quiet = "".join(f"<p class='quiet'>{_text(note)}.</p>" for note in notes)
     return (
-        f"<section><h2>{_text(heading)}</h2><div class='scroll'><table><thead><tr>{cells}</tr></thead>"
-        f"<tbody>{lines}</tbody></table></div>{quiet}</section>"
+        f"<section><h2>{_text(heading)}</h2><table{kind}><thead><tr>{cells}</tr></thead>"
+        f"<tbody>{lines}</tbody></table>{quiet}</section>"
     )
 
 

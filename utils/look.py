@@ -41,5 +41,13 @@ thead th { font-weight: 600; color: var(--quiet); }
 mark { background: var(--marked); color: var(--error); border-radius: .2em; padding: 0 .15em; }
 .card { background: var(--card); border: 1px solid var(--thin); border-radius: .75rem; overflow: hidden; }
 a:focus-visible, summary:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+@media (max-width: 800px) {  /* a row of many columns is a list of what they are called and hold */
+  td { white-space: normal; } .wide thead { display: none; } .wide, .wide tbody { display: block; }
+  .wide tr { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); padding: .4rem 0;
+    border-bottom: 1px solid var(--line); }
+  .wide td { border: 0; padding: .15rem .75rem .15rem 0; text-align: left; }
+  .wide td:first-child { grid-column: 1 / -1; font-weight: 650; }
+  .wide td[data-of]::before { content: attr(data-of) ": "; color: var(--quiet); font-weight: 400; }
+}
 """
 )
