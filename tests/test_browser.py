@@ -332,6 +332,19 @@ def test_ways_to_give_a_picture(page, captioner):
 
 
 @pytest.mark.slow
+def test_a_phone_is_scrolled_to_the_caption(page):
+    """Whether the picture was chosen above it or below it; and its number says which way is better."""
+    page.set_viewport_size({"width": 390, "height": 640})
+    seen = """() => { const place = document.querySelector("#captions li")?.getBoundingClientRect();
+        return place && place.top >= 0 && place.bottom <= innerHeight }"""
+    page.set_input_files("#file", SCENES[0])
+    page.wait_for_function(seen, timeout=5000)
+    page.locator("#samples button").last.click()
+    page.wait_for_function(seen, timeout=5000)
+    assert "nearer to 0" in page.inner_text("#captions small")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("width", (390, 1600))
 def test_what_is_no_picture_is_told_in_a_line(page, width, tmp_path):
     page.set_viewport_size({"width": width, "height": 900})

@@ -117,12 +117,14 @@ const answers = {
       ...captions.map(({ text, logprob }) => {
         const item = document.createElement("li");
         const small = document.createElement("small");
-        small.textContent = `log-probability per token ${logprob.toFixed(3).replace("-", "−")}`;
+        const number = logprob.toFixed(3).replace("-", "−");
+        small.textContent = `log-probability per token ${number} (the nearer to 0, the likelier)`;
         item.append(text, small);
         return item;
       }),
     );
     say(`${Math.round(milliseconds)} ms from the file to the caption`);
+    document.querySelector(".found").scrollIntoView({ block: "nearest" }); // it may be below a phone's screen, or above
   },
 
   failed({ job, ticket: asked, text }) {
