@@ -72,9 +72,9 @@ def lean():
 
 @contextlib.contextmanager
 def undrawn():
-    """Let the body build models of transformers without random weights, for those that have no memory.
+    """Let the body build models without drawing their weights, which are given or read for their types alone.
 
-    To draw them without memory, torch would import its compiler. Meanwhile all threads build so, one after the other.
+    To draw weights that have no memory, torch would import its compiler. Meanwhile all threads build so, in turn.
     """
     import torch
     from transformers import PreTrainedModel
