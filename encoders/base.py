@@ -187,18 +187,18 @@ class ImageEncoder:
 
     def preprocessing(self):
         """Return what an image goes through, as a dictionary: size, crop, interpolation, mean, std."""
-        told = {}
+        described = {}
         for step in self.preprocess.transforms:
             kind = type(step).__name__
             if kind == "Resize":
-                told |= {"size": step.size, "interpolation": step.interpolation.value}
+                described |= {"size": step.size, "interpolation": step.interpolation.value}
             elif kind == "CenterCrop":
-                told["crop"] = list(step.size)
+                described["crop"] = list(step.size)
             elif kind == "Normalize":
-                told |= {name: torch.as_tensor(getattr(step, name)).tolist() for name in ("mean", "std")}
+                described |= {name: torch.as_tensor(getattr(step, name)).tolist() for name in ("mean", "std")}
             elif kind != "ToTensor":
-                told[kind] = str(step)
-        return told
+                described[kind] = str(step)
+        return described
 
 
 def plain_steps(preprocess):

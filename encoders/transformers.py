@@ -108,11 +108,11 @@ class Transformers(ImageEncoder):
     def _embed_texts(self, texts):
         # a SigLIP was trained on texts of one length, padding included
         padding = "max_length" if self.kind == "siglip" else True
-        told = self.tokenizer(
+        tokens = self.tokenizer(
             list(texts), padding=padding, truncation=True, max_length=self._context(), return_tensors="pt"
         )
-        masks = {} if self.kind == "siglip" else {"attention_mask": told.attention_mask.to(self.device)}
-        out = self.model.get_text_features(input_ids=told.input_ids.to(self.device), **masks)
+        masks = {} if self.kind == "siglip" else {"attention_mask": tokens.attention_mask.to(self.device)}
+        out = self.model.get_text_features(input_ids=tokens.input_ids.to(self.device), **masks)
         return out if isinstance(out, torch.Tensor) else out.pooler_output  # by version of transformers
 
     def _context(self):
@@ -127,10 +127,10 @@ class Transformers(ImageEncoder):
         """Return what an image goes through, as a dictionary."""
         processor = self.preprocess.processor
         size = {name: length for name, length in dict(processor.size).items() if length}
-        told = {"size": size, "interpolation": InterpolationMode[Resampling(processor.resample).name].value}
+        described = {"size": size, "interpolation": InterpolationMode[Resampling(processor.resample).name].value}
         if getattr(processor, "do_center_crop", None):
-            told["crop"] = [processor.crop_size["height"], processor.crop_size["width"]]
-        return told | {"mean": list(processor.image_mean), "std": list(processor.image_std)}
+            described["crop"] = [processor.crop_size["height"], processor.crop_size["width"]]
+        return described | {"mean": list(processor.image_mean), "std": list(processor.image_std)}
 
 
 class Processor:

@@ -113,14 +113,16 @@ def _parts(described, base_model):
 
 def _data(described):
     """Return rows that say what it was trained on, as the feature store recorded it."""
-    told, names = described.get("data") or {}, ("annotations", "annotations_sha256", "split", "images", "captions")
-    return [(name.replace("_", " "), told[name]) for name in names if told.get(name) not in (None, "", [])]
+    data, names = described.get("data") or {}, ("annotations", "annotations_sha256", "split", "images", "captions")
+    return [(name.replace("_", " "), data[name]) for name in names if data.get(name) not in (None, "", [])]
 
 
 def _training(described):
     """Return rows of the flags of the training."""
-    told = described.get("training") or {}
-    return [(f"`--{name}`", value) for name, value in told.items() if value is not False and value not in (None, "")]
+    training = described.get("training") or {}
+    return [
+        (f"`--{name}`", value) for name, value in training.items() if value is not False and value not in (None, "")
+    ]
 
 
 def read_scores(path):
@@ -144,8 +146,8 @@ def _scores(scores):
         within = f"{span[0]:.3f} to {span[1]:.3f}" if span else "–"
         rows.append(f"| {name} | {'–' if value is None else f'{value:.3f}'} | {within} |")
     files = " against ".join(f"`{Path(scores[key]).name}`" for key in ("captions", "references") if scores.get(key))
-    told = [f"`evaluate.py`, {scores['images']:,} images"]
-    told += [files] if files else []
-    told += [f"tokenizer {scores['tokenizer']}"] if scores.get("tokenizer") else []
+    method_parts = [f"`evaluate.py`, {scores['images']:,} images"]
+    method_parts += [files] if files else []
+    method_parts += [f"tokenizer {scores['tokenizer']}"] if scores.get("tokenizer") else []
     method = (scores.get("bootstrap") or {}).get("method")
-    return "\n".join(rows) + "\n\n" + ": ".join([", ".join(told), *([method] if method else [])]) + "."
+    return "\n".join(rows) + "\n\n" + ": ".join([", ".join(method_parts), *([method] if method else [])]) + "."

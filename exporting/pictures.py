@@ -17,17 +17,17 @@ def preprocessing(encoder):
     Args:
         encoder: encoders.base.ImageEncoder.
     """
-    told = {"size": None, "interpolation": None, "crop": None} | encoder.preprocessing()
-    told["size"] = _plain_size(told["size"])
+    preprocessing = {"size": None, "interpolation": None, "crop": None} | encoder.preprocessing()
+    preprocessing["size"] = _plain_size(preprocessing["size"])
     try:
-        own = runtime().images.Preprocess(**told)
+        own = runtime().images.Preprocess(**preprocessing)
         same = all(_difference(encoder.preprocess, own, size) < TOLERANCE for size in SIZES)
     except (TypeError, ValueError):
         same = False
     if not same:
-        steps = " ".join(str(getattr(encoder.preprocess, "transforms", told)).split())
+        steps = " ".join(str(getattr(encoder.preprocess, "transforms", preprocessing)).split())
         raise ValueError(f"the preprocessing of {encoder.name} cannot be exported: {steps}")
-    return told
+    return preprocessing
 
 
 def _plain_size(size):

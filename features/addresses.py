@@ -89,5 +89,5 @@ def _read_line(file):
 
 def _unquoted(field):
     """Return a field without the quotes that a writer of tables has put around it."""
-    whole = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', "")
-    return field[1:-1].replace('""', '"') if whole else field
+    is_quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', "")
+    return field[1:-1].replace('""', '"') if is_quoted else field

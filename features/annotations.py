@@ -226,11 +226,11 @@ def _split(record):
     if not captions:
         return [ValueError("has an empty list of captions")]
     # an object has become a list of pairs where the file was read as pairs
-    told = [dict(c) if isinstance(c, list) and all(isinstance(p, tuple) for p in c) else c for c in captions]
+    records = [dict(c) if isinstance(c, list) and all(isinstance(p, tuple) for p in c) else c for c in captions]
     image_id = record.get("image_id")
-    if any(isinstance(c, dict) and _is_of_another(c, image_id) for c in told):
+    if any(isinstance(c, dict) and _is_of_another(c, image_id) for c in records):
         return [ValueError(f"has records of other images under {str(image_id)[:60]!r}: write their list alone")]
-    return [{**record, "caption": c["caption"] if isinstance(c, dict) and "caption" in c else c} for c in told]
+    return [{**record, "caption": c["caption"] if isinstance(c, dict) and "caption" in c else c} for c in records]
 
 
 def _is_of_another(caption, image_id):
@@ -289,11 +289,11 @@ def _read_coco(value):
     if isinstance(annotations[0], dict) and "bbox" in annotations[0] and "caption" not in annotations[0]:
         raise ValueError("holds boxes, not captions: take COCO's captions_*.json")
     images = [image for image in images if isinstance(image, dict) and "id" in image]
-    ids, told, twice = distinct_ids(image["id"] for image in images), {}, set()
+    ids, image_records, twice = distinct_ids(image["id"] for image in images), {}, set()
     for image in images:
         image_id = ids[str(image["id"]).strip()]
         own = {key: image[key] for key in ("file_name", "domain") if image.get(key)}
-        if told.setdefault(image_id, own) != own:
+        if image_records.setdefault(image_id, own) != own:
             twice.add(image_id)
     for annotation in annotations:
         if not isinstance(annotation, dict) or "image_id" not in annotation:
@@ -303,10 +303,10 @@ def _read_coco(value):
         image_id = ids[text] if text in ids else normal_id(text)
         if image_id in twice:
             yield ValueError(f"has image_id {text}, which 'images' has twice, with different files")
-        elif told and image_id not in told:
+        elif image_records and image_id not in image_records:
             yield ValueError(f"has image_id {text}, which is not among 'images'")
         else:
-            yield {**annotation, **told.get(image_id, {})}
+            yield {**annotation, **image_records.get(image_id, {})}
 
 
 def _read_karpathy(value, split):

@@ -70,23 +70,24 @@ def extract_table(args, encoder, split, out, reading):
         except ValueError:
             if downloads.open or downloads.statistics()["fetched"]:
                 raise
-            told = downloads.statistics()
+            statistics = downloads.statistics()
             raise ValueError(
-                f"{table.path}: none of {told['addresses']:,} addresses gave a picture: {_reasons(told)}"
+                f"{table.path}: none of {statistics['addresses']:,} addresses gave a picture: {_reasons(statistics)}"
             ) from None
-        told = downloads.statistics()
+        statistics = downloads.statistics()
     if is_main():
-        write_json(root / f"{split}_downloads.json", told)
+        write_json(root / f"{split}_downloads.json", statistics)
         note(
-            f"{table.path}: {told['fetched']:,} of {told['addresses']:,} addresses fetched, {told['bytes'] / 1e6:,.1f} "
-            f"MB, {told['addresses_per_s']:,} addresses/s; dead: {_reasons(told) or 'none'}"
+            f"{table.path}: {statistics['fetched']:,} of {statistics['addresses']:,} addresses fetched, "
+            f"{statistics['bytes'] / 1e6:,.1f} MB, {statistics['addresses_per_s']:,} addresses/s; "
+            f"dead: {_reasons(statistics) or 'none'}"
         )
     return status
 
 
-def _reasons(told):
+def _reasons(statistics):
     """Return the reasons of dead addresses in a line, the most frequent first."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in list(told["dead_by_reason"].items())[:8])
+    return ", ".join(f"{count:,} {reason}" for reason, count in list(statistics["dead_by_reason"].items())[:8])
 
 
 def extract_splits(args, stores):

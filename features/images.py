@@ -114,13 +114,13 @@ def _reason(error, head):
         return f"cannot be opened: {os.strerror(error.errno).lower()}"
     if isinstance(error, MemoryError):
         return "there is not enough memory for it"
-    told = what_else(head)
-    if not told and isinstance(error, Image.UnidentifiedImageError):
-        told = "of no format that is known, or damaged"
+    why = what_else(head)
+    if not why and isinstance(error, Image.UnidentifiedImageError):
+        why = "of no format that is known, or damaged"
     # decoders' own words may hold anything: bytes of the file, names and addresses of objects
     words = str(error).lower()
-    told = told or next((reason for hint, reason in REASONS if hint.search(words)), "damaged")
-    return f"not a readable image ({told})"
+    why = why or next((reason for hint, reason in REASONS if hint.search(words)), "damaged")
+    return f"not a readable image ({why})"
 
 
 def _decode(path, file, head):

@@ -132,8 +132,8 @@ def _bare_png(data):
     while start + 12 <= len(data):
         length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
         chunk = data[start : start + 12 + length]
-        whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") and whole:  # a capital: not to be read without it
+        intact = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") and intact:  # a capital: not to be read without it
             parts.append(chunk)
         start += 12 + length
     return b"".join([*parts, data[start:]])
@@ -148,9 +148,9 @@ def _bare_jpeg(data):
             continue
         length = 2 + int.from_bytes(data[start + 2 : start + 4], "big")
         segment = data[start : start + length]
-        told = b"\xe0" <= marker <= b"\xef" or marker == b"\xfe"
+        is_metadata = b"\xe0" <= marker <= b"\xef" or marker == b"\xfe"
         needed = marker == b"\xe0" and length >= 16 or marker == b"\xee" and length >= 14
-        if not told or needed or segment[4:10] == b"Exif\0\0":
+        if not is_metadata or needed or segment[4:10] == b"Exif\0\0":
             parts.append(segment)
         start += length
     return b"".join([*parts, data[start:]])

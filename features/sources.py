@@ -225,9 +225,9 @@ def part_names(paths):
     stems = [Path(path).stem for path in paths]
     if len(set(stems)) == len(paths):
         return stems
-    whole = [os.path.abspath(path) for path in paths]
-    above = os.path.commonpath(map(os.path.dirname, whole))
-    return [os.path.splitext(os.path.relpath(path, above))[0] for path in whole]
+    absolute = [os.path.abspath(path) for path in paths]
+    above = os.path.commonpath(map(os.path.dirname, absolute))
+    return [os.path.splitext(os.path.relpath(path, above))[0] for path in absolute]
 
 
 class KeyedCaptions:

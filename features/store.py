@@ -187,10 +187,10 @@ def _check_shape(shape, info, path):
 
     Raises: ValueError.
     """
-    told, found = info.get("tokens", "pooled"), "pooled" if len(shape) == 2 else "patches"
-    if info and told != found:
+    stated, found = info.get("tokens", "pooled"), "pooled" if len(shape) == 2 else "patches"
+    if info and stated != found:
         raise ValueError(
-            f"{path} holds {in_words(shape[1:])}, and {info_path(path)} tells of tokens: {told}: it is of another "
+            f"{path} holds {in_words(shape[1:])}, and {info_path(path)} tells of tokens: {stated}: it is of another "
             f"store; extract it again"
         )
 

@@ -129,8 +129,8 @@ def _read_blocks(page):
     Source: TIFF 6.0, section 21; a file with room for every pixel's colour has blocks of one, whatever it says.
     Raises: ImageError where it is truncated.
     """
-    whole = sum(page.databytecounts) >= 3 * page.imagewidth * page.imagelength
-    across, down = (1, 1) if whole else page.subsampling or (2, 2)
+    is_full_size = sum(page.databytecounts) >= 3 * page.imagewidth * page.imagelength
+    across, down = (1, 1) if is_full_size else page.subsampling or (2, 2)
     height, width = page.imagelength, page.imagewidth
     wide, high = math.ceil(width / across), math.ceil(height / down)  # in blocks
     strips = page.parent.filehandle.read_segments(page.dataoffsets, page.databytecounts, sort=False)

@@ -20,11 +20,13 @@ def add_clip_scores(scores, captions, references, image_embeddings, encode_texts
         image_embeddings: [N, D], in the order of `scores.ids`.
         encode_texts: function of a list of texts to [number, D].
     """
-    told = encode_texts([PROMPT + captions[i] for i in scores.ids])
-    scores.keep("CLIPScore", clip_scores(image_embeddings, told))
+    text_embeddings = encode_texts([PROMPT + captions[i] for i in scores.ids])
+    scores.keep("CLIPScore", clip_scores(image_embeddings, text_embeddings))
     flat = encode_texts([PROMPT + reference for i in scores.ids for reference in references[i]])
     ends = np.cumsum([len(references[i]) for i in scores.ids])
-    scores.keep("RefCLIPScore", ref_clip_scores(image_embeddings, told, np.split(np.asarray(flat), ends[:-1])))
+    scores.keep(
+        "RefCLIPScore", ref_clip_scores(image_embeddings, text_embeddings, np.split(np.asarray(flat), ends[:-1]))
+    )
 
 
 def text_scores(image_embeddings, texts, encode_texts):

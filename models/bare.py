@@ -38,12 +38,12 @@ def infer_config(state_dict, path="the checkpoint"):
         raise ValueError(f"{path} has no gpt.* weights of GPT-2 or OPT, and no json beside it: it is no captioner")
     width = embedding.shape[1]
     mapping = {key.removeprefix(MAPPING): value for key, value in state_dict.items() if key.startswith(MAPPING)}
-    told = recognise_mapping_network(mapping, width)
-    if told is None and mapping:
+    found = recognise_mapping_network(mapping, width)
+    if found is None and mapping:
         raise ValueError(f"{path} has a mapping network that keys and shapes do not tell: put its json beside it")
-    if told is None:
+    if found is None:
         raise ValueError(f"{path} has no mapping network (clip_project.model.* or clip_project.transformer.*)")
-    config = CaptionConfig(**told, language_model=_language_model_name(state_dict, width))
+    config = CaptionConfig(**found, language_model=_language_model_name(state_dict, width))
     config.clip_model_type = CLIP_NAMES.get(config.prefix_dim)
     return config
 

@@ -120,8 +120,8 @@ class CaptionFolder:
             what: `images` or `rows`.
         Returns: the exit status: 2 where something has no caption.
         """
-        whole = {number: own for process in all_gather(counts) for number, own in process.items()}
-        captions, errors = (sum(own[key] for own in whole.values()) for key in ("captions", "errors"))
+        all_counts = {number: own for process in all_gather(counts) for number, own in process.items()}
+        captions, errors = (sum(own[key] for own in all_counts.values()) for key in ("captions", "errors"))
         note(f"{self.folder}/: {parts:,} files, {captions:,} captions")
         if errors:
             others = f"; the others are captioned, and {self.folder}/ says why not these" if captions else ""

@@ -85,12 +85,12 @@ class ClipCaptionModel(nn.Module):
         rows, places = real.nonzero(as_tuple=True)  # [sum(lengths)] each
         wanted = (rows * columns + places).to(tokens.device, non_blocking=True)  # of [B, T]
 
-        def keep_telling(_, inputs):
+        def keep_wanted(_, inputs):
             hidden = inputs[0][:, -columns:].flatten(0, 1)  # [B T, E], each before the token of its place
             return (hidden.index_select(0, wanted.to(hidden.device)),)  # [sum(lengths), E]
 
         # the output layer, a third of GPT-2's work, is spared what no loss is taken of
-        hook = self.gpt.get_output_embeddings().register_forward_pre_hook(keep_telling)
+        hook = self.gpt.get_output_embeddings().register_forward_pre_hook(keep_wanted)
         try:
             # padding stands on the right, where no real token sees it
             out = self.gpt(inputs_embeds=embeddings, use_cache=False, logits_to_keep=columns)

@@ -81,9 +81,9 @@ def word_heat(model, tokenizer, encode, pixels, tokens, batch_size=32, grid=GRID
     cells, images = masked_images(pixels, grid, window)
     # without the picture: all pixels 0, its encoder's mean; its own mean colour would still tell snow from grass
     images = torch.cat([images, torch.zeros_like(pixels)[None]])
-    whole = token_logprobs(model, tokens, encode(pixels[None]), before)
+    unhidden = token_logprobs(model, tokens, encode(pixels[None]), before)
     hidden = torch.cat([token_logprobs(model, tokens, encode(part), before) for part in images.split(batch_size)])
-    drops = (whole - hidden).cpu().numpy()  # [windows + 1, T]
+    drops = (unhidden - hidden).cpu().numpy()  # [windows + 1, T]
     drops = np.stack([drops[:, positions].sum(1) for _, positions in words], 1)  # [windows + 1, W]
     lost = 1 - np.exp(-drops.clip(min=0))
     heat, count = np.zeros((len(words), grid, grid)), np.zeros((grid, grid))

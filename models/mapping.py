@@ -248,7 +248,7 @@ def recognise_mapping_network(weights, embedding_dim):
         embedding_dim: E.
     """
     for name, network in MAPPING_NETWORKS.items():
-        told = network.recognise(weights, embedding_dim)
-        if told:
-            return {"mapping_type": name} | told
+        found = network.recognise(weights, embedding_dim)
+        if found:
+            return {"mapping_type": name} | found
     return None

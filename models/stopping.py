@@ -11,9 +11,9 @@ import torch
 def begin_tokens(tokenizer):
     """Return the ids that the tokenizer puts before every text, as OPT's and Llama's do; [] for GPT-2."""
     plain = tokenizer.encode("a photo", add_special_tokens=False)
-    whole = tokenizer.encode("a photo")
-    starts = range(len(whole) - len(plain) + 1)
-    return whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)]
+    tokens = tokenizer.encode("a photo")
+    starts = range(len(tokens) - len(plain) + 1)
+    return tokens[: next((start for start in starts if tokens[start : start + len(plain)] == plain), 0)]
 
 
 def opening_tokens(tokenizer, prompt):
@@ -24,9 +24,9 @@ def opening_tokens(tokenizer, prompt):
 def continuing_tokens(tokenizer, prompt, text):
     """Return the ids of a text that goes on from the prompt: its first word has the blank that the prompt lacks."""
     start = tokenizer.encode(prompt, add_special_tokens=False)
-    whole = tokenizer.encode(f"{prompt} {text}", add_special_tokens=False) if prompt else []
-    if start and len(whole) > len(start) and whole[: len(start)] == start:
-        return whole[len(start) :]
+    together = tokenizer.encode(f"{prompt} {text}", add_special_tokens=False) if prompt else []
+    if start and len(together) > len(start) and together[: len(start)] == start:
+        return together[len(start) :]
     return tokenizer.encode(text, add_special_tokens=False)
 
 

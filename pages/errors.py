@@ -21,7 +21,7 @@ class Unexplained(Refused):
     """The captioner says nothing of why it says what it says."""
 
 
-def told(error):
+def message_of(error):
     """Return the line that a visitor is told of an error; all that is not meant for visitors goes to the log."""
     if isinstance(error, Refused | ImageError):
         return " ".join(str(error).split())

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 
-from pages.errors import FAILED, MALFORMED, Refused, Unexplained, told
+from pages.errors import FAILED, MALFORMED, Refused, Unexplained, message_of
 from pages.fragments import EMPTY, HEAD, STYLE, captions_html, note_html, prefix_html, words_html
 from pages.look import theme
 from pages.paths import PathsHidden
@@ -59,7 +59,7 @@ class Page(gr.Blocks):
         try:
             return await super().process_api(*args, **kwargs)
         except Exception as error:
-            raise gr.Error(told(error), print_exception=False) from None
+            raise gr.Error(message_of(error), print_exception=False) from None
 
 
 def build_page(service, queue_size):

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from features.images import ImageError
-from pages.errors import Refused, told
+from pages.errors import Refused, message_of
 from pages.service import RANGES
 
 BUSY = "the server is busy: try again later"
@@ -42,7 +42,7 @@ def caption_route(service, queue_size):
             status = 400 if isinstance(error, Refused | ImageError) else 500
             if hasattr(error, "status_code"):  # too long a body
                 raise
-            return JSONResponse({"error": told(error)}, status)
+            return JSONResponse({"error": message_of(error)}, status)
         finally:
             entered -= 1
 

@@ -261,10 +261,10 @@ def test_every_error_is_one_line_for_visitors(server):
 
 
 def test_memory_that_runs_out_is_told(capfd):
-    from pages.errors import OUT_OF_MEMORY, told
+    from pages.errors import OUT_OF_MEMORY, message_of
 
     for error in (MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: no memory")):
-        assert told(error) == OUT_OF_MEMORY
+        assert message_of(error) == OUT_OF_MEMORY
     assert "alloc_cpu.cpp" in capfd.readouterr().err
 
 

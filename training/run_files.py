@@ -84,13 +84,13 @@ class RunFiles(RunNames):
         """
         stored = read_json(self.config)
         check_format(stored, self.config)
-        before, told = stored["model"] | BEFORE_THE_OPTION | stored["training"], stored.get("contents", {})
+        before, contents_before = stored["model"] | BEFORE_THE_OPTION | stored["training"], stored.get("contents", {})
         if "decoding" in stored:
             self.decoding = DecodingConfig.from_dict(stored["decoding"], self.config)
         for name, value in (config.to_dict() | asdict(training)).items():
             if name not in before or before[name] == value or _same_place(name, before[name], value):
                 continue
-            if name in told and name in contents:  # whose content is compared below
+            if name in contents_before and name in contents:  # whose content is compared below
                 continue
             remedy = "pass the same, or leave out --resume"
             if name == "epochs":
@@ -100,7 +100,7 @@ class RunFiles(RunNames):
                 )
             raise ValueError(f"--resume: the run had --{name} {before[name]}, not {value}; {remedy}")
         for name, content in contents.items():
-            if told.get(name, content) != content:
+            if contents_before.get(name, content) != content:
                 raise ValueError(
                     f"--resume: --{name} {getattr(training, name)} does not hold what the run was begun with; pass the "
                     f"same data, or leave out --resume"
