@@ -89,8 +89,10 @@ COMPLETE = {  # words that are right, so that what does the work is imported
 def test_interrupted_while_importing(script, stop, tmp_path):
     """Ctrl-C in the seconds that imports take ends the command without a word."""
     (tmp_path / "captions.csv").write_text("image,caption\n1.jpg,a dog\n2.jpg,a cat\n")
+    # short sleeps: a signal just before a sleep begins is only noticed when the sleep is over
+    importing = "import time\nprint('importing', flush=True)\nfor _ in range(600):\n    time.sleep(0.1)\n"
     for module in ("numpy", "torch"):  # whichever comes first
-        (tmp_path / f"{module}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+        (tmp_path / f"{module}.py").write_text(importing)
     words = COMPLETE[script].format(root=ROOT, here=tmp_path).split()
     process = subprocess.Popen(
         [sys.executable, ROOT / f"{script}.py", *words], cwd=tmp_path,
