@@ -93,8 +93,8 @@ def test_pictures_are_read_before_their_batch(slow_load, monkeypatch):
     monkeypatch.setattr(service_module, "read_image", reading)
     with ThreadPoolExecutor(12) as threads:
         answers = [threads.submit(service.caption, str(SAMPLES[0]), "demo", decoding) for _ in range(12)]
-        wait_until(lambda: len(service.batches.waiting) >= 8)
-        assert len(read) == 12 and {name.split("_")[0] for name in read} == {"readers"} and not sizes
+        wait_until(lambda: len(read) == 12 and len(service.batches.waiting) >= 8)
+        assert {name.split("_")[0] for name in read} == {"readers"} and not sizes
         gate.set()
         assert len({answer.result(30)[0]["caption"] for answer in answers}) == 1
     assert max(sizes) == 4 and len(sizes) <= 5  # what waits together is captioned together
