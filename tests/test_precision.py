@@ -196,6 +196,19 @@ def test_packed_clip_is_equal(clip_file):
         assert 0 < (found - images).norm() < 0.05 * images.norm()
 
 
+def test_attention_maps_each_of_its_inputs_once(monkeypatch):
+    """One product where a sequence attends to itself, three where its inputs differ; and one of the result."""
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    packed = precision.PackedAttention(attention, PackedLinear)
+    calls, forward = [], PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda layer, x: calls.append(x) or forward(layer, x))
+    with torch.inference_mode():
+        for inputs, products in (([torch.randn(1, 3, 8)] * 3, 1), ([torch.randn(1, 3, 8) for _ in range(3)], 3)):
+            calls.clear()
+            assert torch.allclose(packed(*inputs)[0], attention(*inputs, need_weights=False)[0], atol=1e-6)
+            assert len(calls) == products + 1
+
+
 def test_clip_of_a_resnet_runs(tmp_path):
     """Its attention pooling reads the weights of its linear layers itself."""
     import clip

@@ -352,7 +352,8 @@ class PackedAttention(nn.Module):
         """
         if attn_mask is not None and not attn_mask.is_floating_point():
             raise ValueError("a mask of bool has the opposite meaning here")
-        mapped = {id(x): self.inputs(x) for x in (query, key, value)}  # once, where a sequence attends to itself
+        different = {id(x): x for x in (query, key, value)}  # one, where a sequence attends to itself
+        mapped = {number: self.inputs(x) for number, x in different.items()}
         q, k, v = (self._part(mapped[id(x)], i) for i, x in enumerate((query, key, value)))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask)  # [B, H, T, E / H]
         order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
