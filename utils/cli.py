@@ -27,7 +27,7 @@ import sys
 
 from utils.processes import first_to_fail, is_main
 
-VERSION = "0.1.0"
+VERSION = "1.0.0"
 # notes that begin so are printed under --quiet too
 LOUD = ("error", "interrupted", "skipped", "terminated", "unreadable", "warning")
 METAVARS = {"positive_int": "N", "non_negative_int": "N", "positive_float": "X", "float": "X"}
