@@ -158,8 +158,8 @@ def _inputs(service):
     button = gr.Button("Caption", variant="primary")
     model = gr.Radio(
         service.models, value=service.models[0], label="Model",
-        info="demo knows only synthetic scenes like the ones above; coco, conceptual and coco-transformer know photos and "
-        "are fetched once",
+        info="demo knows only synthetic scenes like the ones above; coco, conceptual and coco-transformer know photos "
+        "and are fetched once",
     )  # fmt: skip
     methods = list(service.methods.items())
     method = gr.Radio(methods, value=methods[0][1], label="Decoding")
