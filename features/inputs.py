@@ -1,5 +1,7 @@
 """What a feature store is made of: images with their captions, pictures alone, or captions alone."""
 
+from pathlib import Path
+
 from features.annotations import read_places
 from features.finder import ImageFinder, match_images
 from features.listing import find_images as find_pictures
@@ -16,7 +18,8 @@ IMAGES = ["data/coco/train2014", "data/coco/val2014"]
 def fill_inputs(args):
     """Set the defaults of --annotations and --images; None is what the command does not read.
 
-    Raises: ValueError where a flag is given that it does not read.
+    Raises: ValueError where a flag is given that it does not read; FileNotFoundError where no annotations are named
+        and COCO's are not in their place.
     """
     for alone, unread in (("no_captions", "annotations"), ("text_only", "images")):
         if getattr(args, alone):
@@ -26,6 +29,11 @@ def fill_inputs(args):
     args.images = None if args.text_only else args.images or IMAGES
     in_tars = bool(args.images) and any(map(names_tars, args.images))  # then their captions are the default
     args.annotations = None if args.no_captions else args.annotations or (None if in_tars else ANNOTATIONS)
+    if args.annotations == ANNOTATIONS and not Path(ANNOTATIONS).exists():
+        raise FileNotFoundError(
+            f"{ANNOTATIONS} does not exist: data/README.md says where COCO's files go; for photos of your own pass "
+            f"--annotations FILE and --images FOLDER"
+        )
 
 
 def gather(args):

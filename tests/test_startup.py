@@ -20,6 +20,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 REFUSED = {  # words after the script, with {{}} for an empty folder -> what the error says
     "parse_coco.py": {
         "--tokens both": "invalid choice: 'both'",
+        "": "data/README.md says where COCO's files go",
         "--annotations {}/none.json": "none.json does not exist",
         "--check --images demo/images --annotations {}/none.json": "none.json does not exist",
         "--no_captions --annotations x.json --images {}": "contradict each other",
