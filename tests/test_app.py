@@ -23,7 +23,10 @@ from predict import Predictor
 
 gradio = pytest.importorskip("gradio", reason='the page needs gradio: pip install -e ".[app]"')
 gradio_client = pytest.importorskip("gradio_client")
-SAMPLES = sorted((ROOT / "demo" / "images").iterdir())
+OFFERED = (
+    path for path in (ROOT / "demo" / "images").iterdir() if path.name != "200002.jpg"
+)  # which the page leaves out
+SAMPLES = sorted(OFFERED)
 
 
 @pytest.fixture(scope="module")

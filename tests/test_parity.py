@@ -40,9 +40,11 @@ def embeddings_by_image(parity):
 
 
 def test_features(parity):
-    images = sorted((parity / "data/coco/val2014").glob("*.jpg")) or sorted((ROOT / "demo" / "images").iterdir())
-    _, embeddings, errors = next(encode_files(load_encoder(parity / "clip-tiny.pt"), images))
     reference = embeddings_by_image(parity)
+    images = sorted((parity / "data/coco/val2014").glob("*.jpg")) or [
+        path for path in sorted((ROOT / "demo" / "images").iterdir()) if int(path.stem) in reference
+    ]
+    _, embeddings, errors = next(encode_files(load_encoder(parity / "clip-tiny.pt"), images))
     assert not errors
     for path, embedding in zip(images, embeddings, strict=True):
         assert torch.allclose(embedding, reference[int(path.stem[-12:])], atol=1e-4)
