@@ -242,7 +242,7 @@ def test_first_sample_is_captioned_rightly():
     samples = sorted((WEIGHTS.parent / "images").iterdir())
     scene = {image_id: scene for image_id, scene, _ in split_scenes("test", 50)}[int(samples[0].stem)]
     said = run_script("predict.py", samples[0], "--checkpoint", "demo", "--num_workers", 0).stdout.split("\t")[1]
-    assert len(samples) == 10 and judge(said, scene)["all"], said
+    assert len(samples) == 11 and judge(said, scene)["all"], said
 
 
 def test_grammar_mentions_every_attribute():
