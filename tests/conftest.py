@@ -1,9 +1,11 @@
 """Small models and data, made once per test session: everything runs on the CPU without a network."""
 
 import contextlib
+import gc
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -23,6 +25,8 @@ from utils.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+# the ten pictures that the page offers; 200002 is there for those whose commands name it
+SAMPLES = sorted(path for path in (ROOT / "demo" / "images").iterdir() if path.name != "200002.jpg")
 EMBED_DIM = 32
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the models are too small for more
@@ -147,6 +151,19 @@ def run_script(script, *arguments, check=0):
             signal.signal(number, handler)
     done = subprocess.CompletedProcess(script, code, out.getvalue(), err.getvalue())
     return checked(done, check)
+
+
+def forked(work, *arguments):
+    """Return a process, to be started, that goes on from here as a copy and calls `work`.
+
+    It never collects what is garbage here: ONNX Runtime's sessions wait for their threads, which are not in the copy.
+    """
+
+    def begin():
+        gc.freeze()
+        work(*arguments)
+
+    return multiprocessing.get_context("fork").Process(target=begin)
 
 
 def run_process(script, *arguments, check=0, env=None, **options):

@@ -1,7 +1,6 @@
 """Several processes of one command: data parallel, sharded, stopped and resumed; extraction shared out."""
 
 import math
-import multiprocessing
 import os
 import re
 import shlex
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, captions_of, checked, read_log, run_script, slow_but, train, train_command
+from conftest import ROOT, captions_of, checked, forked, read_log, run_script, slow_but, train, train_command
 from test_readme import twelve_layers, workplace  # noqa: F401, fixtures
 from test_scripts import equal, one_line_error, parse, weights
 from torch.distributed import TCPStore
@@ -75,9 +74,10 @@ def launch(number, folder, words, check=0, before=None):
         "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
-    processes = [multiprocessing.get_context("fork").Process(
-        target=work, args=(common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, words, folder, before)
-    ) for rank in range(number)]  # fmt: skip
+    processes = [
+        forked(work, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, words, folder, before)
+        for rank in range(number)
+    ]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,7 +1,6 @@
 """What fits large language models into small devices: LoRA, fewer bits, offload, gradient checkpointing."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -9,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import mean_loss, read_log, run_script, slow_but, train, train_command
+from conftest import forked, mean_loss, read_log, run_script, slow_but, train, train_command
 from test_OPT import FAMILIES, small
 from test_scripts import equal, one_line_error, predict, weights
 
@@ -178,7 +177,7 @@ def test_killed_at_twenty_random_moments(store, language_model, tmp_path):
         os._exit(run_script(*train_command(store, language_model, parts, *flags, "--resume"), check=None).returncode)
 
     while kills < KILLS:
-        process = multiprocessing.get_context("fork").Process(target=work)
+        process = forked(work)
         process.start()
         before = state.stat().st_mtime_ns if state.exists() else 0
         while kills % 2 and process.is_alive() and not (state.exists() and state.stat().st_mtime_ns > before):

@@ -41,7 +41,7 @@ def at_terminal(*words, **environment):
 def test_progress_on_a_terminal_only():
     """A bar with rate and time left, without colours; the same results without it; nothing where nobody looks."""
     out, shown = at_terminal(*DEMO, NO_COLOR="1")
-    assert "images: 100%" in shown and "10/10" in shown and "img" in shown and "<00:00" in shown
+    assert "images: 100%" in shown and "11/11" in shown and "img" in shown and "<00:00" in shown
     assert "\x1b[3" not in shown and "\x1b[9" not in shown and "\x1b[" not in out
     quiet, nothing = at_terminal(*DEMO, "--quiet")
     assert nothing == "" and quiet == out

@@ -1,7 +1,6 @@
 """Tokens in the place of one vector an image, from the pictures to their captions: stores, training, captioning."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -10,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, slow_but, train, train_command
+from conftest import forked, run_script, slow_but, train, train_command
 from test_distributed import launch, losses
 from test_distributed import still as still
 from test_large_models import resume_exactly
@@ -124,17 +123,21 @@ def test_killed_at_random_moments(parse, tmp_path, name):
     parse(f"{tmp_path}/whole/{name}")
     seconds = time.monotonic() - started
     out, rng, kills, found = tmp_path / name, np.random.default_rng(0), 0, 0
+
+    def begun():
+        return (tmp_path / "x.pkl.partial").exists() or len(list(tmp_path.glob("x/img_emb/*.npy"))) in (1, 2)
+
     while kills < 20:
-        process = multiprocessing.get_context("fork").Process(
-            target=lambda: os._exit(parse(f"{tmp_path}/{name}", check=None).returncode)
-        )
+        process = forked(lambda: os._exit(parse(f"{tmp_path}/{name}", check=None).returncode))
         process.start()
-        process.join(rng.uniform(0, seconds))
+        while kills % 2 and process.is_alive() and not begun():
+            process.join(0.001)  # every other time, until it has saved something
+        process.join(rng.uniform(0, seconds / 2 if kills % 2 else seconds))
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
         kills += process.exitcode != 0
-        found += (tmp_path / "x.pkl.partial").exists() or len(list(tmp_path.glob("x/img_emb/*.npy"))) in (1, 2)
+        found += begun()
         if process.exitcode == 0:
             assert same(contents(out), contents(tmp_path / "whole" / name))
             shutil.rmtree(out) if out.is_dir() else out.unlink()
