@@ -16,17 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, SAMPLES, run_script
 from PIL import Image
 
 from predict import Predictor
 
 gradio = pytest.importorskip("gradio", reason='the page needs gradio: pip install -e ".[app]"')
 gradio_client = pytest.importorskip("gradio_client")
-OFFERED = (
-    path for path in (ROOT / "demo" / "images").iterdir() if path.name != "200002.jpg"
-)  # which the page leaves out
-SAMPLES = sorted(OFFERED)
 
 
 @pytest.fixture(scope="module")

@@ -291,7 +291,7 @@ def test_fewer_bits(site, browser, captioner, dtype):
     expected = next(captioner.caption_files(SCENES, captioner.decoding))[0]
     alike = [shown(page, path) == [expected[path][0].text] for path in SCENES]
     page.close()
-    assert sum(alike) >= len(SCENES) // 3
+    assert sum(alike) >= len(SCENES) // 2
 
 
 @pytest.mark.slow

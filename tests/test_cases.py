@@ -13,7 +13,7 @@ import tarfile
 from dataclasses import dataclass, field
 
 import pytest
-from conftest import ROOT, SHARED, run_script
+from conftest import ROOT, SAMPLES, SHARED, run_script
 
 from features.images import ImageError, read_image
 
@@ -86,7 +86,7 @@ def make_loop(folder, _beside):
 
 
 def make_demo(folder, beside):
-    for picture in (ROOT / "demo" / "images").iterdir():
+    for picture in SAMPLES:
         shutil.copy(picture, folder)
     (beside / "out").mkdir()
 

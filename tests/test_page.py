@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SAMPLES
 from contrast import CONTRAST, FAINT_TEXTS
 from PIL import Image
 
@@ -15,10 +15,6 @@ from pages.fragments import STYLE, captions_html, prefix_html
 from pages.service import Explanation
 
 gradio = pytest.importorskip("gradio", reason='the page needs gradio: pip install -e ".[app]"')
-OFFERED = (
-    path for path in (ROOT / "demo" / "images").iterdir() if path.name != "200002.jpg"
-)  # which the page leaves out
-SAMPLES = sorted(OFFERED)
 
 
 class GatedService:

@@ -45,7 +45,7 @@ def test_features(parity):
         path for path in sorted((ROOT / "demo" / "images").iterdir()) if int(path.stem) in reference
     ]
     _, embeddings, errors = next(encode_files(load_encoder(parity / "clip-tiny.pt"), images))
-    assert not errors
+    assert not errors and {int(path.stem[-12:]) for path in images} == reference.keys()
     for path, embedding in zip(images, embeddings, strict=True):
         assert torch.allclose(embedding, reference[int(path.stem[-12:])], atol=1e-4)
 
