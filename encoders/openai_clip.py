@@ -13,7 +13,7 @@ import torch
 from encoders.base import RESNET_STRIDE, ImageEncoder, Published
 from encoders.names import POOLED, check_openai, openai_sha256
 from utils.files import reason, sha256
-from utils.lean import lean, undrawn
+from utils.lean import lean
 from utils.precision import prepare_for_inference
 
 CONTEXT = 77  # tokens of CLIP's text tower, the begin and the end token among them
@@ -113,7 +113,7 @@ def _load(clip, name, device):
     """Call `clip.load`, with errors that say what to do."""
     check_openai(name)
     try:
-        with undrawn(), warnings.catch_warnings():  # what is drawn is overwritten, all of it
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.load. is deprecated")
             return clip.load(name, device=device, jit=False)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:

@@ -31,8 +31,8 @@ def fill_inputs(args):
     args.annotations = None if args.no_captions else args.annotations or (None if in_tars else ANNOTATIONS)
     if args.annotations == ANNOTATIONS and not Path(ANNOTATIONS).exists():
         raise FileNotFoundError(
-            f"{ANNOTATIONS} does not exist: data/README.md says where COCO's files go; for photos of your own pass "
-            f"--annotations FILE and --images FOLDER"
+            f"{ANNOTATIONS} does not exist: data/README.md says where COCO's files go; for captions of your own pass "
+            f"--annotations FILE{'' if args.text_only else ' and --images FOLDER'}"
         )
 
 

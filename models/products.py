@@ -8,6 +8,7 @@ import functools
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 
@@ -25,6 +26,7 @@ class Product(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
+    @once_differentiable  # else gradients of gradients would be wrong without a word
     def backward(ctx, grad):
         """Return the gradients of what is asked for; `grad` is [..., out]."""
         x, weight = ctx.saved_tensors

@@ -80,3 +80,11 @@ def test_a_copy_reads_its_own_weights(language_model):
     model.clip_project.linear.forward = fetching
     multiply_by_onednn(model)
     assert model.clip_project.linear.forward is fetching
+
+
+def test_gradients_of_gradients_are_refused():
+    """They would lack the products' own part."""
+    x, weight = torch.ones(2, 3, requires_grad=True), torch.ones(4, 3, requires_grad=True)
+    [slope] = torch.autograd.grad(Product.apply(x, weight, None).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()

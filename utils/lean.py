@@ -72,12 +72,14 @@ def lean():
 
 @contextlib.contextmanager
 def undrawn():
-    """Let the body build models without drawing their weights, which are given or read for their types alone.
+    """Let the body build language models without drawing their weights, which are given or read for their types alone.
 
     To draw weights that have no memory, torch would import its compiler. Meanwhile all threads build so, in turn.
     """
     import torch
-    from transformers import PreTrainedModel
+
+    with lean():
+        from transformers import PreTrainedModel
 
     functions = [name for name in vars(torch.nn.init) if name.endswith("_") and not name.startswith("_")]
     places = [*((torch.nn.init, name) for name in functions), (PreTrainedModel, "initialize_weights")]
