@@ -11,7 +11,7 @@ from benchmarks.plain import beam_caption, greedy_caption
 from benchmarks.workload import PREFIX, language_model
 from models.searches import decode, make_search
 from models.settings import BEAM, GREEDY, DecodingConfig
-from models.steps import CachedStep
+from models.slots import step_for
 from utils.precision import pick_dtype, prepare_for_inference
 
 NEW_TOKENS = 20
@@ -33,7 +33,7 @@ def prefixes(gpt, batch, device):
 @torch.inference_mode()
 def ours(gpt, embeddings, config):
     """Return the token ids of each image's best caption."""
-    groups = decode(CachedStep(gpt, embeddings), make_search(config, stop_never))
+    groups = decode(step_for(gpt, embeddings), make_search(config, stop_never))
     return [group[0].tokens for group in groups]
 
 

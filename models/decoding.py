@@ -14,7 +14,7 @@ from models.searches import Caption as Caption  # whoever decodes finds these he
 from models.searches import decode, image_keys, make_search
 from models.settings import SAMPLE
 from models.settings import DecodingConfig as DecodingConfig
-from models.steps import step_for
+from models.slots import step_for
 from models.stopping import Stop, end_tokens, opening_tokens
 
 

@@ -20,15 +20,6 @@ def cache_argument(gpt):
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)  # transformers 5 renamed
 
 
-def step_for(gpt, embeddings, lengths=None):
-    """Return a CachedStep, or an UncachedStep where a cache would be wrong; arguments as of CachedStep.
-
-    It would be for models that take none, and for rows of several lengths in models that carry a state through padding.
-    """
-    padded_state = lengths is not None and getattr(gpt, "_is_stateful", False)
-    return (CachedStep if cache_argument(gpt) and not padded_state else UncachedStep)(gpt, embeddings, lengths)
-
-
 class CachedStep:
     """The language model as a function from one token per row to the next logits, with a key-value cache."""
 

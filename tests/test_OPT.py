@@ -24,7 +24,8 @@ from models.clip_caption import build_captioner
 from models.decoding import generate_captions
 from models.language import build_language_model, load_language_model, load_tokenizer, split_layers
 from models.settings import BEAM, SAMPLE, CaptionConfig, DecodingConfig
-from models.steps import UncachedStep, step_for
+from models.slots import step_for
+from models.steps import UncachedStep
 from utils.devices import layer_cuts, pick_devices, split_devices
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

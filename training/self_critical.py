@@ -15,7 +15,7 @@ import torch
 from models.decoding import context_room, generate_captions
 from models.placement import is_sharded
 from models.settings import GREEDY, SAMPLE, DecodingConfig
-from models.steps import step_for
+from models.slots import step_for
 from models.stopping import end_tokens, opening_tokens
 from training.objectives import Example
 from utils.distributed import all_gather, all_sum, all_union

@@ -1,0 +1,159 @@
+"""A language model's step with preallocated keys and values: what decoding runs for GPT-2 and OPT.
+
+transformers' own forward pass makes new caches, masks and Python calls for every token, which takes a quarter to a half
+of a step of few rows. Here the layers are called one after the other, and keys and values are written in place.
+
+Axes: R rows at work, L layers, H heads, D width of a head, E width of the model, S slots, T positions so far.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from models.attention import NAME, attend_one
+from models.steps import CachedStep, UncachedStep, cache_argument
+
+SLOTS = 32  # are added at a time
+
+
+def step_for(gpt, embeddings, lengths=None):
+    """Return the fastest step that computes what a language model does; arguments as of CachedStep.
+
+    A cache would be wrong for models that take none, and for rows of several lengths in models that carry a state
+    through padding: they get an UncachedStep.
+    """
+    if has_slots(gpt):
+        return SlotStep(gpt, embeddings, lengths)
+    padded_state = lengths is not None and getattr(gpt, "_is_stateful", False)
+    return (CachedStep if cache_argument(gpt) and not padded_state else UncachedStep)(gpt, embeddings, lengths)
+
+
+def gpt2_step(gpt, tokens, positions, attend):
+    """Return GPT-2's logits after one more token per row, [R, V].
+
+    Args:
+        gpt: GPT2LMHeadModel.
+        tokens: [R]. positions: [R], or [1] where all rows share it.
+        attend: function of a layer's number, queries, keys and values [R, E], and the scaling of their products, to
+            [R, E].
+    """
+    model, config = gpt.transformer, gpt.config
+    scaling = (config.hidden_size // config.num_attention_heads) ** -0.5 if config.scale_attn_weights else 1.0
+    x = model.wte(tokens) + model.wpe(positions)
+    for number, block in enumerate(model.h):
+        query, key, value = block.attn.c_attn(block.ln_1(x)).chunk(3, -1)
+        own = scaling / (number + 1) if config.scale_attn_by_inverse_layer_idx else scaling
+        x = x + block.attn.c_proj(attend(number, query, key, value, own))
+        x = x + block.mlp.c_proj(block.mlp.act(block.mlp.c_fc(block.ln_2(x))))
+    return gpt.lm_head(model.ln_f(x))
+
+
+def opt_step(gpt, tokens, positions, attend):
+    """Return OPT's logits after one more token per row; arguments as of gpt2_step."""
+    model = gpt.model.decoder
+    x = model.embed_tokens(tokens)
+    if model.project_in is not None:
+        x = model.project_in(x)
+    x = x + F.embedding(positions + model.embed_positions.offset, model.embed_positions.weight)
+    for number, layer in enumerate(model.layers):
+        attention, first = layer.self_attn, layer.do_layer_norm_before
+        given = layer.self_attn_layer_norm(x) if first else x
+        query = attention.q_proj(given) * attention.scaling  # before the product, as OPT does: it rounds otherwise
+        mixed = attend(number, query, attention.k_proj(given), attention.v_proj(given), 1.0)
+        x = x + attention.out_proj(mixed)
+        x = x if first else layer.self_attn_layer_norm(x)
+        given = layer.final_layer_norm(x) if first else x
+        x = x + layer.fc2(layer.activation_fn(layer.fc1(given)))
+        x = x if first else layer.final_layer_norm(x)
+    for last in (model.final_layer_norm, model.project_out):
+        x = x if last is None else last(x)
+    return gpt.lm_head(x)
+
+
+MODELING = "transformers.models.{0}.modeling_{0}"
+STEPS = {  # module and class of a language model -> its step
+    (MODELING.format("gpt2"), "GPT2LMHeadModel"): gpt2_step,
+    (MODELING.format("opt"), "OPTForCausalLM"): opt_step,
+}
+
+
+def find_step(gpt):
+    """Return the function of STEPS for a language model's class, or None."""
+    return STEPS.get((type(gpt).__module__, type(gpt).__name__))
+
+
+def has_slots(gpt):
+    """Tell whether SlotStep computes what a language model does.
+
+    Whatever watches or moves the parts of a model, as accelerate and FSDP do, expects them to be called as usual.
+    """
+    if find_step(gpt) is None or gpt.training or gpt.config._attn_implementation not in (NAME, "sdpa"):
+        return False
+    if getattr(gpt.config, "add_cross_attention", False) or torch.is_autocast_enabled(gpt.device.type):
+        return False
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in gpt.modules()
+    )
+
+
+class SlotStep:
+    """What CachedStep is, for models of which `has_slots` is true."""
+
+    def __init__(self, gpt, embeddings, lengths=None):
+        """Run the prefix; arguments as of CachedStep."""
+        begun = CachedStep(gpt, embeddings, lengths)
+        self.gpt, self.step = gpt, find_step(gpt)
+        self.first, self.mask = begun.first, begun.mask  # [R, T]
+        self.rows, self.prefix = embeddings.shape[:2]
+        self.length = self.prefix  # T
+        self.images = torch.arange(self.rows, device=embeddings.device)  # [R]: rows of an image have the same prefix
+        caches = [(layer.keys, layer.values) for layer in begun.cache.layers]  # [R, H, P, D] each
+        self.slots = self._allocate(caches[0][0], len(caches), self.rows, self.prefix)
+        for number, pair in enumerate(caches):
+            for slots, cached in zip(self.slots[number], pair, strict=True):
+                slots[:, :, : self.prefix] = cached
+
+    def _allocate(self, like, layers, rows, used):
+        """Return slots [L, 2, R, H, S, D] for one position more than are used, and some."""
+        _, heads, _, width = like.shape
+        return like.new_empty(layers, 2, rows, heads, (used // SLOTS + 1) * SLOTS, width)
+
+    def __call__(self, tokens):
+        """Append `tokens` [R]; return the logits of the next, [R, V]."""
+        if self.length == self.slots.shape[4]:
+            old = self.slots
+            self.slots = self._allocate(old[0, 0], len(old), self.rows, self.length)
+            self.slots[:, :, :, :, : self.length] = old
+        positions = torch.full((1,), self.length, device=tokens.device)
+        if self.mask is not None:
+            positions = self.mask.sum(1)
+            self.mask = torch.cat((self.mask, torch.ones_like(self.mask[:, :1])), dim=1)
+        self.length += 1
+        return self.step(self.gpt, tokens, positions, self._attend)
+
+    def _attend(self, layer, query, key, value, scaling):
+        """Write keys and values [R, E] into their slots; return what the queries take from all so far, [R, E]."""
+        keys, values = self.slots[layer]
+        query, key, value = (x.unflatten(-1, (keys.shape[1], -1)) for x in (query, key, value))  # [R, H, D]
+        keys[:, :, self.length - 1], values[:, :, self.length - 1] = key, value
+        keys, values = keys[:, :, : self.length], values[:, :, : self.length]
+        mask = None if self.mask is None else self.mask.bool()[:, None, None]
+        return attend_one(query[:, :, None], keys, values, scaling, mask).flatten(1)
+
+    def select(self, rows):
+        """Let row i become what row `rows[i]` was; `rows` is [R'] of indices."""
+        images, number, end = self.images[rows], len(rows), self.length
+        if number > self.rows:
+            grown = self._allocate(self.slots[0, 0], len(self.slots), number, end)
+            grown[..., :end, :] = self.slots[:, :, rows, :, :end]
+            self.slots = grown
+        else:
+            # within an image, rows differ in what came after the prefix only; taken one by one, a row is a few blocks
+            begin = self.prefix if images.equal(self.images[:number]) else 0
+            changes = [(row, source) for row, source in enumerate(rows.tolist()) if row != source]
+            taken = [self.slots[:, :, source, :, begin:end].clone() for _, source in changes]
+            for (row, _), part in zip(changes, taken, strict=True):
+                self.slots[:, :, row, :, begin:end] = part
+            self.slots = self.slots[:, :, :number]
+        self.images, self.rows = images, number
+        if self.mask is not None:
+            self.mask = self.mask[rows]
