@@ -6,9 +6,12 @@ of a step of few rows. Here the layers are called one after the other, and keys 
 Axes: R rows at work, L layers, H heads, D width of a head, E width of the model, S slots, T positions so far.
 """
 
+import weakref
+
 import torch
 from torch.nn import functional as F
 
+from models import cuda_graphs
 from models.attention import NAME, attend_one
 from models.steps import CachedStep, UncachedStep, cache_argument
 
@@ -107,6 +110,7 @@ class SlotStep:
         self.length = self.prefix  # T
         self.images = torch.arange(self.rows, device=embeddings.device)  # [R]: rows of an image have the same prefix
         caches = [(layer.keys, layer.values) for layer in begun.cache.layers]  # [R, H, P, D] each
+        self.fixed = None  # models.cuda_graphs.FixedStep, which holds slots and mask then
         self.slots = self._allocate(caches[0][0], len(caches), self.rows, self.prefix)
         for number, pair in enumerate(caches):
             for slots, cached in zip(self.slots[number], pair, strict=True):
@@ -119,6 +123,8 @@ class SlotStep:
 
     def __call__(self, tokens):
         """Append `tokens` [R]; return the logits of the next, [R, V]."""
+        if cuda_graphs.suits(tokens.device, len(tokens)):
+            return self._call_fixed(tokens)
         if self.length == self.slots.shape[4]:
             old = self.slots
             self.slots = self._allocate(old[0, 0], len(old), self.rows, self.length)
@@ -129,6 +135,25 @@ class SlotStep:
             self.mask = torch.cat((self.mask, torch.ones_like(self.mask[:, :1])), dim=1)
         self.length += 1
         return self.step(self.gpt, tokens, positions, self._attend)
+
+    def _call_fixed(self, tokens):
+        """The same by a step of fixed shapes."""
+        if self.fixed is None or self.length == self.fixed.room:
+            if self.fixed is not None:
+                self._leave_fixed(self.rows)
+            self.fixed = cuda_graphs.take(self.gpt, self.step, self.slots[..., : self.length, :], self.rows)
+            self.fixed.fill(self.slots, self.mask, self.length)
+            self.slots = self.mask = None
+            self.returns = weakref.finalize(self, cuda_graphs.give_back, self.gpt, self.fixed)
+        self.length += 1
+        return self.fixed(self.gpt, tokens)
+
+    def _leave_fixed(self, rows):
+        """Take slots and mask back from the step of fixed shapes; `rows` in use."""
+        fixed, self.fixed = self.fixed, None
+        self.slots = fixed.slots[:, :, :rows].clone()
+        self.mask = fixed.seen[:rows, 0, 0, : self.length].long()
+        self.returns()
 
     def _attend(self, layer, query, key, value, scaling):
         """Write keys and values [R, E] into their slots; return what the queries take from all so far, [R, E]."""
@@ -141,8 +166,14 @@ class SlotStep:
 
     def select(self, rows):
         """Let row i become what row `rows[i]` was; `rows` is [R'] of indices."""
+        if self.fixed is not None:
+            if len(rows) <= self.fixed.rows:
+                self.fixed.select(rows, self.length)
+                self.images, self.rows = self.images[rows], len(rows)
+                return
+            self._leave_fixed(self.rows)
         images, number, end = self.images[rows], len(rows), self.length
-        if number > self.rows:
+        if number > self.rows or rows.device.type != "cpu":
             grown = self._allocate(self.slots[0, 0], len(self.slots), number, end)
             grown[..., :end, :] = self.slots[:, :, rows, :, :end]
             self.slots = grown

@@ -1,11 +1,13 @@
 """Decoding in preallocated slots equals transformers' own forward pass."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from transformers import GPT2Config, OPTConfig
 
+from models import cuda_graphs
 from models.attention import FEW_ROWS
 from models.language import build_language_model
 from models.slots import SLOTS, SlotStep, has_slots, step_for
@@ -37,10 +39,29 @@ def build(name):
     return gpt.eval()
 
 
+@pytest.fixture
+def fixed(monkeypatch):
+    """Let steps of up to nine rows have fixed shapes, as on a GPU."""
+    monkeypatch.setattr(cuda_graphs, "suits", lambda _, rows: rows <= 9)
+    monkeypatch.setattr(cuda_graphs, "ROOM", 4)
+    monkeypatch.setattr(cuda_graphs, "_free", weakref.WeakKeyDictionary())
+
+
 @pytest.mark.parametrize("padded", (False, True))
 @pytest.mark.parametrize("name", CONFIGS)
-@torch.inference_mode()
 def test_equals_the_library(name, padded):
+    equals_the_library(name, padded)
+
+
+@pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("name", ("gpt2", "opt"))
+def test_fixed_shapes_equal_the_library(name, padded, fixed):
+    """Also where rows become more than there is room for, where they become few again, and in more slots."""
+    equals_the_library(name, padded)
+
+
+@torch.inference_mode()
+def equals_the_library(name, padded):
     """Through a beam's first growth, moves within and between images, rows that leave, and more slots."""
     assert ROWS <= FEW_ROWS < MANY
     gpt = build(name)
@@ -101,3 +122,29 @@ def test_others_are_left_to_the_library():
         pass
 
     assert not has_slots(Own(CONFIGS["gpt2"]).eval())
+
+
+@torch.inference_mode()
+def test_fixed_steps_are_used_again(fixed, monkeypatch):
+    """By one decoding at a time, for the same weights, without a trace of the batch before."""
+    gpt, made, init = build("gpt2"), [], cuda_graphs.FixedStep.__init__
+    monkeypatch.setattr(cuda_graphs.FixedStep, "__init__", lambda self, *args: made.append(args) or init(self, *args))
+    prefixes, tokens = torch.randn(3, 2, PREFIX, 32), torch.randint(0, 60, (4, 2))
+
+    def decode(step, number):
+        return torch.stack([step(row).clone() for row in tokens[:number]])
+
+    expected = [decode(CachedStep(gpt, prefix), 4) for prefix in prefixes]
+    for _ in range(2):  # two decodings that take turns
+        steps = [SlotStep(gpt, prefix) for prefix in prefixes[:2]]
+        begun = [decode(step, 2) for step in steps]
+        for step, start, own in zip(steps, begun, expected, strict=False):
+            found = torch.cat((start, torch.stack([step(row).clone() for row in tokens[2:]])))
+            assert torch.allclose(found, own, atol=1e-4)
+        assert len(made) == 2
+        steps[0].fixed.slots.fill_(torch.nan)
+        del steps, step
+    assert torch.allclose(decode(SlotStep(gpt, prefixes[0]), 4), expected[0], atol=1e-4) and len(made) == 2
+    gpt.lm_head.weight = torch.nn.Parameter(gpt.lm_head.weight * 2)
+    assert torch.allclose(decode(SlotStep(gpt, prefixes[0]), 4), decode(CachedStep(gpt, prefixes[0]), 4), atol=1e-3)
+    assert len(made) == 3
