@@ -4,8 +4,8 @@
 
 reads Train_GCC-training.tsv and Validation_GCC-1.1.0-Validation.tsv of --data_root, as Google gives them (a caption and
 an address per line, in either order), downloads the pictures into train/ and val/ by line number, and encodes them
-while it downloads. Writes conceptual_clip_ViT-B_32_train.pkl and _val.pkl there, or shards with --out DIR/. Killed and
-run again, it goes on to the address; what is dead is counted by reason in {split}_downloads.json.
+while it downloads. Writes conceptual_clip_ViT-B_32_train.pkl and _val.pkl there, or shards with --out DIR/. After a
+kill, the same command resumes at the next address; dead ones are counted by reason in {split}_downloads.json.
 
     python parse_conceptual.py --tars "cc3m/{00000..00331}.tar"
 
@@ -23,7 +23,7 @@ from features.addresses import TABLES, USER_AGENT
 from features.images import set_max_pixels
 from features.store_files import check_store_output, is_folder
 from features.tars import expand_tars
-from parse_coco import add_encoder_flags, model_in_names
+from parse_coco import add_encoder_flags, list_encoders, model_in_names
 from utils.cli import Parser, late_imports, positive_float, positive_int, run
 
 
@@ -51,7 +51,7 @@ def get_parser():
     downloads.add_argument(
         "--allow_private", action="store_true", help="fetch from this machine's own networks too, if an address says so"
     )
-    downloads.add_argument("--user_agent", default=USER_AGENT, help="who asks (default: this program's name)")
+    downloads.add_argument("--user_agent", default=USER_AGENT, help="User-Agent header (default: this program's name)")
     add_encoder_flags(parser)
     return parser
 
@@ -59,7 +59,7 @@ def get_parser():
 def pick_splits(args):
     """Return the splits to make.
 
-    Raises: ValueError, FileNotFoundError where they are not to be had.
+    Raises: ValueError for several splits of --tars; FileNotFoundError where a split's table does not exist.
     """
     root = Path(args.data_root)
     if args.tars:
@@ -88,6 +88,8 @@ def store_of(args, split):
 def main(argv=None):
     """Download and extract what the command line asks for."""
     args = get_parser().parse_args(argv)
+    if args.list_encoders is not None:
+        return list_encoders(args.list_encoders)
     set_max_pixels(args.max_pixels)
     splits, root = pick_splits(args), Path(args.data_root)
     stores = {split: store_of(args, split) for split in splits}

@@ -4,8 +4,8 @@
     python -m demo.rerank --tune
 
 Input: nothing; scenes are drawn into --out. The first judges 1,000 test scenes, greedy and by the best of 1, 2, 4 ...
-candidates, and writes docs/rerank.png and <out>/rerank.json; the second prints what weights of the log-probability
-give on 500 other scenes, from which models/rerank.py has its own.
+candidates, and writes docs/rerank.png and <out>/rerank.json; the second prints the quality by weight of the
+log-probability on 500 other scenes, from which the weight in models/rerank.py was chosen.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def pick(scenes, captioner, groups, counts, picks):
             "clip": [own[:count] + LOGPROB_WEIGHT * mean for own, mean in zip(scores, means, strict=True)],
             "clip alone": [own[:count] for own in scores],
             "log-probability": means,
-            # only where it is asked for: it takes longer than the captions
+            # lazy: it takes longer than the captions
             "a perfect judge": ([scenes.right(i, caption) for caption in group] for i, group in enumerate(cut)),
         }
         chosen = {name: map(best, cut, rows) for name, rows in values.items()}
@@ -96,7 +96,7 @@ def pick(scenes, captioner, groups, counts, picks):
 
 
 def milliseconds(scenes, captioner, decoding):
-    """Return the processor's time per image of captioning, and of reading and encoding an image besides."""
+    """Return the CPU time per image, in ms: of captioning, and of reading and encoding."""
     times = []
     for _ in range(3):
         began = time.process_time()
@@ -109,7 +109,7 @@ def milliseconds(scenes, captioner, decoding):
 
 
 def tune(scenes, captioner, args):
-    """Print what weights of the log-probability give, for several numbers of candidates and temperatures."""
+    """Print the quality by weight of the log-probability, for several numbers of candidates and temperatures."""
     for temperature in (1.0, 1.25, 1.5):
         groups = scenes.groups(captioner, sampling(max(args.candidates), temperature, 0))
         scores = scores_by_clip(scenes.embeddings, groups, captioner.encoder.encode_texts)
@@ -124,16 +124,17 @@ def tune(scenes, captioner, args):
 
 
 def measure(scenes, captioner, args):
-    """Return {"greedy", "frontier", "distinct"}: shares and times for every number of candidates."""
+    """Return {"greedy", "different", "frontier"}: shares, different captions and times by number of candidates."""
     results = {"greedy": [*scenes.shares([g[0] for g in scenes.groups(captioner, DecodingConfig())])]}
     results["greedy"] += milliseconds(scenes, captioner, DecodingConfig())
     print("greedy: seen {:.1f} %, unseen {:.1f} %, {:.1f} ms and {:.1f} ms of encoding".format(*results["greedy"]))
-    found, counts = [], args.candidates
+    found, different, counts = [], [], args.candidates
     for seed in range(args.seeds):
         groups = scenes.groups(captioner, sampling(max(counts), args.temperature, seed))
         found.append(pick(scenes, captioner, groups, counts, args.picks))
+        different += [{n: len(distinct(group[:n])) for n in counts} for group in groups]
         print(f"seed {seed} is done", flush=True)
-    results["different"] = {n: float(np.mean([len(distinct(group[:n])) for group in groups])) for n in counts}
+    results["different"] = {n: float(np.mean([row[n] for row in different])) for n in counts}
     frontier = results["frontier"] = []
     for count in counts:
         reranking = DecodingConfig(rerank="clip", num_candidates=count, temperature=args.temperature)

@@ -3,7 +3,7 @@
     python -m demo.run --out demo/out
 
 Input: demo/weights. Output: `world/`, a feature store, a folder with a checkpoint per captioner, captions jsons,
-report.html and report.json in `--out`. One captioner is trained, two of them with --full. Every stage is the
+report.html and report.json in `--out`. One captioner is trained; --short and --full train two. Every stage is the
 repository's own command; a stage that was finished with the same command is skipped on a rerun.
 """
 
@@ -48,7 +48,7 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Size:
-    """How much of it is run: training and test scenes, captioners, epochs of each (None: its own), and what to say."""
+    """How much of the demo is run: training and test scenes, captioners, epochs (None: their own), time it takes."""
 
     scenes: int
     test: int
@@ -77,7 +77,7 @@ class Stages:
     """Runs stages in order, times them, and skips those whose stamp shows the same command."""
 
     def __init__(self, out, files=()):
-        """Go on with what was done in a folder; `files`: of weights that stages rest on, besides CLIP and GPT-2."""
+        """Go on with what was done in a folder; `files`: what stages depend on, besides CLIP and GPT-2."""
         self.out, self.seconds = Path(out), {}
         self.stamps = self.out / "stages.json"
         self.weights = weights_digest(files)
@@ -88,7 +88,7 @@ class Stages:
 
         Args:
             name: what is printed and timed.
-            command: str; a stage is skipped where it was done with the same and `outputs` exist.
+            command: str; a stage is skipped where it was done with the same command and `outputs` exist.
             outputs: paths that the stage writes.
             work: callable without arguments.
             makes: what the stage makes and what for, in words to print.
@@ -122,7 +122,7 @@ class Stages:
 
 @contextlib.contextmanager
 def stages_in(out, files=()):
-    """Give the body the Stages of a folder, in the repository's root; a command that fails has said why.
+    """Yield the Stages of a folder, from the repository's root; a command that fails has printed why.
 
     Args:
         out, files: as of Stages.

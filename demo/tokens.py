@@ -1,4 +1,4 @@
-"""Measure pooled vectors against patch tokens, by every mapping network, on scenes that are crowded and that are not.
+"""Measure pooled vectors against patch tokens, by every mapping network, on crowded and ordinary scenes.
 
     python -m demo.tokens --out demo/out/tokens --seeds 0 1 2
 
@@ -22,7 +22,7 @@ from utils.files import write_json
 
 SPLITS = ("ordinary", "crowded")
 TOKENS = ("pooled", "patches")
-NETWORKS = {  # what is mapped, by what -> store, flags
+NETWORKS = {  # input, mapping network -> store, flags
     "pooled, mlp": ("pooled", ("--mapping_type", "mlp", "--prefix_length", 10)),
     "pooled, transformer": (
         "pooled",
@@ -33,7 +33,9 @@ NETWORKS = {  # what is mapped, by what -> store, flags
     "patches, resampler": ("patches", ("--mapping_type", "resampler", "--prefix_length", 10, "--num_layers", 2)),
 }  # fmt: skip
 LEARNS = {"frozen": ("--only_prefix",), "LoRA": ("--lora_rank", 8), "tuned": ()}  # of the language model
-ENCODER_CODE = ("demo/world/crowded.py", "demo/world/crowded_clip.py")
+ENCODER_CODE = tuple(  # with other code, every stage runs again
+    f"demo/world/{name}.py" for name in ("crowded", "crowded_clip", "clip_parts", "draw", "scenes", "train_gpt2")
+)
 TRAINING = ("--bs", 50, "--warmup_steps", 50, "--lr", "1e-3", "--save_every", 100)
 
 

@@ -567,7 +567,9 @@ def test_list_of_encoders():
     assert listed("small_patch14_dinov2")["timm:vit_small_patch14_dinov2.lvd142m"] == "384 1369 x 384 518 no".split()
     assert listed("blip2-opt")["hf:Salesforce/blip2-opt-2.7b"] == "- 32 x 768 224 no".split()
     assert listed("ViT-B/32")["ViT-B/32"] == "512 49 x 768 224 yes".split()
-    one_line_error(run_script("parse_coco.py", "--list_encoders", "no-such", check=2), "--list_encoders no-such")
+    for script in ("parse_coco.py", "parse_conceptual.py"):
+        assert "ViT-B/32 " in run_script(script, "--list_encoders", "ViT-B/32").stdout
+        one_line_error(run_script(script, "--list_encoders", "no-such", check=2), "--list_encoders no-such")
 
 
 def test_tables_of_names():
