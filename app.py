@@ -3,10 +3,10 @@
     python app.py
     python app.py --checkpoint coco_train/coco_prefix_latest.pt --port 8000
 
-serves http://127.0.0.1:7860: upload, paste or pick an image; the best captions of several candidates, with the score
-that chose them, log-probability per token and CLIP score; the image regions that each word rests on; the prefix read
-back as words. Programs call the endpoint /caption, by gradio's client or by themselves, and what they ask at the same
-time is captioned in batches. Only this machine is served unless --host says otherwise.
+serves http://127.0.0.1:7860: upload, paste or pick an image, and see the best captions of several candidates, with the
+score that chose them, log-probability per token and CLIP score; the image regions that each word rests on; the prefix
+read back as words. Programs call the endpoint /caption, with gradio's client or without, and simultaneous requests are
+captioned in batches. Only this machine is served unless --host says otherwise.
 """
 
 import importlib.util
@@ -35,8 +35,8 @@ def get_parser():
     limits = parser.add_argument_group("limits")
     limits.add_argument("--batch_size", type=positive_int, default=16, help="images at a time")
     limits.add_argument("--queue_size", type=positive_int, default=256, help="requests that wait; others are refused")
-    limits.add_argument("--max_upload_mb", type=positive_int, default=20, help="size of an upload, MB")
-    limits.add_argument("--max_pixels", type=positive_int, default=50_000_000, help="pixels of an image")
+    limits.add_argument("--max_upload_mb", type=positive_int, default=20, help="largest upload, MB")
+    limits.add_argument("--max_pixels", type=positive_int, default=50_000_000, help="most pixels of an image")
     return parser
 
 

@@ -5,7 +5,7 @@
 
 The second runs cog's own HTTP server here. It answers `POST /predictions` with a body like
 `{"input": {"image": "https://... or data:...", "model": "coco", "use_beam_search": false}}`.
-In a container, the variables CLIPCAP_CHECKPOINT and CLIPCAP_DTYPE are what the flags are here.
+In a container, the environment variables CLIPCAP_CHECKPOINT and CLIPCAP_DTYPE take the place of the flags.
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ class Predictor(BaseRunner):
     """Captions one image, with the inputs of the predecessor's class of this name."""
 
     def setup(self) -> None:
-        """Name the captioners; each is loaded when it is first asked for, but one of the server's own at once.
+        """Name the captioners; each is loaded when it is first asked for, but the server's own at once.
 
         Raises: ValueError for variables that are wrong; as `Captioner`.
         """
@@ -77,7 +77,7 @@ class Predictor(BaseRunner):
 
 
 def check_own(checkpoint, dtype):
-    """Refuse a captioner of the server's own, or a number type, that there is none of; raises ValueError."""
+    """Refuse a captioner or dtype that does not exist; raises ValueError, FileNotFoundError."""
     if dtype and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     if checkpoint and not os.path.exists(checkpoint) and not repository_of(checkpoint):

@@ -3,9 +3,9 @@
     python evaluate.py captions.json data/coco/annotations/captions_val2014.json --subset --out scores.json
     python evaluate.py captions.json dataset_coco.json --compare other.json --html page.html --images data/coco/val2014
 
-BLEU-1 to -4, METEOR, ROUGE-L, CIDEr and SPICE are pycocoevalcap's, with its values. METEOR needs Java, SPICE needs
-Stanford CoreNLP besides; without them the others are computed on the same tokens, and what is left out is named. With
---images and --clip_model_type CLIPScore and RefCLIPScore are added. References that tell nocaps' domains are scored by
+BLEU-1 to -4, METEOR, ROUGE-L, CIDEr and SPICE are pycocoevalcap's, with its values. METEOR needs Java, SPICE
+Stanford CoreNLP too; without them the others are computed on the same tokens, and the missing ones are named. With
+--images and --clip_model_type CLIPScore and RefCLIPScore are added. References with nocaps' domains are scored by
 domain too.
 """
 
@@ -47,7 +47,7 @@ def get_parser():
     )
     how.add_argument(
         "--tokenizer", choices=("auto", "java", "python"), default="auto",
-        help="Stanford's program, our own with the same tokens, or the first where there is Java (default: auto)",
+        help="java: Stanford's program; python: our own, with the same tokens; auto: java if there is one (default)",
     )  # fmt: skip
     how.add_argument("--bootstrap", type=non_negative_int, default=1000, metavar="N", help="samples; 0: no intervals")
     how.add_argument("--seed", type=non_negative_int, default=0, help="of the bootstrap")
@@ -55,7 +55,7 @@ def get_parser():
     clip.add_argument("--images", nargs="+", metavar="DIR", help="folders of the images, searched in this order")
     clip.add_argument(
         "--clip_model_type", metavar="P",
-        help="add CLIPScore and RefCLIPScore by this encoder; published ones are of ViT-B/32",
+        help="add CLIPScore and RefCLIPScore by this encoder; published scores use ViT-B/32",
     )  # fmt: skip
     clip.add_argument(
         "--num_workers", type=non_negative_int, default=min(4, os.cpu_count() or 1), help="processes that read images"
@@ -63,7 +63,7 @@ def get_parser():
     add_max_pixels_flag(clip)
     clip.add_argument("--device", help="torch device of the encoder (default: a GPU if there is one)")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FILE", help="write the scores, those of every image too, as JSON")
+    output.add_argument("--out", metavar="FILE", help="write the scores, per image too, as JSON")
     output.add_argument("--html", metavar="FILE", help="write a page with the best and the worst images")
     output.add_argument("--examples", type=positive_int, default=12, help="best and worst images in the page")
     return parser

@@ -5,7 +5,7 @@
 
 The folder is checked: its captions of the --check pictures are compared with those of predict.py. Needs the extra
 `export`. The second command puts the captioner itself on the Hugging Face Hub, where --checkpoint ORG/NAME finds it:
-safetensors, json, tokenizer, and a model card; with --format onnx --push uploads the export.
+safetensors, json, tokenizer, and a model card; with --format onnx, --push uploads the export.
 """
 
 if __name__ == "__main__":
@@ -29,15 +29,15 @@ from utils.outputs import same_file
 def get_parser():
     """Return the command line's parser."""
     parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, help="as of predict.py")
+    parser.add_argument("--checkpoint", required=True, help="as for predict.py")
     parser.add_argument("--out", metavar="DIR", help="folder to write; an earlier export is replaced")
     parser.add_argument(
         "--format", choices=(ONNX, TORCH), default=ONNX,
-        help="graphs for runtime/; or what --checkpoint takes, as safetensors, json and tokenizer (default: onnx)",
+        help="onnx: graphs for runtime/; torch: what --checkpoint takes: safetensors, json, tokenizer (default: onnx)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=("fp32", "int8", "int4"), default="fp32",
-        help="of weights; int4 keeps the encoder and the table of words in 8 bits (default: %(default)s)",
+        help="of weights; int4 keeps the encoder and the token embeddings in 8 bits (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--check", nargs="+", metavar="IMAGE", help="pictures to compare captions of")
     add_parts_flags(parser)
@@ -45,7 +45,7 @@ def get_parser():
     hub.add_argument(
         "--push", metavar="ORG/NAME", help="upload to this repository of the Hugging Face Hub, with a model card"
     )
-    hub.add_argument("--private", action="store_true", help="a new repository is private")
+    hub.add_argument("--private", action="store_true", help="make a new repository private")
     hub.add_argument("--license", metavar="ID", help="licence of the captioner, such as mit, for the card")
     hub.add_argument("--scores", metavar="FILE", help="what evaluate.py --out wrote, for the card")
     add_decoding_flags(parser, DecodingConfig())
@@ -78,7 +78,7 @@ def check_arguments(args, decoding):
         check_onnx(decoding)
     elif args.dtype != "fp32" or args.check:
         flag = "--check" if args.check else f"--dtype {args.dtype}"
-        raise ValueError(f"{flag} is for --format onnx; of --format torch the weights stay as they are")
+        raise ValueError(f"{flag} is for --format onnx; --format torch keeps the weights as they are")
     missing = [path for path in args.check or () if not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(f"--check: {missing[0]} is no file")

@@ -3,15 +3,15 @@
     python parse_coco.py --clip_model_type ViT-B/32
 
 reads data/coco/annotations/train_caption.json and the images of data/coco/train2014 and val2014, and writes
-data/coco/oscar_split_ViT-B_32_train.pkl. Each image is encoded once, however many captions it has. Killed and run
-again, it goes on where it was; images that are missing or cannot be read are listed and left out. With --out DIR/ the
-store is a folder of shards in clip-retrieval's layout, which train.py maps instead of loading. --check lists every bad
+data/coco/oscar_split_ViT-B_32_train.pkl. Each image is encoded once, however many captions it has. After a kill, the
+same command resumes; images that are missing or cannot be read are listed and left out. With --out DIR/ the store is a
+folder of shards in clip-retrieval's layout, which train.py memory-maps instead of loading. --check lists every bad
 record without encoding.
 
     python parse_coco.py --clip_model_type ViT-B/32 --images photos/ --no_captions --out data/photos.pkl
 
-makes a store of pictures alone, all of these folders, which train_scst.py --reward clip learns from. With --text_only
-the captions alone are embedded, by the encoder's text tower, for train.py --noise_angle.
+makes a store of all pictures in these folders, without captions, for train_scst.py --reward clip. With --text_only the
+captions alone are embedded, by the encoder's text tower, for train.py --noise_angle.
 """
 
 if __name__ == "__main__":
@@ -63,7 +63,7 @@ def get_parser():
 
 
 def add_encoder_flags(parser):
-    """Add the flags that say by which encoder pictures are embedded, and how."""
+    """Add the flags that say which encoder embeds pictures, and how."""
     encoder = parser.add_argument_group("encoder")
     encoder.add_argument(
         "--clip_model_type", default="ViT-B/32", metavar="NAME", help=f"{FORMS} (default: %(default)s)"
@@ -88,19 +88,19 @@ def add_encoder_flags(parser):
 
 
 def model_in_names(clip_model_type, tokens=None):
-    """Return how a store's default name says its encoder, as the predecessors do, and that it holds tokens."""
+    """Return the encoder's part of a store's default name, as the predecessors write it, with a mark for tokens."""
     before, path = split_path(clip_model_type)
     model = re.sub("[/:]", "_", before + Path(path).stem if path and Path(path).exists() else clip_model_type)
     return model + f"_{PATCHES}" * (tokens == PATCHES)
 
 
 def default_out(clip_model_type, split, tokens=None):
-    """Return the predecessors' name of the store of a model and split; other ones for tokens and what stands alone."""
+    """Return the default store name for a model and split: the predecessors', with a mark for tokens."""
     return f"data/coco/oscar_split_{model_in_names(clip_model_type, tokens)}_{split}.pkl"
 
 
 def list_encoders(word):
-    """Print the published encoders whose name holds a word; returns 0.
+    """Print the published encoders whose name contains `word`; returns 0.
 
     Raises: ValueError where there is none.
     """

@@ -4,7 +4,7 @@
     python predict.py photos/ --checkpoint coco_train/coco_prefix_latest.pt --use_beam_search --out captions.json
 
 prints `path<TAB>caption` per image. A checkpoint that train.py wrote needs no other flag; a predecessor's bare .pt is
-recognised from its keys and shapes. `class Predictor` is the same for other code.
+recognised from its keys and shapes. `class Predictor` does the same for Python code.
 
     torchrun --standalone --nproc_per_node 8 predict.py "cc12m/{00000..00999}.tar" --out captions/
 
@@ -33,11 +33,11 @@ from utils.flags import add_device_flags, add_dtype_flag, add_max_pixels_flag, c
 from utils.outputs import check_output
 from utils.processes import world_size
 
-BATCH = 32  # images at a time, unless --batch_size says
+BATCH = 32  # images at a time, unless --batch_size is given
 
 
 def __getattr__(name):
-    """Return what other code finds here, from where torch is imported."""
+    """Import the classes that other code finds here only when asked for: they need torch."""
     if name == "Predictor":
         from models.predictor import Predictor
 
@@ -62,8 +62,8 @@ def get_parser(decoding=None):
     )
     parser.add_argument(
         "--out", metavar="FILE",
-        help="also write [{image_id, caption}], COCO's result format, or the same as .csv; DIR/: write nothing but "
-        "parquet files of key, caption, logprob and error there, one per tar or shard, and go on with those",
+        help="also write [{image_id, caption}], COCO's result format, or the same as .csv; DIR/: write only "
+        "parquet files of key, caption, logprob and error, one per tar or shard, and go on after the finished ones",
     )  # fmt: skip
     add_captioner_flags(parser, decoding or DecodingConfig())
     parser.set_defaults(batch_size=None)
@@ -106,7 +106,7 @@ def add_parts_flags(parser):
 
 
 def add_decoding_flags(parser, decoding):
-    """Add the flags of decoding, which have no value where they are not given.
+    """Add the flags of decoding, which are None unless given.
 
     Args:
         decoding: DecodingConfig of the command, where the checkpoint's json does not say.
@@ -135,7 +135,7 @@ def add_decoding_flags(parser, decoding):
     add("seed", "of sampling", type=non_negative_int)
     add("entry_length", "tokens at most", type=positive_int)
     add("prompt", "text that captions go on from")
-    add("decoder", "whose search: ours or the library's", choices=DECODERS)
+    add("decoder", "whose search: ours or transformers'", choices=DECODERS)
     add("stop_token", "text that ends a caption")
     add(
         "rerank", "choose among candidates (samples, or beams), by CLIP's text tower or by what most of them agree on",
@@ -176,7 +176,7 @@ def check_out(args, paths, num_captions):
 
 
 def find_pictures(arguments):
-    """Return (what is to be captioned: files, or pictures in tars; {name: why one in a tar is left out})."""
+    """Return (pictures to caption, as files or in tars; {name: why a picture in a tar is left out})."""
     if not any(map(names_tars, arguments)):
         return find_images(arguments), {}
     pictures, left_out = Tars(expand_tars(arguments), False).read()
@@ -184,11 +184,11 @@ def find_pictures(arguments):
 
 
 def bulk_source(args, made):
-    """Return the Source of pictures to caption into a folder, or None where a store is.
+    """Return the Source of pictures to caption into a folder, or None for a store.
 
     Args:
-        made: what captions, as `made_by` returns it.
-    Raises: ValueError, FileNotFoundError where input or folder are not to be had.
+        made: what `made_by` returns.
+    Raises: ValueError, FileNotFoundError where the input or the folder cannot be used.
     """
     if not args.out or not is_bulk(args.out):
         raise ValueError("--data needs --out DIR/, a folder, which a parquet file per shard is written into")
@@ -221,7 +221,7 @@ def main(argv=None, parser=None):
             from models.bulk import caption_in_bulk
         return caption_in_bulk(args, decoding, source, made, batch_size)
     if world_size() > 1:
-        raise ValueError("several processes share out parts of --out DIR/ alone; start one, or name a folder")
+        raise ValueError("several processes can only share the parts of --out DIR/; start one, or name a folder")
     paths, unreadable = find_pictures(args.images)
     if args.out:
         check_out(args, paths, decoding.num_captions)

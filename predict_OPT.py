@@ -2,8 +2,8 @@
 
     python predict_OPT.py photos/ --checkpoint checkpoints/coco_prefix_latest.pt
 
-As the predecessor: the prompt "a photo of", transformers' beam search with 5 beams, at most 30 new tokens, ending with
-the line. --beam_size 1 is greedy, --top_p samples.
+As in the predecessor: the prompt "a photo of", transformers' beam search with 5 beams, at most 30 new tokens, ending at
+a line break. --beam_size 1 is greedy, --top_p samples.
 """
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python predict_nice.py --images data/nice/images --checkpoint checkpoints/coco_prefix_latest.pt --ofile clipcap
 
-The json is {public_id: caption}, the csv has the columns public_id,caption that the challenge takes. Stopped and run
-again, it goes on; an image that cannot be read is listed, gets a row with an empty caption, and is tried again. What
-captioned, and how, is kept in .clipcap.made_by.json, so that one file never holds the captions of two.
+The json is {public_id: caption}, the csv has the columns public_id,caption that the challenge takes. A rerun goes on
+where it was stopped; an image that cannot be read is listed, gets a row with an empty caption, and is tried again. The
+captioner and its decoding are recorded in .clipcap.made_by.json, so that no file mixes two captioners or decodings.
 """
 
 if __name__ == "__main__":
@@ -114,7 +114,7 @@ def caption_folder(captioner, paths, decoding, batch_size, num_workers, out, cap
     """Caption files, saving after every batch.
 
     Args:
-        captions: {public_id: caption} of what is done; added to.
+        captions: {public_id: caption} made so far; added to.
     Returns: how many images could not be read.
     """
     unreadable = 0
@@ -163,7 +163,7 @@ def caption_rest(args, decoding, paths, out, captions, made):
     """Caption the images that have no caption yet.
 
     Args:
-        made: what `made_by` returns; the others as of `caption_folder`.
+        made: what `made_by` returns; the others as in `caption_folder`.
     Returns: as `main`.
     """
     todo = [path for path in paths if not captions.get(result_id(path))]

@@ -3,8 +3,8 @@
     python train.py --data data/coco/oscar_split_ViT-B_32_train.pkl --out_dir coco_train
 
 writes into coco_train/: coco_prefix-000.pt, coco_prefix-001.pt, ... and coco_prefix_latest.pt, coco_prefix.json (what
-predict.py needs to know), coco_prefix-log.jsonl (a line per step) and coco_prefix-loss.png. Stopped by Ctrl-C, SIGTERM
-or a crash, the same command with --resume goes on to the same weights. With --val_data every epoch is scored, and
+predict.py needs to know), coco_prefix-log.jsonl (a line per step) and coco_prefix-loss.png. After Ctrl-C, SIGTERM or a
+crash, the same command with --resume goes on to the same weights. With --val_data every epoch is scored, and
 coco_prefix_best.pt holds the weights of the highest CIDEr.
 """
 
@@ -25,7 +25,7 @@ def get_parser(length=10):
     """Return the command line's parser.
 
     Args:
-        length: of the prefix, and tokens made of the CLIP embedding, where nothing else decides.
+        length: default of --prefix_length and --prefix_length_clip.
     """
     parser = Parser(__doc__)
     parser.set_defaults(usual_length=length)
@@ -48,18 +48,18 @@ def get_parser(length=10):
     model.add_argument("--mapping_type", choices=MAPPING_OPTIONS, default="mlp", help="network between CLIP and prefix")
     model.add_argument(
         "--prefix_length", type=positive_int,
-        help=f"prefix positions (default: {length}; of the mlp on tokens, one for each token)",
+        help=f"prefix positions (default: {length}; for the mlp on tokens, one per token)",
     )  # fmt: skip
     model.add_argument(
         "--prefix_length_clip", type=positive_int,
-        help=f"tokens the transformer makes of a CLIP embedding (default: {length}; of tokens, as many as there are)",
+        help=f"tokens the transformer makes of a CLIP embedding (default: {length}; for tokens, as many as there are)",
     )  # fmt: skip
     model.add_argument(
         "--num_layers", "--num_layres", type=positive_int,
         help=f"layers of the mapping network (default: {_defaults_of('num_layers')})",
     )  # fmt: skip
     model.add_argument(
-        "--num_heads", type=positive_int, help=f"attention heads in it (default: {_defaults_of('num_heads')})"
+        "--num_heads", type=positive_int, help=f"attention heads of the network (default: {_defaults_of('num_heads')})"
     )
     model.add_argument("--is_rn", action="store_true", help="the encoder is a ResNet; the width is read from the data")
     model.add_argument("--normalize_prefix", action="store_true", help="divide CLIP embeddings by their L2 norm")
@@ -72,13 +72,12 @@ def get_parser(length=10):
     optimiser.add_argument(
         "--optimizer", choices=WEIGHT_DECAY, default=defaults.optimizer,
         help="adamw_hf: transformers' AdamW up to 4.46, which the predecessor's train.py imports (eps 1e-6, before the "
-        "bias correction); adamw_torch: torch's, as its train_OPT.py (eps 1e-8, after it)",
+        "bias correction); adamw_torch: torch's, as in its train_OPT.py (eps 1e-8, after it)",
     )  # fmt: skip
     optimiser.add_argument("--lr", type=positive_float, default=defaults.lr, help="peak learning rate")
     optimiser.add_argument(
         "--weight_decay", type=non_negative_float, metavar="X",
-        help="share of a weight, times the learning rate, that a step takes off (default: 0 for adamw_hf, 0.01 for "
-        "adamw_torch)",
+        help="decoupled weight decay (default: 0 for adamw_hf, 0.01 for adamw_torch)",
     )  # fmt: skip
     optimiser.add_argument(
         "--warmup_steps", type=non_negative_int, default=defaults.warmup_steps, help="steps of linear warm-up"
@@ -90,7 +89,7 @@ def get_parser(length=10):
         help="batches per optimiser step",
     )
     optimiser.add_argument(
-        "--mixed_precision", choices=MIXED_PRECISION, default=defaults.mixed_precision, help="autocast to this type"
+        "--mixed_precision", choices=MIXED_PRECISION, default=defaults.mixed_precision, help="autocast to this dtype"
     )
     optimiser.add_argument(
         "--group_by_length", action="store_true", help="batches of captions of similar length: less padding"
@@ -110,7 +109,7 @@ def _defaults_of(option):
 
 
 def check_arguments(args):
-    """Refuse what cannot be trained, as far as no store and no model need be read to tell.
+    """Refuse what cannot be trained, as far as can be told without reading a store or a model.
 
     Raises: ValueError for flags that contradict each other, or a run that would overwrite other files;
         FileNotFoundError for a file that is not there.

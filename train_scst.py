@@ -3,7 +3,7 @@
     python train_scst.py --init_from coco_train/coco_prefix_best.pt --data data/coco/oscar_split_ViT-B_32_train.pkl
     python train_scst.py --init_from my.pt --data my_photos.pkl --reward clip --kl 0.05
 
-draws several captions of every image, scores them, and makes those likelier that are better than the image's others.
+samples several captions per image, scores them, and makes those better than the image's others likelier.
 --reward cider compares them with the image's references, clip with the image itself, so that photos without captions
 (parse_coco.py --no_captions) can be learned from. Files, --resume and --val_data are train.py's; an epoch is a pass
 over the images.
@@ -19,7 +19,7 @@ from utils.cli import late_imports, non_negative_float, positive_int, run
 
 
 def get_parser():
-    """Return train.py's parser, with the reward's flags and what the checkpoint answers left open."""
+    """Return train.py's parser with the reward's flags, and no defaults for what the checkpoint decides."""
     parser = train.get_parser()
     parser.description = __doc__.strip()
     parser.set_defaults(
@@ -31,21 +31,21 @@ def get_parser():
     group = parser.add_argument_group("reward")
     group.add_argument(
         "--reward", choices=REWARDS, default=CIDER,
-        help="cider: CIDEr-D against the image's references; clip: CLIPScore, which needs none; or both, each by its "
-        "deviation",
+        help="cider: CIDEr-D against the image's references; clip: CLIPScore, which needs none; or both, each divided "
+        "by its deviation",
     )  # fmt: skip
-    group.add_argument("--samples", type=positive_int, default=RewardConfig.samples, help="captions drawn of an image")
+    group.add_argument("--samples", type=positive_int, default=RewardConfig.samples, help="captions sampled per image")
     group.add_argument(
         "--kl", type=non_negative_float, metavar="X", default=RewardConfig.kl,
-        help="hold the captioner near the one it was: weight of the divergence per token, beside advantages of "
-        "deviation 1; 0.05 for the reward clip, which sentences need not please",
+        help="keep the captioner near its start: weight of the divergence per token, beside advantages of deviation 1; "
+        "0.05 for the reward clip, which does not ask for sentences",
     )  # fmt: skip
     group.add_argument("--clip_model_type", help="encoder, where the checkpoint does not say or it has moved")
     return parser
 
 
 def check_flags(args):
-    """Refuse flags that say nothing here; raises ValueError."""
+    """Refuse flags that do not apply here; raises ValueError."""
     for wrong, message in (
         (not args.init_from, "--init_from FILE is needed: a reward can only teach a captioner that captions already"),
         (args.samples < 2, f"--samples {args.samples}: a caption is compared with the image's others; pass 2 or more"),

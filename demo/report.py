@@ -3,7 +3,7 @@
     python -m demo.report --scenes demo/out/world/scenes_test.json --images demo/out/world/test \
         --variant "MLP + GPT-2=demo/out/mlp_captions.json" --out demo/out/report.html
 
-The page holds its images, makes no request, and reads on narrow and wide windows.
+The page embeds its images, makes no request, and fits narrow and wide windows.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python -m demo.rewards --out demo/out/rewards --seeds 0 1 2
 
 Input: demo/weights, whose captioner every run begins with. Trains it by train_scst.py on the train split's references;
-on those of them that do not begin with the place, about half, so that a captioner that only learned to please its
-references would show; and by CLIP alone on pictures without captions, half of them of unseen combinations. Each
-captions the test split, whose references have all phrasings. Prints a table over the seeds and writes results.json. A
-stage that was finished with the same command is skipped on a rerun.
+on about half of these, the ones that do not begin with the place, which reveals a captioner that only learned its
+references' phrasing; and by CLIP alone on pictures without captions, half of them of unseen combinations. Each captions
+the test split, whose references have all phrasings. Prints a table over the seeds and writes results.json. A stage that
+was finished with the same command is skipped on a rerun.
 """
 
 import statistics
@@ -32,7 +32,7 @@ REWARDS = {  # method -> store, flags; 450, 600 and 900 steps of 20 images
     ADAPTED: ("adapt", ("--reward", "clip", "--kl", 0.05, "--samples", 8, "--epochs", 8)),
     f"{ADAPTED}, then cider+clip": ("pairs", ("--epochs", 2, "--reward", "cider+clip", "--kl", 0.02)),
 }
-FROM = {f"{ADAPTED}, then cider+clip": ADAPTED}  # methods that begin with what another made of the same seed
+FROM = {f"{ADAPTED}, then cider+clip": ADAPTED}  # method -> method whose captioner of the same seed it begins with
 START = "the captioner at the start"
 COLUMNS = (*PARTS, "grammatical", "CIDEr")
 
@@ -78,7 +78,7 @@ def measure(stages, world, name, checkpoint):
 
 
 def train(stages, stores, method, seed):
-    """Train by a method, after those that it begins with; returns (name of the run, checkpoint)."""
+    """Train by a method, after the one that it begins with; returns (name of the run, checkpoint)."""
     (store, flags), name = REWARDS[method], method.replace(", ", "_").replace(" ", "_")
     start = DEMO_CHECKPOINT.relative_to(ROOT)
     if method in FROM:

@@ -2,11 +2,11 @@
 
     python -m demo.text_only --out demo/out/text_only --seeds 0 1 2
 
-Input: demo/weights. Trains a captioner on the captions of the train split alone, with 200 pictures of the val split
-that nobody has captioned; the same with sentences of the unseen combinations among its own; the first one after it on
-1 % of the train split's pairs; and, to compare with, one on all pairs. Each captions the test split. Prints one table
-of the scenes that are all right, over the seeds, and writes results.json. A stage that was finished with the same
-command is skipped on a rerun. A captioner and epoch take about four minutes on one core.
+Input: demo/weights. Trains a captioner on the train split's captions alone, with 200 uncaptioned pictures of the val
+split; the same on sentences that include the unseen combinations; the first one further on 1 % of the train split's
+pairs; and, for comparison, one on all pairs. Each captions the test split. Prints one table of the scenes that are all
+right, over the seeds, and writes results.json. A stage that was finished with the same command is skipped on a rerun.
+An epoch of a captioner takes about four minutes on one core.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ from demo.world.splits import CAPTIONS_PER_IMAGE, SHARE_UNSEEN, write_split
 from utils.files import read_json, write_json, write_text
 
 UNLABELLED = 200  # pictures for --match
-SHARE_PAIRED = 0.01  # of the train split, for the last touch
+SHARE_PAIRED = 0.01  # of the train split, to train further on
 PAIRS, TEXTS, SENTENCES, TOUCHED = (
     "all pairs",
     "texts",
@@ -28,7 +28,7 @@ PAIRS, TEXTS, SENTENCES, TOUCHED = (
     "texts, then 1 % of the pairs",
 )
 SENTENCE_SEED = 17
-# few and small steps: 180 of 2e-4 forgot more of a captioner of one epoch than 90 scenes taught it
+# few and small steps: after one epoch of texts, 180 steps at 2e-4 lost more than 90 scenes taught
 TOUCH = ("--bs", 50, "--epochs", 5, "--lr", "5e-5", "--warmup_steps", 5, "--normalize_prefix")
 
 

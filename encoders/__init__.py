@@ -1,6 +1,6 @@
 """Image encoders: any of them behind one interface, `base.ImageEncoder`.
 
-A family is a module of its own, which alone imports its library: a class that loads a model and embeds a batch.
+Each family is one module, the only one that imports its library: a class that loads a model and embeds a batch.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from utils.cli import note
 from utils.files import sha256
 
 OPENAI = "encoders.openai_clip", "OpenAIClip", None
-FAMILIES = {  # how a name begins -> module, class, what it is installed by
+FAMILIES = {  # start of a name -> module, class, pip package
     "open_clip": ("encoders.open_clip", "OpenClip", "open_clip_torch"),
     "hf-hub": ("encoders.open_clip", "OpenClip", "open_clip_torch"),
     "local-dir": ("encoders.open_clip", "OpenClip", "open_clip_torch"),
@@ -22,7 +22,7 @@ FORMS = (
     "OpenAI's ViT-B/32 … or its file, open_clip:ARCH/TAG or /FILE, hf-hub:ORG/REPO, local-dir:FOLDER, timm:NAME or "
     "timm:NAME/FILE, hf:ORG/REPO or hf:FOLDER"
 )
-WITH_FILE = ("open_clip", "timm")  # whose file follows the first slash
+WITH_FILE = ("open_clip", "timm")  # forms in which a file may follow the first slash
 
 
 def load_encoder(name, device="cpu", dtype=None, tokens=None):
@@ -31,11 +31,12 @@ def load_encoder(name, device="cpu", dtype=None, tokens=None):
     Args:
         name: what --clip_model_type takes: FORMS.
         device: torch device.
-        dtype: as the flag --dtype; None: float32 on the CPU, elsewhere as the weights are stored.
-        tokens: `pooled`, one vector an image; `patches`, all tokens of the last layer; None: what the encoder is for.
+        dtype: as --dtype takes it; None: float32 on the CPU, elsewhere as the weights are stored.
+        tokens: `pooled`, one vector per image; `patches`, all tokens of the last layer; None: `pooled`, or `patches`
+            for an encoder that pools nothing.
     Returns: ImageEncoder.
-    Raises: ValueError for a name that is none, a file that is no encoder, or a library that is not installed;
-        FileNotFoundError where a named one is not in the cache and cannot be fetched.
+    Raises: ValueError for an unknown name, a file that is no encoder, or a library that is not installed;
+        FileNotFoundError where a published model is not in the cache and cannot be fetched.
     """
     module, kind, package = FAMILIES.get(_form(name), OPENAI)
     try:
@@ -46,7 +47,7 @@ def load_encoder(name, device="cpu", dtype=None, tokens=None):
 
 
 def check_encoder(name):
-    """Refuse a name that is none, as far as no library is needed to tell.
+    """Refuse an unknown name, as far as that can be told without importing a library.
 
     Args:
         name: what --clip_model_type takes.
@@ -57,7 +58,7 @@ def check_encoder(name):
 
 
 def published(word=""):
-    """Yield a Published for every name that holds a word, of the libraries that are installed."""
+    """Yield a Published for every name that contains `word`, from the installed libraries."""
     for module in ("encoders.openai_clip", *dict.fromkeys(module for module, _, _ in FAMILIES.values())):
         try:
             family = importlib.import_module(module)
@@ -68,15 +69,15 @@ def published(word=""):
 
 
 def _form(name):
-    """Return how a name begins, None for OpenAI's and files."""
+    """Return the key of FAMILIES that a name starts with; None for OpenAI's names and files."""
     form, colon, _ = str(name).partition(":")
     return form if colon and form in FAMILIES else None
 
 
 def split_path(name, base=""):
-    """Return (what comes before the file or folder in a name, its path), the path None where it names a model.
+    """Split a name into (what precedes its file or folder, the path of that); the path is None for a model's name.
 
-    `base` is where else a folder of `hf:FOLDER` may lie.
+    `base` is a second folder in which the folder of `hf:FOLDER` is looked for.
 
     `open_clip:ViT-B-32/clip.pt` gives ("open_clip:ViT-B-32/", "clip.pt"), whether the file is there or not.
     """
@@ -93,12 +94,12 @@ def split_path(name, base=""):
 
 
 def named_sha256(name):
-    """Return the SHA-256 of the one file that a published name stands for; None: it says none."""
+    """Return the SHA-256 of the file that an OpenAI name stands for; None for other names."""
     return None if _form(name) else openai_sha256(name)
 
 
 def encoder_sha256(name):
-    """Return the SHA-256 of an encoder's weights, as far as it can be told without loading it; None: it cannot."""
+    """Return the SHA-256 of an encoder's weights; None where it cannot be told without loading them."""
     path = split_path(name)[1]
     if path is None:
         return named_sha256(name)
@@ -108,16 +109,16 @@ def encoder_sha256(name):
 
 
 def public_name(name):
-    """Return the name that everybody knows an encoder by: of a copy of OpenAI's file, OpenAI's; else its own."""
+    """Return an encoder's public name: OpenAI's for a copy of OpenAI's file, else the name itself."""
     weights = encoder_sha256(name)
     return next((known for known in OPENAI_NAMES if weights and named_sha256(known) == weights), name)
 
 
 def known_encoder(described):
-    """Return what tells an encoder: its file's hash, which some names have too, else its name; None: unknown.
+    """Return what identifies an encoder: its file's hash, stored or known by name, else its name; None: unknown.
 
     Args:
-        described: what the json of a store or a captioner's configuration says, as a dictionary.
+        described: dictionary from a store's json or a captioner's configuration.
     """
     name = described.get("clip_model_type")
     return described.get("clip_sha256") or named_sha256(name) or name

@@ -20,7 +20,7 @@ from utils.precision import pick_dtype, prepare_for_inference
 with lean():
     from torchvision.transforms import Compose, ToTensor
 
-RESNET_STRIDE = 32  # pixels of a side that a place of a ResNet's last grid stands for
+RESNET_STRIDE = 32  # pixels per side of a cell in a ResNet's last grid
 
 
 class Published(NamedTuple):
@@ -28,9 +28,9 @@ class Published(NamedTuple):
 
     Args:
         name: as --clip_model_type takes it.
-        width: of a pooled embedding; None: nothing is pooled.
-        tokens, token_width: of --tokens patches; None: it is not told before the encoder is loaded.
-        resolution: pixels of a side.
+        width: of a pooled embedding; None: the encoder pools nothing.
+        tokens, token_width: of --tokens patches; None: unknown before the encoder is loaded.
+        resolution: pixels per side.
         has_texts: whether it embeds texts beside images.
     """
 
@@ -49,7 +49,7 @@ class ImageEncoder:
         name: as --clip_model_type gave it. sha256: of its weights' file, None where there is no such file.
         preprocess: function of an RGB PIL image to [3, R, R] pixels.
         tokens: `pooled` or `patches`. shape: of an image's embedding, (D,) or (K, D). embed_dim: D.
-        grid: (rows, columns) that an image's patches lie in, None where they lie in none.
+        grid: (rows, columns) of an image's patches, None where they form no grid.
         dtype: `fp32`, `bf16`, `int8`, or None for the weights' own.
         has_texts: whether it embeds texts beside images.
     """
@@ -59,23 +59,23 @@ class ImageEncoder:
     grid = None
 
     def __init__(self, name, device, dtype, tokens):
-        """Note what is asked for; arguments as those of `load_encoder`.
+        """Store the arguments, which are those of `load_encoder`.
 
-        Raises: ValueError for a number type that the device does not have.
+        Raises: ValueError for a dtype that the device does not support.
         """
         self.name, self.device = str(name), torch.device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.tokens = tokens or POOLED
-        self.most = sys.maxsize  # images at a time, as far as is known
+        self.most = sys.maxsize  # images that fit the device's memory at once, as far as is known
 
     def _take(self, model, preprocess, resolution):
-        """Take over a loaded model, made ready to compute, and find out what it gives.
+        """Take over a loaded model, prepare it for inference and find out the shape of its embeddings.
 
         Args:
-            model: that `_embed` uses as `self.model`, on any device.
+            model: on any device; `_embed` uses it as `self.model`.
             preprocess: as the attribute.
             resolution: (rows, columns) of pixels.
-        Raises: ValueError where it does not suit --dtype or --tokens.
+        Raises: ValueError where the model does not suit --dtype or --tokens.
         """
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.preprocess, self.input_resolution = preprocess, max(resolution)
@@ -92,7 +92,7 @@ class ImageEncoder:
         prepare_for_inference(self.model, self.dtype, self.device, probe)
 
     def _numbers(self):
-        """Return the type of number that the model takes."""
+        """Return the dtype that the model takes."""
         kinds = (p.dtype for p in self.model.parameters() if p.ndim > 1 and p.is_floating_point())  # norms may differ
         return next(kinds, torch.float32)
 
@@ -107,7 +107,7 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def encode_images(self, pixels):
-        """Embed preprocessed images; from one that does not fit the device's memory on, in halves of it.
+        """Embed preprocessed images; a batch that does not fit the device's memory is halved, and so are later ones.
 
         Args:
             pixels: [B, 3, R, R], as `preprocess` makes them.
@@ -123,7 +123,7 @@ class ImageEncoder:
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
-            # here, not above: the error, while it is handled, keeps the tensors that filled the memory
+            # not in the handler: until that ends, the error keeps the tensors that filled the memory alive
             self.most = len(batch) // 2
             note(f"warning: {len(batch)} images do not fit the device's memory; going on with {self.most} at a time")
             torch.cuda.empty_cache()
@@ -145,7 +145,7 @@ class ImageEncoder:
         return self.has_texts and self.tokens == POOLED
 
     def check_texts(self, what):
-        """Refuse what compares images with texts where this encoder cannot.
+        """Refuse a flag that compares images with texts where this encoder cannot.
 
         Args:
             what: the flag that asks for it.
@@ -160,9 +160,9 @@ class ImageEncoder:
             raise ValueError(f"{what} compares one vector an image with texts, not {self.tokens}: pass --tokens pooled")
 
     def identity(self):
-        """Return what tells this encoder's embeddings from another's.
+        """Return what distinguishes this encoder's embeddings from another's.
 
-        A name that stands for one file says no hash; stores of before it was recorded go on.
+        A name that stands for one file gets no hash, so that stores from before hashes were recorded can be resumed.
         """
         same = {"name": self.name, "sha256": self._identity_sha256(), "embed_dim": self.embed_dim}
         if self.tokens != POOLED:
@@ -186,7 +186,7 @@ class ImageEncoder:
         }  # fmt: skip
 
     def preprocessing(self):
-        """Return what an image goes through, as a dictionary: size, crop, interpolation, mean, std."""
+        """Return the preprocessing as a dictionary: size, crop, interpolation, mean, std."""
         described = {}
         for step in self.preprocess.transforms:
             kind = type(step).__name__
@@ -202,7 +202,7 @@ class ImageEncoder:
 
 
 def plain_steps(preprocess):
-    """Return a library's Compose without its own classes for what torchvision has: reading processes import less."""
+    """Return a library's Compose with torchvision's classes in place of its own, so that workers import less."""
     steps = []
     for step in preprocess.transforms:
         if type(step).__name__ == "MaybeToTensor":
@@ -214,7 +214,7 @@ def plain_steps(preprocess):
 
 @contextlib.contextmanager
 def quiet():
-    """Let no library speak: what goes wrong is said in one line."""
+    """Silence libraries' logs and warnings: our own error says in one line what went wrong."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,4 +1,4 @@
-"""What is known of encoders before one is loaded: words for what they give, OpenAI's names, hashes of files."""
+"""What is known of encoders before one is loaded: choices of --tokens, OpenAI's names, hashes of files."""
 
 import hashlib
 from pathlib import Path
@@ -7,7 +7,7 @@ from utils.cli import nearest
 from utils.files import sha256
 
 POOLED, PATCHES = "pooled", "patches"  # of --tokens
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz")  # of files of weights, the first that are there count
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz")  # of weights files; the first that a folder has counts
 OPENAI_NAMES = {  # name -> SHA-256 of its file, which the clip package checks
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
     "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
@@ -22,12 +22,12 @@ OPENAI_NAMES = {  # name -> SHA-256 of its file, which the clip package checks
 
 
 def openai_sha256(name):
-    """Return the SHA-256 of the file that a name of OpenAI's stands for; None: it is no such name."""
+    """Return the SHA-256 of the file that an OpenAI name stands for; None for other names."""
     return OPENAI_NAMES.get(str(name))
 
 
 def check_openai(name):
-    """Refuse what is neither a name of OpenAI's nor a file; raises ValueError."""
+    """Refuse what is neither an OpenAI name nor a file; raises ValueError."""
     if openai_sha256(name) is None and not Path(name).is_file():
         hint = nearest(name, OPENAI_NAMES)
         raise ValueError(
@@ -37,7 +37,7 @@ def check_openai(name):
 
 
 def folder_sha256(folder):
-    """Return the SHA-256 of a folder's file of weights, or of the hashes of its several files; None: it has none."""
+    """Return the SHA-256 of a folder's weights file, or, of several files, of their hashes; None: it has no file."""
     found = (sorted(Path(folder).glob(f"*{suffix}")) for suffix in SUFFIXES)
     hashes = [sha256(file) for file in next(filter(None, found), ())]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest() if len(hashes) > 1 else next(iter(hashes), None)

@@ -23,7 +23,7 @@ from utils.cli import nearest, note
 from utils.files import reason, sha256
 from utils.hub import cached_first
 
-PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # that a tag may ask for
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")  # settings that a tag may override
 
 
 class OpenClip(ImageEncoder):
@@ -34,14 +34,14 @@ class OpenClip(ImageEncoder):
     def __init__(self, name, device="cpu", dtype=None, tokens=None):
         """Load the encoder.
 
-        `patches` are the last layer's tokens as they come to pooling, as wide as the tower: after its last norm where
-        that comes before pooling, without the class token, before attention pooling and projection.
+        `patches` are the last layer's tokens as pooling receives them, as wide as the tower: after the last norm where
+        that precedes pooling, before attention pooling and projection, without the class token.
 
         Args:
-            name: one of the forms above; what follows the first slash is a tag of open_clip's list or a file.
+            name: one of the forms above; TAG is one that open_clip lists for ARCH.
             device, dtype, tokens: see `load_encoder`.
         Raises: ValueError for an unknown architecture or tag, or weights of another model; FileNotFoundError where
-            weights are neither here nor to be fetched.
+            the weights are not on disk and cannot be fetched.
         """
         super().__init__(name, device, dtype, tokens)
         form, _, rest = self.name.partition(":")
@@ -64,7 +64,7 @@ class OpenClip(ImageEncoder):
         self.sha256 = folder_sha256(rest) if form == "local-dir" else sha256(path)
 
     def _published(self, arch, tag):
-        """Return (file, options of open_clip's builder) of a tag."""
+        """Return (weights file, options for `open_clip.create_model`) of a tag."""
         config = _tag(arch, tag)
         self.tag = tag
         try:
@@ -94,7 +94,7 @@ class OpenClip(ImageEncoder):
     def tokenizer(self):
         """The tokenizer of the text tower, which may have to be fetched.
 
-        Raises: FileNotFoundError where it cannot be.
+        Raises: FileNotFoundError where it is not in the cache and cannot be fetched.
         """
         try:
             with quiet():
@@ -105,7 +105,7 @@ class OpenClip(ImageEncoder):
             ) from None
 
     def check_texts(self, what):
-        """Refuse texts as ImageEncoder does, and where the tokenizer cannot be had."""
+        """Refuse texts as ImageEncoder does, and where the tokenizer cannot be loaded."""
         super().check_texts(what)
         self.tokenizer  # noqa: B018  fetched before the work begins
 
@@ -118,7 +118,7 @@ class OpenClip(ImageEncoder):
 
 
 def _length(tokenizer, text):
-    """Return how many tokens of open_clip's tokenizer a text has, those that begin and end it included."""
+    """Return how many tokens open_clip's tokenizer gives a text, begin and end tokens included."""
     inner = getattr(tokenizer, "tokenizer", None)
     return len(tokenizer.encode(text)) + 2 if inner is None else len(inner(tokenizer.clean_fn(text)).input_ids)
 
@@ -133,7 +133,7 @@ def _check_architecture(arch):
 
 
 def _tag(arch, tag):
-    """Return what open_clip says of a published tag; raises ValueError where it is none of the architecture's."""
+    """Return open_clip's configuration of a published tag; raises ValueError where it does not suit `arch`."""
     _check_architecture(arch)
     tags = open_clip.list_pretrained_tags_by_model(arch)
     config = open_clip.get_pretrained_cfg(arch, tag)
@@ -153,7 +153,7 @@ def _tag(arch, tag):
 
 
 def _own(arch, path):
-    """Return (file, options of open_clip's builder) of a user's file of weights, by what is known of its like.
+    """Return (weights file, options for `open_clip.create_model`) of a user's file, inferred from `arch`'s tags.
 
     Raises: ValueError for a file of OpenAI's, or one known to need another activation than the architecture computes.
     """
@@ -181,13 +181,13 @@ def _own(arch, path):
 
 
 def _is_of(digest, config):
-    """Tell whether a published tag's address names a file's SHA-256, or its beginning."""
+    """Tell whether a published tag's URL contains a file's SHA-256, or the start of it."""
     words = config.get("url", "").replace(".", "-").replace("/", "-").split("-")
     return any(len(word) >= 8 and digest.startswith(word) for word in words)
 
 
 def _folder_or_repository(name, form, rest):
-    """Return the file of weights of a folder or a repository; raises FileNotFoundError where it is not there."""
+    """Return the weights file of a folder or a repository; raises FileNotFoundError where it cannot be had."""
     if form == "local-dir":
         if not (Path(rest) / "open_clip_config.json").is_file():
             raise FileNotFoundError(f"--clip_model_type {name}: {rest} holds no open_clip_config.json")
@@ -212,7 +212,7 @@ def _build(source, path, options):
     try:
         with quiet():
             return cached_first(lambda: open_clip.create_model(source, **options))
-    except Exception as error:  # what conversions of other formats raise
+    except Exception as error:  # converting other formats can raise anything
         raise ValueError(f"{path} holds no weights of {source} ({reason(error)})") from None
 
 
@@ -233,7 +233,7 @@ def shape_of(arch):
 
 
 def published(word):
-    """Yield a Published for every architecture and tag that hold a word."""
+    """Yield a Published for every architecture and tag that contain `word`."""
     for arch, tag in open_clip.list_pretrained():
         if word in f"open_clip:{arch}/{tag}" and open_clip.get_model_config(arch):
             yield Published(f"open_clip:{arch}/{tag}", *shape_of(arch), True)

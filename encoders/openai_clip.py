@@ -1,4 +1,4 @@
-"""OpenAI's CLIP, by its own package.
+"""OpenAI's CLIP, through its own package.
 
 Axes: B batch, D width, K patches, N texts, R input resolution.
 """
@@ -28,8 +28,8 @@ class OpenAIClip(ImageEncoder):
         """Load the encoder.
 
         `patches` are the tokens of a ViT's last layer after its last norm, before the projection, as wide as the tower
-        (768 of ViT-B/32, whose embeddings are 512 wide); of a ResNet, the grid that its attention pooling reads (2,560
-        wide, 9 x 9, of RN50x4).
+        (768 for ViT-B/32, whose embeddings are 512 wide); for a ResNet, the grid that its attention pooling reads
+        (9 x 9, 2,560 wide, for RN50x4).
 
         Args:
             name: one of `clip.available_models()`, or the path of a CLIP `.pt` (state dict or JIT).
@@ -40,7 +40,7 @@ class OpenAIClip(ImageEncoder):
         super().__init__(name, device, dtype, tokens)
         clip = _import_clip()
         self.model, self.preprocess = _load(clip, self.name, self.device)
-        # images are RGB already, and processes that read them need not import clip for that
+        # images are RGB already; without this step, workers need not import clip
         self.preprocess.transforms.remove(clip.clip._convert_image_to_rgb)
         self.model.eval().requires_grad_(False)
         self.tokenize = clip.tokenize
@@ -58,7 +58,7 @@ class OpenAIClip(ImageEncoder):
         if self.tokens == POOLED:
             return self.model.encode_image(pixels)
         visual, read = self.model.visual, []
-        pooling = visual.transformer if self.is_vit else visual.layer4  # what comes before it
+        pooling = visual.transformer if self.is_vit else visual.layer4  # the layer before it
         handle = pooling.register_forward_hook(lambda _module, _given, out: read.append(out))
         try:
             self.model.encode_image(pixels)
@@ -72,7 +72,7 @@ class OpenAIClip(ImageEncoder):
     def encode_texts(self, texts, batch_size=256):
         """Embed texts, cut to CLIP's context; returns [N, D] float32 on the CPU, not normalised.
 
-        Texts of like lengths share a batch, which is as long as its longest: no token sees the padding that follows.
+        Texts of similar length share a batch, cut to its longest: attention is causal, so padding changes nothing.
         """
         tokens = self.tokenize(texts, truncate=True)  # [N, 77]
         lengths = tokens.argmax(1) + 1  # the end token has the highest number
@@ -85,7 +85,7 @@ class OpenAIClip(ImageEncoder):
 
     def count_cut(self, texts):
         """Return how many texts are longer than CLIP's context, which `encode_texts` cuts them to."""
-        long = (text for text in texts if len(text.encode()) > CONTEXT - 2)  # a token is a byte at least
+        long = (text for text in texts if len(text.encode()) > CONTEXT - 2)  # a token is at least one byte
         return sum(_is_cut(self.tokenize, text) for text in long)
 
     def _identity_sha256(self):
@@ -93,7 +93,7 @@ class OpenAIClip(ImageEncoder):
 
 
 def _is_cut(tokenize, text):
-    """Tell whether CLIP's tokenizer, which complains of it, finds a text too long."""
+    """Tell whether a text is too long for CLIP's tokenizer, which then raises an error."""
     try:
         tokenize(text)
     except RuntimeError:
@@ -104,7 +104,7 @@ def _is_cut(tokenize, text):
 def _import_clip():
     """Return OpenAI's module; importing it takes a second, and not every command needs it."""
     with lean(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # which is not the user's to mend
+        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # the user cannot fix that
         import clip
     return clip
 
@@ -140,7 +140,7 @@ PUBLISHED = {
 
 
 def published(word):
-    """Yield a Published for every name that holds a word."""
+    """Yield a Published for every name that contains `word`."""
     for name, shape in PUBLISHED.items():
         if word in name:
             yield Published(name, *shape, True)

@@ -20,8 +20,8 @@ from utils.files import reason, sha256
 from utils.hub import cached_first
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-VISION_TRANSFORMERS = ("vision_transformer", "eva", "beit", "deit")  # timm's modules whose towers are listed
-VARIABLE = ("naflexvit", "gemma4_vit", "qwen3_vit")  # whose inputs have no fixed size
+VISION_TRANSFORMERS = ("vision_transformer", "eva", "beit", "deit")  # timm's modules whose models are listed
+VARIABLE = ("naflexvit", "gemma4_vit", "qwen3_vit")  # models whose inputs have no fixed size
 
 
 class Timm(ImageEncoder):
@@ -30,14 +30,14 @@ class Timm(ImageEncoder):
     def __init__(self, name, device="cpu", dtype=None, tokens=None):
         """Load the encoder.
 
-        `pooled` is what timm gives with no classes: the class token, a mean or attention pooling, as the model has it;
-        `patches` are what comes before that pooling, without class and register tokens.
+        `pooled` is timm's output with num_classes=0: the class token, mean or attention pooling, depending on the
+        model; `patches` are the tokens before that pooling, without class and register tokens.
 
         Args:
-            name: `timm:` and a name of timm's, with or without its tag; behind a slash, a file of weights.
+            name: `timm:` and a timm name, with or without its tag; after a slash, a weights file.
             device, dtype, tokens: see `load_encoder`.
         Raises: ValueError for an unknown name, inputs of variable size, weights of another model, or `patches` of a
-            model that has none; FileNotFoundError where weights are neither here nor to be fetched.
+            model that has none; FileNotFoundError where the weights are not on disk and cannot be fetched.
         """
         super().__init__(name, device, dtype, tokens)
         model_name, _, file = self.name.partition(":")[2].partition("/")
@@ -59,19 +59,19 @@ class Timm(ImageEncoder):
 
 
 def patch_grid(model):
-    """Return (rows, columns) of a model's patches, or None where it has no one grid of them."""
+    """Return (rows, columns) of a model's patches, or None where it has no fixed grid."""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     return tuple(grid) if grid else None
 
 
 def patch_tokens(model, features, name):
-    """Return the tokens [B, K, D] among what a timm model gives before pooling.
+    """Return the patch tokens [B, K, D] among a timm model's features before pooling.
 
     Args:
         model: of timm.
         features: what its `forward_features` returns: a grid of either layout, or a sequence.
         name: of the encoder.
-    Raises: ValueError where it is none of these, or other tokens cannot be told from patches.
+    Raises: ValueError where `features` is neither, or patches cannot be told from other tokens.
     """
     shape = tuple(getattr(features, "shape", ()))
     if len(shape) == 4 and model.num_features in (shape[1], shape[3]):
@@ -87,9 +87,9 @@ def patch_tokens(model, features, name):
 
 
 def _config(model_name):
-    """Return the published description of a name.
+    """Return timm's pretrained configuration of a name.
 
-    Raises: ValueError for one that is none, or whose inputs have no fixed size.
+    Raises: ValueError for an unknown name, or a model whose inputs have no fixed size.
     """
     arch, _, tag = model_name.partition(".")
     if not timm.is_model(arch):
@@ -106,9 +106,9 @@ def _config(model_name):
 
 
 def _fetch(model_name):
-    """Return the file of a name's published weights.
+    """Return the file of a model's published weights.
 
-    Raises: ValueError where there are none; FileNotFoundError where they are neither here nor to be fetched.
+    Raises: ValueError where there are none; FileNotFoundError where they are not cached and cannot be fetched.
     """
     config, remedy = _config(model_name), f"pass timm:{model_name}/FILE"
     if not config.hf_hub_id:
@@ -118,7 +118,7 @@ def _fetch(model_name):
         try:
             with quiet():
                 return Path(cached_first(lambda f=filename: hf_hub_download(repo, f, revision=revision or None)))
-        except (OSError, ValueError) as error:  # of a file that a repository does not have, too
+        except (OSError, ValueError) as error:  # also for a file that the repository lacks
             missing = error
     raise FileNotFoundError(
         f"--clip_model_type timm:{model_name}: its weights are not in the cache and cannot be fetched "
@@ -130,7 +130,7 @@ def _load(model_name, path, own):
     """Build a model with the weights of a file; raises ValueError where they are another model's.
 
     Args:
-        own: whether it is the user's file, and not a published one.
+        own: whether the file is the user's, not a published one.
     """
     results, plain = [], nn.Module.load_state_dict
 
@@ -139,11 +139,11 @@ def _load(model_name, path, own):
         return results[-1]
 
     overlay = {"file": str(path)} | ({} if path.suffix in (".npz", ".npy") else {"custom_load": False})
-    nn.Module.load_state_dict = watched  # timm only logs which weights were lacking
+    nn.Module.load_state_dict = watched  # timm only logs which weights are missing
     try:
         with quiet():
             model = timm.create_model(model_name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # filters of weights raise whatever they like
+    except Exception as error:  # timm's checkpoint filters can raise anything
         raise ValueError(f"{path} holds no weights of timm:{model_name} ({reason(error)})") from None
     finally:
         nn.Module.load_state_dict = plain
@@ -157,7 +157,7 @@ def _load(model_name, path, own):
 
 @functools.cache
 def shape_of(arch):
-    """Return (width, pixels of a side that a patch stands for, [rows, columns] of pixels) of an architecture."""
+    """Return (width, pixels per side of a patch, [rows, columns] of pixels) of an architecture."""
     model = outline(arch)
     stages = getattr(model, "feature_info", None)
     reduction = stages[-1]["reduction"] if isinstance(stages, list) else None
@@ -165,16 +165,16 @@ def shape_of(arch):
 
 
 def outline(arch):
-    """Return an architecture without weights, of a transformer one layer: what its outputs' shapes depend on."""
+    """Return an architecture without weights, a transformer with one layer: enough for its outputs' shapes."""
     with quiet(), torch.device("meta"):
         try:
             return timm.create_model(arch, num_classes=0, depth=1)
-        except (TypeError, RuntimeError, AssertionError):  # it has no such option
+        except (TypeError, RuntimeError, AssertionError):  # it takes no `depth`
             return timm.create_model(arch, num_classes=0)
 
 
 def published(word):
-    """Yield a Published for every tag that holds a word, of vision transformers; other towers' names are taken too."""
+    """Yield a Published for every tag of a vision transformer that contains `word`; other models work unlisted."""
     for module in VISION_TRANSFORMERS:
         for name in timm.list_models(module=module, pretrained=True):
             if word in f"timm:{name}" and not name.startswith(VARIABLE):

@@ -26,7 +26,7 @@ from utils.files import reason
 from utils.hub import cached_first
 
 BLIP2 = "blip-2"
-NO_CODE = {"trust_remote_code": False}  # else transformers asks on the terminal whether to run a repository's
+NO_CODE = {"trust_remote_code": False}  # else transformers asks on the terminal whether to run a repository's code
 BOTH_TOWERS = ("clip", "siglip")
 VISION_ONLY = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit")
 VARIABLE = ("siglip2", "siglip2_vision_model")  # NaFlex; SigLIP 2 of a fixed size calls itself siglip
@@ -46,7 +46,7 @@ class Transformers(ImageEncoder):
             name: `hf:` and a repository or a folder of transformers.
             device, dtype, tokens: see `load_encoder`.
         Raises: ValueError for a model of another kind, inputs of variable size, weights of another model, or `pooled`
-            of a BLIP-2; FileNotFoundError where it is neither here nor to be fetched.
+            of a BLIP-2; FileNotFoundError where the model is not on disk and cannot be fetched.
         """
         source = str(name).partition(":")[2]
         config = _read(source, name, lambda: AutoConfig.from_pretrained(source, **NO_CODE))
@@ -65,13 +65,13 @@ class Transformers(ImageEncoder):
         side = (side, side) if isinstance(side, int) else tuple(side)
         self.grid = tuple(length // self.vision.patch_size for length in side)
         self._take(model, Processor(processor), _pixels(processor, side))
-        if self.kind == BLIP2:  # queries lie in none
+        if self.kind == BLIP2:  # queries form no grid
             self.grid = None
         folder = source if Path(source).is_dir() else snapshot_download(source, local_files_only=True)
         self.sha256 = folder_sha256(folder)
 
     def _check_kind(self, name, tokens):
-        """Refuse what is not read; raises ValueError."""
+        """Refuse a kind of model that is not supported; raises ValueError."""
         if self.kind in VARIABLE:
             raise ValueError(
                 f"--clip_model_type {name} takes inputs of variable size (NaFlex): use a SigLIP 2 of a fixed size"
@@ -93,12 +93,12 @@ class Transformers(ImageEncoder):
         tokens = out.last_hidden_state
         if self.kind in ("siglip", "siglip_vision_model"):  # without a class token
             return tokens
-        if self.kind in ("clip", "clip_vision_model"):  # which norms the class token alone
+        if self.kind in ("clip", "clip_vision_model"):  # transformers norms the class token alone
             tokens = tower.post_layernorm(tokens)
         return tokens[:, 1 + getattr(self.vision, "num_register_tokens", 0) :]
 
     def _queries(self, pixels):
-        """Return the outputs [B, K, D] of the Q-Former's queries, as BLIP-2's language model is given them."""
+        """Return the outputs [B, K, D] of the Q-Former's queries, which BLIP-2 gives its language model."""
         seen = self.model.vision_model(pixel_values=pixels).last_hidden_state
         mask = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
         queries = self.model.query_tokens.expand(len(seen), -1, -1)
@@ -113,7 +113,7 @@ class Transformers(ImageEncoder):
         )
         masks = {} if self.kind == "siglip" else {"attention_mask": tokens.attention_mask.to(self.device)}
         out = self.model.get_text_features(input_ids=tokens.input_ids.to(self.device), **masks)
-        return out if isinstance(out, torch.Tensor) else out.pooler_output  # by version of transformers
+        return out if isinstance(out, torch.Tensor) else out.pooler_output  # depends on the version of transformers
 
     def _context(self):
         """Return how many tokens the text tower reads."""
@@ -124,7 +124,7 @@ class Transformers(ImageEncoder):
         return sum(len(self.tokenizer(text, verbose=False).input_ids) > self._context() for text in texts)
 
     def preprocessing(self):
-        """Return what an image goes through, as a dictionary."""
+        """Return the preprocessing as a dictionary."""
         processor = self.preprocess.processor
         size = {name: length for name, length in dict(processor.size).items() if length}
         described = {"size": size, "interpolation": InterpolationMode[Resampling(processor.resample).name].value}
@@ -134,7 +134,7 @@ class Transformers(ImageEncoder):
 
 
 class Processor:
-    """A processor of images as a function of one."""
+    """A transformers image processor as a function of one image."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -145,19 +145,19 @@ class Processor:
 
 
 def _pixels(processor, side):
-    """Return the (rows, columns) that a processor gives, `side` where it does not say."""
+    """Return the (rows, columns) of a processor's output; `side` where its configuration does not say."""
     size = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size
     rows, columns = size["height"], size["width"]
     return (rows, columns) if rows and columns else side
 
 
 def _load(source, kind, pooled, dtype):
-    """Load (model, processor of images, tokenizer or None, the weights that were lacking).
+    """Load (model, image processor, tokenizer or None, names of missing weights).
 
     Args:
         source: repository or folder. kind: its model_type.
         pooled: whether projection and text tower are wanted.
-        dtype: torch's, or `auto`.
+        dtype: torch dtype, or `auto`.
     """
     tokenizer = _tokenizer(source) if pooled and kind in BOTH_TOWERS else None
     model_class = AutoModel
@@ -169,7 +169,7 @@ def _load(source, kind, pooled, dtype):
         names = AutoConfig.from_pretrained(source, **NO_CODE).architectures or ()
         model_class = CLIPVisionModelWithProjection if "CLIPVisionModelWithProjection" in names else CLIPVisionModel
     model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **NO_CODE)
-    unused = ("vision_projection.",) if kind == BLIP2 else ()  # of the other BLIP-2s than those for matching texts
+    unused = ("vision_projection.",) if kind == BLIP2 else ()  # which only BLIP-2s for image-text matching have
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
     return model, AutoImageProcessor.from_pretrained(source, **NO_CODE), tokenizer, missing
 
@@ -222,7 +222,7 @@ PUBLISHED = {
 
 
 def published(word):
-    """Yield a Published for every well-known repository that holds a word; others of their kinds are read too."""
+    """Yield a Published for every repository of PUBLISHED that contains `word`; others of their kinds work too."""
     for name, shape in PUBLISHED.items():
         if word in f"hf:{name}":
             yield Published(f"hf:{name}", *shape)

@@ -1,4 +1,4 @@
-"""The model card of a shared captioner: README.md of its repository, of what its files say and nothing else."""
+"""The model card of a shared captioner: its repository's README.md, written from its files alone."""
 
 from pathlib import Path
 
@@ -38,9 +38,9 @@ def make_card(repository, form, described, base_model=None, license=None, scores
     Args:
         repository: ORG/NAME.
         form: TORCH or ONNX.
-        described: what captioner.json of a shared captioner says.
+        described: contents of the shared captioner's captioner.json.
         base_model: the language model's name on the hub, or None.
-        license: identifier of the hub, or None where nobody has said.
+        license: the hub's identifier of the licence, or None where none was given.
         scores: as evaluate.py writes them, or None.
     """
     name, model = repository.split("/")[1], described["model"]
@@ -76,7 +76,7 @@ def _front_matter(form, base_model, license):
 
 
 def _table(rows):
-    """Return rows of two cells as a table, or that there are none."""
+    """Return rows of two cells as a table, or "Not recorded." for none."""
     if not rows:
         return "Not recorded."
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
@@ -126,7 +126,7 @@ def _training(described):
 
 
 def read_scores(path):
-    """Return what evaluate.py wrote into a file; raises ValueError where it did not."""
+    """Return the scores that evaluate.py wrote into a file; raises ValueError for any other file."""
     scores = read_json(path)
     metrics = scores.get("metrics") if isinstance(scores, dict) else None
     numbers = isinstance(metrics, dict) and all(isinstance(value, int | float | None) for value in metrics.values())

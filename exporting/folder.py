@@ -1,4 +1,4 @@
-"""The folder of an exported captioner: written, compared with what predict.py says, and uploaded."""
+"""The folder of an exported captioner: written, compared with predict.py's captions, and uploaded."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe(captioner, args, decoding):
-    """Return what captioner.json says."""
+    """Return the contents of captioner.json."""
     gpt, tokenizer, encoder = captioner.model.gpt, captioner.tokenizer, captioner.encoder
     file = checkpoint_file(args.checkpoint)
     return {
@@ -51,7 +51,7 @@ def describe(captioner, args, decoding):
 
 def write_export(captioner, described, folder):
     """Write an exported captioner's files."""
-    from exporting.graphs import check_rounding, make_graphs  # onnx, which --format torch does without
+    from exporting.graphs import check_rounding, make_graphs  # need onnx, which --format torch does not
     from exporting.weights import Store
 
     if not hasattr(captioner.tokenizer, "backend_tokenizer"):
@@ -66,7 +66,7 @@ def write_export(captioner, described, folder):
 
 
 def compare(folder, expected, paths):
-    """Say which pictures the exported captioner captions otherwise; returns how many."""
+    """Warn of pictures that the exported captioner captions differently; returns how many."""
     exported, differing = runtime().Captioner(folder), 0
     for path in paths:
         said = [
@@ -91,7 +91,7 @@ def new_folder(out):
 
 
 def export_onnx(args, decoding, folder):
-    """Write a captioner's graphs into a folder and check them; returns (what its card says of it, its base model)."""
+    """Write a captioner's graphs into a folder and check them; returns (what its card describes, its base model)."""
     paths = [Path(path) for path in args.check or sorted((ROOT / "demo" / "images").glob("*.jpg"))]
     captioner = Captioner(args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, "cpu")
     if captioner.model.config.load_in in ("8bit", "4bit"):
@@ -109,7 +109,7 @@ def export_onnx(args, decoding, folder):
     note(f"{same} of {len(paths)} captions are as predict.py's")
     described, _, base_model = describe_shared(args, decoding, captioner.model.config, captioner.model.gpt.config)
     encoder = {"clip_model_type": without_folders(captioner.encoder.name), "clip_sha256": captioner.encoder.sha256}
-    described["model"] |= encoder  # which is a graph and not a file of its name
+    described["model"] |= encoder  # by its name here: the export has it as a graph, not as a file
     return described | {"dtype": args.dtype}, base_model
 
 

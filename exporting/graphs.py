@@ -23,10 +23,10 @@ from models.steps import CachedStep, cache_argument
 
 TOLERANCE = 1e-3  # largest difference from torch, as a share of the largest number; measured: 1e-6
 ROUNDING = (
-    0.5  # root mean square error of rounded weights, as a share of the deviation; measured: 0.03 of 8, 0.17 of 4 bits
+    0.5  # RMS error of the output with rounded weights, as a share of its deviation; measured: 8 bits 0.03, 4 bits 0.17
 )
 LONGEST = 6  # steps that are compared
-OPSET = 23  # the first with an operator of attention: measured 0.9 of the time per token that its parts take
+OPSET = 23  # the first with an attention operator: measured 0.9 of the time per token of separate operators
 
 
 class Encoder(nn.Module):
@@ -34,7 +34,7 @@ class Encoder(nn.Module):
 
     def __init__(self, encoder):
         super().__init__()
-        self.model, self.encoder = encoder.model, encoder  # whose weights must be found below this module
+        self.model, self.encoder = encoder.model, encoder  # so that the exporter finds its weights in this module
 
     def forward(self, pixels):
         return self.encoder._embed(pixels)
@@ -54,9 +54,9 @@ class Prefill(nn.Module):
 class Step(nn.Module):
     """The next positions of R rows -> logits of the newest [R, V], and keys and values of every layer.
 
-    One graph for the prefix, which comes first, and for every token after it: a session of its own for either would
-    hold the language model twice. Inputs: a prefix [R, P, E], tokens [R, T], either of them possibly empty; which row
-    each goes on from [R]; keys and values so far, [key, value, key, ...], empty at first.
+    One graph takes both the prefix, which comes first, and every token after it: two sessions would hold the language
+    model twice. Inputs: a prefix [R, P, E] and tokens [R, T], either possibly empty; the earlier row that each row goes
+    on from [R]; keys and values so far, [key, value, key, ...], empty at first.
     """
 
     def __init__(self, model):
@@ -70,7 +70,7 @@ class Step(nn.Module):
         embedded = torch.cat((prefix, self.gpt.get_input_embeddings()(tokens)), dim=1)
         options = {cache_argument(self.gpt): cache, "use_cache": True, "logits_to_keep": 1}
         if "position_ids" in inspect.signature(self.gpt.forward).parameters:
-            # for each row: ONNX Runtime's rotation takes no positions that rows share
+            # one row each: ONNX Runtime's rotary embedding takes no positions shared by rows
             places = torch.arange(embedded.shape[1]) + past[0].shape[2]
             options["position_ids"] = places.expand(len(embedded), -1)
         out = self.gpt(inputs_embeds=embedded, **options)
@@ -82,11 +82,11 @@ def make_graphs(captioner, folder, dtype):
     """Write the graphs of a captioner as torch's exporter makes them, check them, and lay out their weights.
 
     Args:
-        captioner: models.captioner.Captioner, on the CPU, its layers torch's own.
+        captioner: models.captioner.Captioner, on the CPU, with torch's own layers.
         folder: where the exporter's files go.
         dtype: `fp32`, `int8` or `int4`.
     Yields: (name, onnx.ModelProto).
-    Raises: ValueError naming the operator and the layer that cannot be exported, or the graph that computes otherwise.
+    Raises: ValueError naming the operator and the layer that cannot be exported, or the graph whose output differs.
     """
     model, gpt = captioner.model, captioner.model.gpt
     if not cache_argument(gpt) or getattr(gpt, "_is_stateful", False):
@@ -126,7 +126,7 @@ def make_graphs(captioner, folder, dtype):
 
 
 def _pixels(encoder):
-    """Return the pixels [2, 3, H, W] of made pictures."""
+    """Return the pixels [2, 3, H, W] of random pictures."""
     pictures = np.random.default_rng(0).integers(0, 256, (2, 64, 80, 3), dtype=np.uint8)
     return torch.stack([encoder.preprocess(Image.fromarray(picture)) for picture in pictures])
 
@@ -150,7 +150,7 @@ def _export(name, path, module, arguments, shapes, inputs, outputs):
 
 
 def blame(error, module):
-    """Return which operator could not be exported, or what was said of it, and the layer that it is in."""
+    """Return the operator that could not be exported, or else the error's text, and its layer."""
     operator, layer, said = None, None, ""
     names = {id(part): name for name, part in module.named_modules()}
     while error is not None:
@@ -213,7 +213,7 @@ def _refusing(name):
     """Turn what ONNX Runtime raises, which names the node, into a ValueError."""
     try:
         yield
-    except Exception as error:  # its classes have no parent of their own
+    except Exception as error:  # its classes share no base class
         said = " ".join(str(error).split())[:300]
         raise ValueError(f"the {name} cannot be exported to ONNX, for ONNX Runtime says: {said}") from error
 
@@ -225,7 +225,7 @@ def _layers(cache):
 
 @torch.no_grad()
 def check_rounding(captioner, folder):
-    """Refuse written graphs whose weights, rounded as they are, compute something else; raises ValueError."""
+    """Refuse written graphs whose rounded weights change the output too much; raises ValueError."""
     torch.manual_seed(0)
     model, pixels = captioner.model, _pixels(captioner.encoder)
     embedding = Encoder(captioner.encoder)(pixels)
@@ -240,4 +240,4 @@ def check_rounding(captioner, folder):
         session = _session(folder, name)
         error = np.square(session.run(None, _feeds(session, given))[0] - expected.numpy()).mean() ** 0.5
         if not error <= ROUNDING * expected.std().item():
-            raise ValueError(f"the {name} does not bear fewer bits: its output is off by {error:.2g}; use --dtype fp32")
+            raise ValueError(f"the {name}'s output is off by {error:.2g} in fewer bits; use --dtype fp32")

@@ -1,18 +1,18 @@
-"""What turns a picture into an encoder's pixels, in words that runtime/ reads."""
+"""An encoder's preprocessing, as settings that runtime/ reads."""
 
 import numpy as np
 from PIL import Image
 
 from models.exported import runtime
 
-SIZES = ((45, 70), (300, 200), (33, 40))  # of made pictures, [H, W]
-# mean difference of pixels, of 255 levels: transformers' processors round one in 150 pixels of torchvision's bicubic to
-# the level beside Pillow's, which is 0.008
+SIZES = ((45, 70), (300, 200), (33, 40))  # of random pictures, [H, W]
+# mean difference of pixels, of 255 levels; it is 0.008 for transformers' processors, whose bicubic (torchvision's) is a
+# level off Pillow's in one pixel of 150
 TOLERANCE = 0.05
 
 
 def preprocessing(encoder):
-    """Return the arguments of the runtime's Preprocess; raises ValueError where it would make other pixels.
+    """Return the arguments of the runtime's Preprocess; raises ValueError where its pixels would differ.
 
     Args:
         encoder: encoders.base.ImageEncoder.
@@ -31,7 +31,7 @@ def preprocessing(encoder):
 
 
 def _plain_size(size):
-    """Return a side in pixels, [rows, columns] or None, however a library says it."""
+    """Return a side in pixels, [rows, columns] or None, whatever form a library gives it."""
     if isinstance(size, dict):
         size = [size["shortest_edge"]] if "shortest_edge" in size else [size["height"], size["width"]]
     if isinstance(size, list | tuple):
@@ -40,7 +40,7 @@ def _plain_size(size):
 
 
 def _difference(theirs, ours, size):
-    """Return how far the pixels of a made picture lie apart: the mean over them, of 255 levels."""
+    """Return the mean difference of two preprocessings' pixels of a random picture, of 255 levels."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     found, expected = ours(picture), theirs(picture).numpy()
     return np.abs((found - expected) * ours.std).mean() * 255 if found.shape == expected.shape else np.inf

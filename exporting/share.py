@@ -31,12 +31,12 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # of a language model
 
 
 def describe_shared(args, decoding, config, gpt_config):
-    """Return what captioner.json of a shared captioner says, without folders of this machine.
+    """Return the contents of a shared captioner's captioner.json, without folders of this machine.
 
     Args:
         args: of export.py's command line. decoding: DecodingConfig.
         config: CaptionConfig. gpt_config: the language model's configuration.
-    Returns: (the json, the encoder as it is named here, the language model's name on the hub or None).
+    Returns: (the json, the encoder's name on this machine, the language model's name on the hub or None).
     Raises: as `encoder_source`.
     """
     file = checkpoint_file(args.checkpoint)
@@ -68,12 +68,12 @@ def published(args):
 
 
 def is_public(name, described):
-    """Tell whether a language model's name is one of the hub, and no folder here or beside the json."""
+    """Tell whether a language model's name is one of the hub, not a folder here or beside the json."""
     return bool(name and HUB_NAME.fullmatch(name)) and not Path(beside(name, described)).exists()
 
 
 def without_folders(value):
-    """Return what a json holds, the paths of this machine in it cut to their last part."""
+    """Return a value from a json, with this machine's paths cut to their last part."""
     if isinstance(value, dict):
         return {key: without_folders(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -86,10 +86,10 @@ def without_folders(value):
 
 
 def write_shared(args, decoding, folder):
-    """Write a captioner into a folder as --checkpoint takes it, from the hub too.
+    """Write a captioner's folder as --checkpoint takes it, also from the hub.
 
     Returns: as `describe_shared`, without the encoder.
-    Raises: ValueError where the captioner is not whole without a language model of this machine; as `load_captioner`.
+    Raises: ValueError where the captioner needs a language model that only this machine has; as `load_captioner`.
     """
     file = checkpoint_file(args.checkpoint)
     normalize = getattr(published(args), "normalize_prefix", None) if args.normalize_prefix is None else True
@@ -105,7 +105,7 @@ def write_shared(args, decoding, folder):
         shutil.copytree(own, folder / SHARED_ENCODER)
     elif own and holds_code(own):
         raise ValueError(
-            f"{own} is a TorchScript program, which nobody should run of others: save its state_dict(), and pass that "
+            f"{own} is a TorchScript program, which is unsafe for others to run: save its state_dict(), and pass that "
             f"as --clip_model_type"
         )
     elif own:

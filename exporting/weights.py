@@ -1,4 +1,4 @@
-"""The weights of ONNX graphs: in layouts that products read, in fewer bits, and each stored once for all graphs.
+"""The weights of ONNX graphs: laid out for matrix products, in fewer bits, each stored once for all graphs.
 
 Axes: V vocabulary, E width of a language model, K inputs of a product, N its outputs, S numbers of a block, Q blocks of
 a row.
@@ -11,10 +11,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
-INTERNAL = 1024  # bytes of a tensor that stays in its graph; larger ones are stored beside them
+INTERNAL = 1024  # bytes below which a tensor stays in its graph; larger ones go to the store
 ALIGNMENT = 64  # of a stored tensor, in bytes
 MICROSOFT = "com.microsoft"  # ONNX Runtime's own operators
-# bits -> how they are found: numbers of a block, whether zero is in the middle of what a block can hold
+# bits -> numbers of a block, whether the block is quantised symmetrically
 BLOCKS = {8: (128, True), 4: (32, False)}
 INT8_PRODUCTS = 4  # accuracy level: a row's activations are rounded to 8 bits, block by block, inside of the product
 
@@ -44,7 +44,7 @@ class Graph:
         graph = self.model.graph
         del graph.node[:], graph.initializer[:], graph.value_info[:]
         for node in self.nodes:
-            del node.metadata_props[:]  # which line of Python it is from: nine tenths of the file
+            del node.metadata_props[:]  # its line of Python: nine tenths of the file
         if not any(opset.domain == MICROSOFT for opset in self.model.opset_import):
             self.model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
         graph.node.extend(self.nodes)
@@ -55,7 +55,7 @@ class Graph:
 def lay_out(graph):
     """Give every product with a weight the form x [.., K] times weight [K, N], and a tied table one weight.
 
-    A language model whose output layer is its table of embeddings reads the table [V, E] for both.
+    A language model with tied embeddings reads one table [V, E] for its input and output layers.
     """
     made, nodes = {}, []
     for node in graph.nodes:
@@ -92,7 +92,7 @@ def _split_gemm(graph, node):
 
 
 def tables(graph, rows):
-    """Return {table of embeddings [V, E]: its transposed weight of a product, or None}.
+    """Return {embedding table [V, E]: the weight of a product that is its transpose, or None}.
 
     Args:
         rows: V.
@@ -110,7 +110,7 @@ def tables(graph, rows):
 
 
 def tie(graph, rows):
-    """Let an output layer that is a table of embeddings read the table itself, transposed; `rows`: V."""
+    """Let a tied output layer read the embedding table itself, transposed; `rows`: V."""
     tied = {weight: table for table, weight in tables(graph, rows).items() if weight}
     for number, node in enumerate(graph.nodes):
         if node.op_type == "MatMul" and node.input[1] in tied:
@@ -120,10 +120,10 @@ def tie(graph, rows):
 
 
 def quantize(graph, bits, rows):
-    """Keep the weights of products, and the table of embeddings, in whole numbers, block by block.
+    """Quantise the weights of products, and the embedding table, to integers, block by block.
 
-    Activations stay float32. What is as wide as the vocabulary decides between tokens, and has 8 bits in any case; a
-    table that is the output layer too is kept once.
+    Activations stay float32. Weights as wide as the vocabulary choose between tokens and always have 8 bits; a tied
+    table is kept once.
 
     Args:
         bits: 8 or 4.
@@ -139,7 +139,7 @@ def quantize(graph, bits, rows):
             size, symmetric = BLOCKS[number]
             config = DefaultWeightOnlyQuantConfig(block_size=size, is_symmetric=symmetric, bits=number)
             numbers, scales, zeros = DefaultWeightOnlyQuantizer(config).qbits_block_quant(
-                np.ascontiguousarray(weight)  # it reads memory as it lies
+                np.ascontiguousarray(weight)  # it ignores strides
             )
             arrays = {f"int{number}": numbers, "scales": scales} | ({} if symmetric else {"zeros": zeros})
             packed[name] = [graph.add(f"{name}.{what}", array) for what, array in arrays.items()], number, size
@@ -183,7 +183,7 @@ def _gather_blocks(graph, node, names, width):
 
 
 class Store:
-    """A file beside graphs that holds each of their tensors once, whatever it is called."""
+    """A file beside the graphs that holds equal tensors once, whatever their names."""
 
     def __init__(self, path):
         """Begin a new file."""
@@ -191,7 +191,7 @@ class Store:
         path.write_bytes(b"")
 
     def save(self, model, path):
-        """Write a graph, its larger tensors into the store; takes them out of the onnx.ModelProto."""
+        """Write a graph, moving its larger tensors from the onnx.ModelProto into the store."""
         with open(self.path, "ab") as file:
             for tensor in model.graph.initializer:
                 data = numpy_helper.to_array(tensor).tobytes()

@@ -1,4 +1,4 @@
-"""A table of captions and addresses, a pair per line, as Conceptual Captions come; read in blocks of lines."""
+"""A table of captions and addresses (URLs), a pair per line, as in Conceptual Captions; read in blocks of lines."""
 
 import os
 
@@ -13,7 +13,7 @@ LONGEST_LINE = 1 << 16  # bytes
 
 
 def add_period(caption):
-    """Return a caption with a full stop at its end, as the predecessor writes them; an empty one stays empty.
+    """Return a caption with a full stop at its end, as the predecessor does; an empty one stays empty.
 
     Source: rmokady parse_conceptual.py `add_period`, which fails on empty captions and on a lone full stop.
     """
@@ -51,7 +51,7 @@ class Table:
                     fields = line.decode("utf-8", "replace").split("\t")[:2]
                     for column, field in enumerate(fields if len(fields) == 2 else ()):
                         votes[column] += field.strip().startswith(("http://", "https://"))
-        self.column = votes.index(max(votes))  # of the address
+        self.column = votes.index(max(votes))  # the addresses'
         if 2 * votes[self.column] <= sampled:
             raise ValueError(f"{path} holds neither caption<TAB>address nor address<TAB>caption lines")
         self.sha256 = sha256(path)
@@ -61,7 +61,7 @@ class Table:
         return range(block * BLOCK, min((block + 1) * BLOCK, self.lines))
 
     def rows(self, block):
-        """Yield (line number from 0, caption, address) of a block; for one that cannot be used, caption is None."""
+        """Yield (line number from 0, caption, address) of a block's lines; caption is None for an unusable line."""
         with open(self.path, "rb") as file:
             file.seek(self.starts[block])
             for number in self.lines_in(block):
@@ -76,7 +76,7 @@ class Table:
 
 
 def _read_line(file):
-    """Read a line; b"" in the place of one that is too long to be one, None at the end."""
+    """Read a line; b"" in place of one longer than LONGEST_LINE, None at the end."""
     line = file.readline(LONGEST_LINE)
     if not line:
         return None
@@ -88,6 +88,6 @@ def _read_line(file):
 
 
 def _unquoted(field):
-    """Return a field without the quotes that a writer of tables has put around it."""
+    """Return a field without the quotes that a CSV writer put around it."""
     is_quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in field[1:-1].replace('""', "")
     return field[1:-1].replace('""', '"') if is_quoted else field

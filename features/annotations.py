@@ -17,8 +17,8 @@ from features.tables import NoHeaderError, read_json_lines, read_table, read_tex
 
 # COCO_val2014_000000060623.jpg, 000000060623.jpg (COCO 2017), 215268662.jpg (NICE)
 NUMBERED = re.compile(r"(?:COCO_[A-Za-z]+[0-9]{4}_)?([0-9]+)")
-LARGEST_ID = 2**63 - 1  # what a column of numbers holds; a longer one stays text
-# 1.0 or 1.23457E+11 in a table: a number that pandas or a spreadsheet has turned into a decimal one
+LARGEST_ID = 2**63 - 1  # largest that an int64 column holds; a larger id stays text
+# 1.0 or 1.23457E+11 in a table: a whole number that pandas or a spreadsheet has turned into a decimal one
 DECIMAL = re.compile(r"[0-9]+\.0+|[0-9](?:\.[0-9]+)?[eE]\+[0-9]+")
 WRITTEN_LIST = re.compile(r"""\[(["']).*\1\]""", re.DOTALL)  # how pandas puts a list into a table
 FORMATS = (
@@ -26,7 +26,7 @@ FORMATS = (
     "dataset_*.json, CSV, TSV or JSONL with image,caption, the NICE challenge's public_id,caption_gt or an image "
     "folder's file_name,text, Flickr8k's and Flickr30k's text files; .gz too"
 )
-# a field's names, the first that is there counts; `text` and `comment` only beside a file name
+# names of each field, of which the first present counts; `text` and `comment` only beside a file name
 FILE_FIELDS = ("image", "file_name", "filename", "filepath", "image_path", "image_name")
 ID_FIELDS = ("image_id", "public_id")
 CAPTION_FIELDS = ("caption", "caption_gt", "text", "comment")
@@ -35,7 +35,7 @@ CAPTION_FIELDS = ("caption", "caption_gt", "text", "comment")
 def image_id_of(path):
     """Return the number that ends a COCO- or NICE-style file name, else the name without extension.
 
-    Of a file name only; `normal_id` is for ids, which may hold a full stop.
+    For file names only: ids may contain a full stop, and go through `normal_id`.
     """
     stem = Path(path).stem
     number = NUMBERED.fullmatch(stem)
@@ -43,7 +43,7 @@ def image_id_of(path):
 
 
 def id_of_name(name):
-    """Return the `image_id_of` a file name in annotations, whose folders Windows' mark may separate."""
+    """Return the `image_id_of` a file name in annotations, which may be separated by backslashes."""
     return image_id_of(name.replace("\\", "/"))
 
 
@@ -59,7 +59,7 @@ def normal_id(image_id):
 
 
 def distinct_ids(image_ids):
-    """Return {text of an id: the id}: its `normal_id`, or the text as it is where "7" and "007" are both there."""
+    """Return {text of an id: the id}: its `normal_id`, or the text unchanged where "7" and "007" both occur."""
     groups = collections.defaultdict(set)
     for text in {str(image_id).strip() for image_id in image_ids}:
         groups[normal_id(text)].add(text)
@@ -103,7 +103,7 @@ def read_places(path, split="train"):
 
 
 def _rows(text, suffix, split):
-    """Yield (where it is, record as `_from_row` returns it) of a file's text; raises ValueError for it as a whole."""
+    """Yield (where it is, record as `_from_row` returns it) from a file's text; raises ValueError for a bad file."""
     if text.lstrip()[0] not in "{[" and suffix not in (".json", ".jsonl", ".ndjson"):
         for place, row in read_table(text, suffix, _is_header, _starts_row):
             yield place, _from_row(row, table=True)
@@ -131,13 +131,13 @@ def _has_json_lines(text):
 
 
 def _read_value(value, text):
-    """Return the records of a JSON value, `text` before it was parsed."""
+    """Return the records of a JSON value; `text` is what it was parsed from."""
     if isinstance(value, list):
         return map(_from_row, value)
     if isinstance(value, dict) and "annotations" in value:
         return _read_coco(value)
     if isinstance(value, dict) and any(_fields(tuple(value))[:2]):
-        return [_from_row(value)]  # of one line
+        return [_from_row(value)]  # JSON lines, with one line
     pairs = isinstance(value, dict) and not {"caption", "text"} & value.keys()
     if pairs and any(isinstance(captions, str | list) for captions in value.values()):
         # parsed again as pairs, for an id given twice must not be lost
@@ -167,24 +167,24 @@ def _fields(names):
 
 
 def _is_header(names):
-    """Tell whether an image and a caption are among the names of fields."""
+    """Tell whether column names include an image and a caption."""
     file_name, image_id, caption = _fields(tuple(names))
     return bool((file_name or image_id) and caption)
 
 
 def _starts_row(row):
-    """Tell whether a line's values begin with an image, as a row's do."""
+    """Tell whether a line's values name an image, as a row's do."""
     file_name, image_id, _ = _fields(tuple(row))
     value = row[file_name or image_id].strip()
     return value.isdigit() or bool(file_name) and Path(value).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _from_row(row, table=False):
-    """Return a row as a record with our fields' names; what is none stays as it is, a ValueError says what is wrong.
+    """Return a row as a record with our field names, or a ValueError for a bad one; what is no dict stays unchanged.
 
     Args:
         row: anything.
-        table: whether its values are text, of whatever type they were.
+        table: whether the row is a table's, whose values are all text.
     """
     if not isinstance(row, dict):
         return row
@@ -219,13 +219,13 @@ def _join(row, field, name):
 
 
 def _split(record):
-    """Return one record per caption: several where it has a list, as LAVIS and pycocoevalcap write them."""
+    """Return one record per caption: several where the record has a list, as LAVIS and pycocoevalcap write them."""
     captions = record.get("caption") if isinstance(record, dict) else None
     if not isinstance(captions, list):
         return [record]
     if not captions:
         return [ValueError("has an empty list of captions")]
-    # an object has become a list of pairs where the file was read as pairs
+    # where the file was parsed as pairs, an object is a list of pairs
     records = [dict(c) if isinstance(c, list) and all(isinstance(p, tuple) for p in c) else c for c in captions]
     image_id = record.get("image_id")
     if any(isinstance(c, dict) and _is_of_another(c, image_id) for c in records):
@@ -234,7 +234,7 @@ def _split(record):
 
 
 def _is_of_another(caption, image_id):
-    """Tell whether an object in an image's list of captions is of another image than the list."""
+    """Tell whether an object in an image's list of captions belongs to another image."""
     file_field, id_field, _ = _fields(tuple(caption))
     name = caption[file_field] if file_field else image_id
     return name != image_id or id_field is not None and normal_id(caption[id_field]) != normal_id(image_id)
@@ -265,7 +265,7 @@ def _error(record):
 
 
 def _tell_apart(records):
-    """Give images of the same name in different folders, whose ids were made of the name, their path as id."""
+    """Give images of the same name in different folders their path as id, where the id came from the name."""
     first, shared = {}, set()
     for record in records:
         if isinstance(record["image_id"], int) and abs(record["image_id"]) > LARGEST_ID:

@@ -10,10 +10,9 @@ def from_array(array, mode=None):
     """Return pixels of any numeric type as an RGB image.
 
     Args:
-        array: what numpy takes for one, [H, W] or [H, W, 1..4]; integers use their full range (16 bit: 0..65535; 32-bit
-            integers that stay below 65536 count as 16 bit, below 256 as 8 bit), floats 0..1 or else their own
-            minimum..maximum.
-        mode: PIL's name of what the bands are; None: L, LA, RGB, RGBA.
+        array: array-like, [H, W] or [H, W, 1..4]; integers use their full range (16 bit: 0..65535; 32-bit integers
+            that stay below 65536 count as 16 bit, below 256 as 8 bit), floats 0..1 or else their own minimum..maximum.
+        mode: PIL's mode of the bands; None: L, LA, RGB or RGBA, by their number.
     Returns: PIL image of mode RGB.
     Raises: ImageError for other shapes.
     """

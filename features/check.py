@@ -1,4 +1,4 @@
-"""Looking over annotations and their images before anything is encoded."""
+"""Checks of annotations and their images before anything is encoded."""
 
 from features.annotations import image_id_of, read_places
 from features.finder import ImageFinder, match_images
@@ -11,7 +11,7 @@ def find_faults(annotations, split, folders, num_workers=0):
     """Name every record that training would leave out or should not see.
 
     Args:
-        annotations, split: as of `read_annotations`.
+        annotations, split: see `read_annotations`.
         folders: of the images, searched in this order.
         num_workers: processes that read images.
     Returns: (list of (place, image file or id, what is wrong), in the file's order; number of records; of images).
@@ -68,12 +68,12 @@ def find_tar_faults(source, num_workers=0):
 
 
 def _in_one_line(text):
-    """Return a text in which line breaks, tabs and what cannot be printed are written as Python does."""
+    """Return a text with line breaks, tabs and unprintable characters escaped as in Python."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _unreadable(paths, num_workers):
-    """Yield (path, why it cannot be read) of those image files that cannot."""
+    """Yield (path, why it cannot be read) for every unreadable image file."""
     with late_imports():
         from features.loader import image_loader
     with progress_bar(len(paths), "images", "img") as bar:
@@ -84,4 +84,4 @@ def _unreadable(paths, num_workers):
 
 
 def _nothing(_image):
-    """Preprocess an image that need only be readable."""
+    """Preprocess nothing: the image need only be readable."""

@@ -54,9 +54,9 @@ def extract_tars(args, encoder, split, out, reading):
 
 
 def extract_table(args, encoder, split, out, reading):
-    """Make the store of a table, downloading; returns the exit status.
+    """Download a table's pictures and make their store; returns the exit status.
 
-    Raises: ValueError where no address gave a picture; as `Downloads` and `make_store`.
+    Raises: ValueError where no address gave a picture; else as `Downloads` and `make_store`.
     """
     root = Path(args.data_root)
     table = Table(root / TABLES[split])

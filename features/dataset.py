@@ -18,7 +18,7 @@ class CaptionDataset:
     """The captions of a store as token ids, each with the row of its image.
 
     A caption is tokenised when it is first drawn and kept as ids, flat in memory: so the first step waits for one
-    batch only, whatever N is, and nothing on the disk can be stale.
+    batch only, whatever N is, and no cache on disk can be stale.
     """
 
     unit = "captions"
@@ -30,7 +30,7 @@ class CaptionDataset:
             store: FeatureStore.
             tokenizer: of the language model; it adds its own begin token where it has one, as OPT's does.
             max_tokens: longer captions are cut to this many tokens, with a warning.
-            noise: AngleNoise that embeddings are drawn with, or None.
+            noise: AngleNoise that is applied to the embeddings, or None.
         Raises: ValueError where no caption holds text.
         """
         self.store, self.clip_embedding, self.noise = store, store.clip_embedding, noise
@@ -50,11 +50,11 @@ class CaptionDataset:
         return len(self.records)
 
     def batch(self, indices, epoch=0):
-        """Gather captions and pad them to the longest of them.
+        """Gather captions, padded to the longest.
 
         Args:
             indices: [B] caption numbers.
-            epoch: that the noise, where there is some, is drawn of.
+            epoch: which the noise depends on, where there is noise.
         Returns: tokens [B, T] padded on the right with 0, clip_embedding [B, D], or [B, K, D], lengths [B].
         """
         indices = np.asarray(indices)
@@ -69,7 +69,7 @@ class CaptionDataset:
         return tokens, embeddings, torch.from_numpy(lengths.astype(np.int64))
 
     def _tokenize(self, indices):
-        """Tokenise the captions of these numbers and keep their ids."""
+        """Tokenise the captions with these numbers and keep their ids."""
         if not len(indices):
             return
         texts = [self.store.captions[record]["caption"] for record in self.records[indices].tolist()]
@@ -97,12 +97,12 @@ class CaptionDataset:
 
 
 def gathered_ahead(batch, order, pin_memory=False):
-    """Yield batches, each gathered while the one before it is at work.
+    """Yield batches, each gathered while the previous one is in use.
 
     Args:
         batch: function of [B] numbers to tensors.
         order: list of [B] arrays of numbers.
-        pin_memory: put them where a GPU copies from without waiting.
+        pin_memory: put batches into pinned memory, from which a GPU copies without waiting.
     """
 
     def gather(indices):
@@ -124,7 +124,7 @@ def epoch_batches(length, batch_size, seed, epoch, text_lengths=None):
     """Return an epoch's batches, in an order that seed and epoch alone decide, so that a resumed run repeats it.
 
     Args:
-        length: captions.
+        length: number of captions.
         batch_size: captions per batch; a last smaller one is dropped, unless it is the only one.
         text_lengths: [length]; where given, batches hold captions of similar length: POOL_BATCHES batches are drawn,
             sorted, and cut up, and the batches are shuffled.

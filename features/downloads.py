@@ -1,7 +1,7 @@
-"""A table of captions and addresses -> picture files, fetched in threads, going on to the address after a kill.
+"""A table of captions and addresses -> picture files, fetched in threads; a kill loses no settled address.
 
-A table is cut into blocks of lines. Each has a journal with a line for every address that is settled, fetched or dead;
-it follows the picture's file, so that what it names is there. Several processes share the blocks out.
+A table is cut into blocks of lines. Each block has a journal with a line for every address that is settled, fetched or
+dead; a line is written after the picture's file, so that the file exists. Several processes share the blocks.
 """
 
 import collections
@@ -21,32 +21,32 @@ from utils.distributed import all_union
 from utils.files import read_json, write_json, write_text
 from utils.processes import is_main, share
 
-AHEAD = 1024  # addresses that wait to be fetched, from which one of a host that is not busy is picked
-HOST_TRIES = 3  # addresses in a row that a host does not answer, until it is taken for gone
-HOSTS_LOST = 64  # hosts in a row that do not answer, until the network is taken for down
-LAST_WORDS = 0.5  # seconds that all threads together are given when the command is stopped
+AHEAD = 1024  # waiting addresses, from which one of a host that is not busy is picked
+HOST_TRIES = 3  # unanswered addresses in a row after which a host is taken for gone
+HOSTS_LOST = 64  # silent hosts in a row after which the network is taken for down
+LAST_WORDS = 0.5  # seconds that the threads, all together, have to finish when the command is stopped
 PAUSE = 0.5  # seconds between looks at what another process has fetched
 NOT_AN_ADDRESS = "a line without a caption and an address"
 
 
 class Downloads:
-    """Fetches a table's addresses in threads, in their order but for hosts that are busy."""
+    """Fetches a table's addresses in threads, in order, except that busy hosts are passed over."""
 
     def __init__(self, table, folder, journals, fetcher, threads=16, per_host=4):
-        """Prepare; `start` begins.
+        """Prepare the downloads, which `start` begins.
 
         Args:
             table: Table.
             folder: for the pictures, `00000012.jpg` of line 12.
-            journals: folder for what is settled.
+            journals: folder for the journals.
             fetcher: has `fetch(address, stopped)`, which returns bytes or raises Dead.
-            threads: at work at once.
-            per_host: of these, at one host.
+            threads: number that fetch at once.
+            per_host: how many of these at one host, at most.
         """
         self.table, self.folder, self.journals, self.fetcher = table, Path(folder), Path(journals), fetcher
         self.threads, self.per_host, self.unsettled = threads, per_host, set()
         self.changed, self.stopped, self.failure = threading.Condition(), threading.Event(), None
-        self.open = {}  # block: its addresses that are not settled, while it is at work
+        self.open = {}  # {block that is not settled: number of its addresses left, once it has begun}
         self.waiting, self.busy = collections.deque(), collections.Counter()  # jobs; {host: threads at work on it}
         self.lost, self.silent = {}, collections.Counter()  # {host: why it is gone}; {host: failures in a row}
         self.suspects = []  # (block, entry, host) of hosts that do not answer: it may be the network
@@ -61,15 +61,15 @@ class Downloads:
         with self.changed:
             self.changed.notify_all()
         end = time.monotonic() + LAST_WORDS
-        for worker in self.workers:  # those in the middle of an answer are left to it; they are daemons
+        for worker in self.workers:  # daemons: those in the middle of an answer are abandoned
             worker.join(timeout=max(0, end - time.monotonic()))
 
     def start(self, retry=False):
-        """Begin to fetch this process' share of the blocks, in their order.
+        """Start fetching this process' share of the blocks, in order.
 
         Args:
-            retry: ask again for what was not there but may be by now.
-        Raises: ValueError where the folders are of another table.
+            retry: ask again for dead addresses whose fault may have passed.
+        Raises: ValueError where the folders belong to another table.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.journals.mkdir(parents=True, exist_ok=True)
@@ -91,13 +91,13 @@ class Downloads:
         return self.journals / f"{block:06d}.jsonl"
 
     def settled(self, block):
-        """Return {line: its entry} of a block's journal, which has `bytes`, or `dead` and perhaps `again`.
+        """Return {line: entry} of a block's journal; an entry has `bytes`, or `dead` and perhaps `again`.
 
-        Raises: ValueError where it is damaged.
+        Raises: ValueError where the journal is damaged.
         """
         journal, entries = self.journal_of(block), {}
         data = journal.read_bytes() if journal.is_file() else b""
-        for line in data[: data.rfind(b"\n") + 1].splitlines():  # what a kill left of a last line does not count
+        for line in data[: data.rfind(b"\n") + 1].splitlines():  # a last line cut short by a kill does not count
             try:
                 entry = json.loads(line)
                 entries[entry["line"]] = entry
@@ -106,17 +106,17 @@ class Downloads:
         return entries
 
     def _mend(self, block, retry):
-        """Make a journal fit to go on; returns whether any of the block's lines is left to settle."""
+        """Repair a block's journal for resuming; returns whether any of its lines is left to settle."""
         journal, entries = self.journal_of(block), self.settled(block)
         kept = {line: entry for line, entry in entries.items() if not (retry and entry.get("again"))}
         if len(kept) < len(entries):
             write_text(journal, "".join(json.dumps(entry) + "\n" for entry in kept.values()))
-        elif journal.is_file():  # what a kill left of a last line
+        elif journal.is_file():  # drops a last line cut short by a kill
             os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
         return len(kept) < len(self.table.lines_in(block))
 
     def _check_table(self):
-        """Refuse pictures and journals of another table, whose line numbers say nothing here."""
+        """Refuse pictures and journals of another table, whose line numbers mean other addresses."""
         stamp = self.journals / "table.json"
         if stamp.is_file() and read_json(stamp) != {"sha256": self.table.sha256}:
             raise ValueError(
@@ -127,7 +127,7 @@ class Downloads:
             write_json(stamp, {"sha256": self.table.sha256})
 
     def wait(self, blocks):
-        """Wait until blocks are settled, by this process or by the one whose they are.
+        """Wait until blocks are settled, by this process or the one they belong to.
 
         Raises: ConnectionError where the network is down; OSError where files cannot be written.
         """
@@ -156,7 +156,7 @@ class Downloads:
         }  # fmt: skip
 
     def _jobs(self, blocks):
-        """Yield (block, line, address, host) of what is not settled; lines that cannot be used are settled here."""
+        """Yield (block, line, address, host) for lines that are not settled; unusable lines are settled here."""
         for block in blocks:
             done = self.settled(block)
             todo = [(line, caption, address) for line, caption, address in self.table.rows(block) if line not in done]
@@ -194,7 +194,7 @@ class Downloads:
         return None
 
     def _end(self):
-        """Settle what is in doubt when nothing else is left: it was the hosts, where others have answered."""
+        """With nothing else left, judge the silent hosts: gone if others have answered, else the network is down."""
         if any(self.busy.values()) or not self.suspects:
             return
         if self.answered:
@@ -221,7 +221,7 @@ class Downloads:
                 if "bytes" in entry:
                     self._write(line, data)
                 self._finish(block, entry, host)
-        except Exception as error:  # a full disk among others; whoever waits is told
+        except Exception as error:  # such as a full disk; `wait` raises it
             with self.changed:
                 self.failure = self.failure or error
                 self.changed.notify_all()
@@ -234,7 +234,7 @@ class Downloads:
         os.replace(temporary, path)
 
     def _finish(self, block, entry, host):
-        """Take note of how an address went, and what that tells of its host and the network."""
+        """Record the outcome of an address, and what it says about its host and the network."""
         with self.changed:
             self.busy[host] -= 1
             self.asked += 1
@@ -281,7 +281,7 @@ class Downloads:
 
 
 class DownloadedPart(Part):
-    """The pictures of some blocks of a table, which are waited for when it is their turn."""
+    """The pictures of some blocks of a table; `read` waits until they are fetched."""
 
     count = None
 
@@ -319,7 +319,7 @@ class DownloadedPart(Part):
         return pictures, {}
 
     def has_readable(self, skipped, then):
-        """See Part; what was dead and is asked for again counts too."""
+        """See Part; also true where a block had lines left to settle when the downloads started."""
         if self.downloads.unsettled.intersection(self.blocks):
             return True
         return then != reader() and any(map(is_readable, skipped))
@@ -334,7 +334,7 @@ class DownloadedPictures(Source):
         self.blocks = range(len(downloads.table.starts))
 
     def _parts(self, lines):
-        """Return parts of as many lines, a multiple of BLOCK."""
+        """Return parts of `lines` lines, a multiple of BLOCK."""
         size = lines // BLOCK
         return [DownloadedPart(self.downloads, self.blocks[at : at + size]) for at in range(0, len(self.blocks), size)]
 
@@ -351,5 +351,5 @@ class DownloadedPictures(Source):
         return share(self._parts(BLOCK))
 
     def has_readable(self, _skipped):
-        """See Source; dead addresses stay so unless they are asked for again."""
+        """See Source; dead addresses stay dead unless they are asked for again."""
         return bool(self.downloads.unsettled)

@@ -1,6 +1,6 @@
 """Pictures or captions -> encoder -> feature store: resumable, in one process or several.
 
-What comes in is a Source, what comes out a pickle or a folder of shards with its json. parse_coco.py is the command.
+The input is a Source, the output a pickle or a folder of shards, with its json. parse_coco.py is the command.
 """
 
 import collections
@@ -27,7 +27,7 @@ from utils.distributed import all_sum, all_union, connected, main_first, own_dev
 from utils.files import read_json, sha256, write_json
 from utils.processes import is_main, rank, share
 
-HELD = 8 << 30  # bytes of embeddings from which on a pickle gets a warning
+HELD = 8 << 30  # bytes of embeddings above which a pickle gets a warning
 SHOWN = 10  # skipped images that are listed on the terminal; the json beside the store lists all
 
 
@@ -54,10 +54,10 @@ class Planned:
         number: of the part, in the order given.
         part: Part.
         pictures: {picture: [its records]}; those that turn out unreadable are taken out.
-        keys: {picture: its fingerprint before it was read: it may change then}.
+        keys: {picture: its fingerprint, taken before it is read, as the file may change meanwhile}.
         skipped: {name: why it is left out}.
-        batches: how many have not come back yet.
-        records: how many there are of all pictures.
+        batches: how many have not been encoded yet.
+        records: how many all pictures have together, unreadable ones included.
     """
 
     number: int
@@ -70,14 +70,14 @@ class Planned:
 
 
 def encode_parts(encoder, parts, encoded, reading, bar):
-    """Encode what parts still lack, the pictures of all of them in one stream of batches; none spans two parts.
+    """Encode the pictures that parts still lack, in one stream of batches; no batch spans two parts.
 
     Args:
         parts: of a Source.
         encoded: per part, the fingerprints of pictures that are encoded already.
         bar: progress bar of pictures.
-    Yields: (Planned, the readable pictures of a batch, [B, *shape] their embeddings); when all of a part have come,
-        (Planned, None, None).
+    Yields: (Planned, a batch's readable pictures, their embeddings [B, *shape]); (Planned, None, None) when a part is
+        done.
     Raises: ValueError at the first fault with `reading.strict`, and where the encoder gives NaN.
     """
     planned = collections.deque()
@@ -103,7 +103,7 @@ def encode_parts(encoder, parts, encoded, reading, bar):
     else:
         stream = encode_files(encoder, None, batches(), reading.num_workers)
     for pictures, embeddings, errors in stream:
-        yield from finished()  # those before, of which nothing was missing
+        yield from finished()  # earlier parts that lacked nothing
         plan = planned[0]
         if errors and reading.strict:
             refuse(*next(iter(errors.items())))
@@ -127,13 +127,13 @@ def refuse(name, reason):
 
 
 def going_on(encoded, total):
-    """Say how many pictures an earlier run has encoded, of how many there are, or None."""
+    """Say how many pictures an earlier run has encoded; `total` is None where it is unknown."""
     if encoded:
         note(f"going on: {encoded:,}{f' of {total:,}' if total is not None else ''} images are already encoded")
 
 
 def known_count(parts):
-    """Return how many pictures parts have, or None where one cannot say before it is read."""
+    """Return how many pictures parts have, or None where a part must be read first to tell."""
     counts = [part.count for part in parts]
     return None if None in counts else sum(counts)
 
@@ -141,7 +141,7 @@ def known_count(parts):
 def write_pickle(encoder, source, out, reading, info):
     """Encode all pictures into one pickle, each process its share; arguments as those of `write_folder`.
 
-    Each process keeps its rows in a PartialStore of its own; those of an earlier run count, however many it had.
+    Each process keeps its rows in its own PartialStore; an earlier run's are used, however many processes it had.
     """
     identity, size = encoder.identity(), (source.count or 0) * math.prod(encoder.shape) * 4
     if size > HELD:
@@ -176,7 +176,7 @@ def write_pickle(encoder, source, out, reading, info):
 
 
 def write_folder(encoder, source, out, reading, info):
-    """Encode the pictures into shards, one per part, each process its share; those on the disk already stay.
+    """Encode the pictures into shards, one per part, each process its share; finished shards on disk stay.
 
     Args:
         source: Source.
@@ -189,7 +189,7 @@ def write_folder(encoder, source, out, reading, info):
     stamps = [shard_stamp(identity, part.made_of()) for part in parts]
     finished = finished_shards(out, parts, stamps)
     todo = [number for number in range(len(parts)) if number not in finished]
-    if todo and is_main():  # until all shards are new, the older store is none
+    if todo and is_main():  # until all shards are new, the folder is no valid store
         info_path(out).unlink(missing_ok=True)
     own, made = share(todo), {}
     files = [shard_files(out, number)[0] for number in own]
@@ -229,10 +229,10 @@ def summarize(source, counts, skipped, strict):
 
     Args:
         source: Source.
-        counts: as of `count_records`, with `images_found`.
+        counts: see `count_records`.
         skipped: {image file, id or place: why it is left out}.
         strict: refuse records without a picture.
-    Raises: ValueError where no caption is left, or no picture of those alone; and as `strict` says.
+    Raises: ValueError where no caption is left, or, without any captions, no picture; and where `strict` refuses.
     """
     rows, captions, empty = (counts[key] for key in ("rows", "captions", "empty_captions"))
     if not captions and (empty or not rows):
@@ -256,7 +256,7 @@ def build_captions(read):
 
     Args:
         read: {readable picture: its records}, in row order.
-    Returns: records; pictures alone have none.
+    Returns: records; none for pictures without captions.
     """
     return [
         {**record, "clip_embedding": row}
@@ -267,7 +267,7 @@ def build_captions(read):
 
 
 def is_done(out, info, source):
-    """Tell whether the store exists and was made of the same things, with nothing skipped that may be read by now."""
+    """Tell whether the store exists, was made from the same inputs and skipped nothing that may be readable by now."""
     if not (Path(out).is_file() and info_path(out).is_file()):
         return False
     stored = read_json(info_path(out))
@@ -310,12 +310,12 @@ def extract(args, source, out):
 
 
 def make_store(encoder, source, out, reading, info):
-    """Encode a source and write the store, unless it is there.
+    """Encode a source and write the store, unless it is complete.
 
     Args:
         encoder: ImageEncoder, or TextEncoder for a source of Sentences.
         source: Source.
-        out: pickle or folder to write, which the caller holds with `lock_store`.
+        out: pickle or folder to write, which the caller has locked with `lock_store`.
         reading: Reading.
         info: what the json beside the store says of the source: `annotations`, `annotations_sha256`, `split`.
     Returns: the exit status.

@@ -1,7 +1,7 @@
 """One address of an untrusted list -> the bytes of a picture, or the reason why there are none.
 
-Only http and https, only hosts on the public internet unless that is allowed: the address that is connected to is the
-one that was checked, of every redirect too. All waits and sizes have an end.
+Only http and https, and only hosts on the public internet unless private ones are allowed: the IP address that is
+connected to is the one that was checked, for every redirect too. All waits and sizes are bounded.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ MOST_BYTES = 32 << 20  # of a picture
 MOST_REDIRECTS = 5
 LONGEST_ADDRESS = 8192  # characters
 TRIES = 3
-BACKOFF, LONGEST_PAUSE = 0.5, 30.0  # seconds: before the second try, doubled for each; at most
+BACKOFF, LONGEST_PAUSE = 0.5, 30.0  # seconds: before the second try, doubled for each further one; at most
 PIECE = 1 << 16
-BUSY = (429, 500, 502, 503, 504)  # may be better soon
+BUSY = (429, 500, 502, 503, 504)  # HTTP statuses that are often temporary
 FORBIDDEN = ("noai", "noimageai", "noindex", "none")  # X-Robots-Tag's words against use in training
 
 NO_HOST = "the host does not exist"
@@ -39,7 +39,7 @@ UNREADABLE = "an address that cannot be read"
 OF_THE_HOST = (NO_HOST, UNREACHABLE, SILENT)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are the IPv4 address that is reached
 
-_here = threading.local()  # `.asking`: what the thread is fetching
+_here = threading.local()  # `.asking`: the thread's _Asking
 
 
 @dataclass
@@ -48,8 +48,8 @@ class Dead(Exception):  # noqa: N818  it is an outcome, and not always an error
 
     Args:
         reason: in a few words that many addresses share.
-        again: whether asking once more, later, may help.
-        wait: seconds that the host asks to wait before that.
+        again: whether a later try may help.
+        wait: seconds that the host asks to wait before it.
     """
 
     reason: str
@@ -58,7 +58,7 @@ class Dead(Exception):  # noqa: N818  it is an outcome, and not always an error
 
 
 def is_public(address):
-    """Tell whether an IP address is one of the public internet, and no way around to another."""
+    """Tell whether an IP address is on the public internet, and embeds no address that is not."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
     if ip in NAT64:
@@ -67,10 +67,10 @@ def is_public(address):
 
 
 class _Asking:
-    """One try of an address, redirects and all; its socket is shut when its time is over.
+    """One try of an address, redirects included; its socket is shut down when the time is over.
 
-    A timeout of the socket begins anew with each byte, so that a server which sends them one by one would hold a thread
-    for ever.
+    A socket's own timeout starts again with each byte, so a server that sends bytes one by one would hold a thread for
+    ever.
     """
 
     def __init__(self, seconds, allow_private):
@@ -90,11 +90,11 @@ class _Asking:
         self.late = True
         if self.socket:
             with contextlib.suppress(OSError):  # closed by now
-                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)  # TLS's own would pull away what is being read
+                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)  # SSLSocket's would break a read under way
 
 
 class _Guarded:
-    """Connects to an address that was checked, however often the name is resolved; tells _Asking its socket."""
+    """Connects to the IP address that was checked, so the name is not resolved again; gives _Asking the socket."""
 
     def request(self, *words, **more):
         super().request(*words, **more)
@@ -149,13 +149,13 @@ class Fetcher:
 
         Args:
             timeout: seconds to connect, and between two pieces of an answer; a whole picture may take six times that.
-            per_host: connections to a host that are kept.
+            per_host: connections that are kept open to a host.
             allow_private: take addresses of this machine and its networks too.
-            user_agent: who asks.
-            most_bytes: size of a picture.
+            user_agent: the User-Agent header.
+            most_bytes: largest size of a picture.
         """
         self.whole, self.most_bytes, self.allow_private = 6 * timeout, most_bytes, allow_private
-        # nothing is decompressed: a picture is no smaller that way, and a bomb no picture
+        # nothing is decompressed: compression does not make pictures smaller, and could hide a decompression bomb
         self.pools = urllib3.PoolManager(
             num_pools=256, maxsize=per_host, retries=False, timeout=urllib3.Timeout(connect=timeout, read=timeout),
             headers={"User-Agent": user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
@@ -189,17 +189,17 @@ class Fetcher:
             try:
                 body = self._follow(address)
             except Dead:
-                if asking.late:  # what it looks like then is our own doing
+                if asking.late:  # the error comes from our own shutdown of the socket
                     raise Dead(SLOW) from None
                 raise
-        if asking.late:  # an answer without a length seems whole when it is cut
+        if asking.late:  # without Content-Length a cut answer looks complete
             raise Dead(SLOW)
         return body
 
     def _follow(self, address):
         """Return the body at an address, redirects followed."""
         for _ in range(MOST_REDIRECTS + 1):
-            host_of(address)  # of a redirect's too
+            host_of(address)  # checks a redirect's address too
             answer = self._ask(address)
             try:
                 place = answer.get_redirect_location()
@@ -226,7 +226,7 @@ class Fetcher:
             raise Dead("its certificate or encryption is not accepted") from None
         except HTTPError as error:
             raise _not_reached(error) from None
-        except (ValueError, OSError):  # headers that are none
+        except (ValueError, OSError):  # malformed headers
             raise Dead("its answer is not HTTP") from None
 
     def _read(self, answer):
@@ -250,7 +250,7 @@ class Fetcher:
                     answer.close()
                     raise too_large
                 if len(body) >= HEAD:
-                    _check_picture(body)  # before the rest of a page or a film
+                    _check_picture(body)  # before the rest of a page or a video is downloaded
         except HTTPError as error:
             raise _not_reached(error, begun=True) from None
         except OSError:
@@ -260,9 +260,9 @@ class Fetcher:
 
 
 def host_of(address):
-    """Return the host of an address, in small letters.
+    """Return the host of an address, in lower case.
 
-    Raises: Dead where it is none that is fetched.
+    Raises: Dead for an address that is not fetched.
     """
     if len(address) > LONGEST_ADDRESS:
         raise Dead(f"an address of more than {LONGEST_ADDRESS:,} characters")
@@ -290,14 +290,14 @@ def _check_picture(body):
 
 
 def _not_reached(error, begun=False):
-    """Return what a fault of urllib3's means: Dead.
+    """Return the Dead that an error of urllib3 means.
 
     Args:
-        begun: whether the answer had begun to come.
+        begun: whether the answer had begun.
     """
     if isinstance(error, urllib3.exceptions.NameResolutionError):
         return Dead(NO_HOST)
-    if isinstance(error, NewConnectionError):  # to urllib3 one of the timeouts
+    if isinstance(error, NewConnectionError):  # urllib3 counts it among the timeouts
         return Dead(UNREACHABLE, again=True)
     if isinstance(error, urllib3.exceptions.TimeoutError):
         return Dead(SLOW if begun else SILENT, again=True)

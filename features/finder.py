@@ -1,8 +1,8 @@
-"""Where images lie: the file that an annotation means, by its name or, where it has none, by its number.
+"""Finding images: the file that an annotation means, by its file name or, where it has none, by its id.
 
-A name means that file and no other one. It is looked for as a path below the folders, in their order, and beside the
-annotations; else by its last parts, for a name may begin at a folder above (`val2014/1.jpg` with the folder
-`.../val2014`) or on another machine. What would be a guess is not found.
+A name stands for one file only. It is looked for as a path below the folders, in their order, and beside the
+annotations; else by its last parts, for a name may begin at a parent folder (`val2014/1.jpg` with the folder
+`.../val2014`) or come from another machine. A match that would be a guess is refused.
 """
 
 import collections
@@ -18,8 +18,8 @@ from features.listing import list_images
 from utils.cli import note
 
 MISSING = "no such image"
-SHOWN = 3  # folders of another name that are noted
-ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:|[a-z]+://")  # of any system, and of none
+SHOWN = 3  # notes, at most, of folders that are taken for another name
+ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:|[a-z]+://")  # an absolute path of any system, or a URL
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Match:
         path: file, or None.
         reason: why there is none.
         folder: in which it lies.
-        prefix: parts of the name that stand before those below `folder`, as `_plain` gives them.
-        exact: whether every part of the name is there, letter by letter.
-        whole: whether every part is there, in any letter case and Unicode form.
+        prefix: leading parts of the name, before those below `folder`, as `_plain` gives them.
+        exact: whether every part of the name matches, letter by letter.
+        whole: whether every part matches, in any letter case and Unicode form.
     """
 
     path: str | None = None
@@ -51,7 +51,7 @@ class Names:
         self.alike = None
         with os.scandir(folder) as entries:
             for entry in entries:
-                with contextlib.suppress(OSError):  # a link that leads round in a circle is no file
+                with contextlib.suppress(OSError):  # a circular link is no file
                     is_file = entry.is_file()
                     if is_file or entry.is_dir():
                         self.names[is_file].add(entry.name)
@@ -99,7 +99,7 @@ class ImageFinder:
         return self.find_all([record])[0][0]
 
     def find_all(self, records):
-        """Find the images of records of one file, whose names are judged together.
+        """Find the images of one file's records; their names are judged together.
 
         Returns: list of (image file, None) or (None, why there is none).
         """
@@ -123,7 +123,7 @@ class ImageFinder:
         ]
 
     def _find_id(self, image_id):
-        """Return the Match of a number, or of a name without ending; of a whole name, where nothing else has it."""
+        """Return the Match of an id: a number, a name without ending, or, if no image has that id, a whole name."""
         if self._numbers is None:
             self._numbers = collections.defaultdict(list)
             for folder in self.folders:
@@ -168,7 +168,7 @@ class ImageFinder:
         return None
 
     def _find_end(self, parts):
-        """Return the Match of a name by its last parts, as many as possible, the first ones being the folder's own."""
+        """Return the Match of a name by as many last parts as possible; those of the folder's own path count too."""
         best, found, plain = (0, False), [], tuple(map(_plain, parts))
         for folder in (*self.folders, *self.beside):
             trail = self._trails.get(folder)
@@ -185,7 +185,7 @@ class ImageFinder:
         if not found:
             return Match(reason=MISSING)
         others = _different([match.path for match in found])
-        if len(others) > 1 and not found[0].exact:  # of files of just this name, the first folder's is meant
+        if len(others) > 1 and not found[0].exact:  # of several exact matches, the first folder's counts
             return Match(reason=f"may be {others[0]} or {others[1]}: write the name as it is on the disk")
         if not found[0].whole and self._is_elsewhere(found[0], plain[-best[0] - 1 : -1]):
             return Match(reason=MISSING)
@@ -200,7 +200,7 @@ class ImageFinder:
         return here
 
     def _named(self, folder, name, is_file, exact):
-        """Return the files or folders of a name in a folder, none where it cannot be read; as `Listing.named`."""
+        """Return the files or folders of a name in a folder, none where it cannot be read; see `Names.named`."""
         if folder not in self._listings:
             self._listings[folder] = None
             with contextlib.suppress(OSError):
@@ -209,13 +209,13 @@ class ImageFinder:
         return [os.path.join(folder, own) for own in listing.named(name, is_file, exact)] if listing else []
 
     def _is_elsewhere(self, match, named):
-        """Tell whether the folder that a name names exists here, so that it is not another name of the match's folder.
+        """Tell whether the folder in a name exists here, so that it cannot mean the match's folder.
 
         Args:
-            named: the last folders of the name, one more of them than the match agrees with.
+            named: the name's last folders, one more than the match agrees with.
         """
         trail = self._trails[match.folder]
-        if _common_end(trail, match.prefix) == len(trail):  # the folder's whole path
+        if _common_end(trail, match.prefix) == len(trail):  # the name has the folder's whole path
             return False
         above = Path(os.path.realpath(match.folder)).parents[_common_end(trail, match.prefix)]
         if any(trail[-len(named) :] == named for trail in self._trails.values()):
@@ -229,10 +229,10 @@ class ImageFinder:
         return False
 
     def _refuse_guesses(self, matches):
-        """Turn matches into reasons where the names together show that they would be guesses.
+        """Replace matches by reasons where all names together show that they would be guesses.
 
-        Where whole names show how names and a folder belong together, its other names must do so in the same way; and
-        no file is meant by two names, unless they are whole and letter by letter.
+        Where whole matches show which `prefix` stands for a folder, the folder's other matches must have the same one;
+        and two names must not mean one file, unless both match whole and exactly.
         """
         meant, taken = collections.defaultdict(set), {}
         for name, match in matches.items():
@@ -246,7 +246,7 @@ class ImageFinder:
             match = matches[name]
             known = ways[match.folder]
             agrees = match.prefix in known
-            if ABSOLUTE.match(name):  # of another machine, whose own folders stand before
+            if ABSOLUTE.match(name):  # from another machine, whose own folders come first
                 agrees = any(_common_end(match.prefix, way) == len(way) for way in known)
             if not match.whole and known and not agrees:
                 matches[name] = Match(reason=MISSING)
@@ -259,7 +259,7 @@ class ImageFinder:
             note(f"warning: what is named {'/'.join(prefix)}/..., such as {name}, is taken from {folder}")
 
     def _ways(self, matches):
-        """Return {folder: what stands before the parts below it, in each whole name of a file in it}."""
+        """Return {folder: the leading parts, before those below it, of each whole name of a file in it}."""
         ways = collections.defaultdict(set)
         roots = {folder: len(_parts(os.path.abspath(folder))) for folder in self.folders}
         for name, match in matches.items():
@@ -289,12 +289,12 @@ def match_images(records, finder):
 
 
 def _plain(name):
-    """Return a name without its letter case and Unicode form."""
+    """Return a name in one letter case and Unicode form."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _parts(name):
-    """Return a path's parts as a tuple, separated by `/` or by Windows' mark."""
+    """Return a path's parts as a tuple, separated by slashes or backslashes."""
     return tuple(part for part in re.split(r"[/\\]", name) if part not in ("", "."))
 
 
@@ -307,11 +307,11 @@ def _common_end(first, second):
 
 
 def _is_below(path, folder):
-    """Tell whether a path lies in a folder, by their names."""
+    """Tell whether a path lies in a folder, by name alone."""
     path, folder = os.path.abspath(path), os.path.abspath(folder)
     return os.path.commonpath([path, folder]) == folder
 
 
 def _different(paths):
-    """Return files, each once, a link to one of them being the same."""
+    """Return files without duplicates; a link counts as the file it leads to."""
     return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]

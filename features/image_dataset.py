@@ -1,4 +1,4 @@
-"""Feature store -> batches of images, for what is learned from an image as a whole and not caption by caption.
+"""Feature store -> batches of images, for objectives that learn per image, not per caption.
 
 Axes: N images, B batch, D CLIP width.
 """
@@ -13,7 +13,7 @@ from utils.cli import note
 def images_of(store):
     """Return {image id: (its row, [its captions])} of a FeatureStore; empty captions are left out.
 
-    Predecessors' stores have a row per caption: an image's first one stands for it.
+    Predecessors' stores have a row per caption: an image's first row is taken.
     """
     images = {}
     for record in store.captions:
@@ -23,7 +23,7 @@ def images_of(store):
 
 
 def _id(record):
-    """Return what tells a caption's image: its id, or its row where it has none."""
+    """Return what identifies a caption's image: its id, or its row where it has no id."""
     image_id = record.get("image_id")
     return ("row", record["clip_embedding"]) if image_id is None else image_id
 

@@ -2,7 +2,7 @@
 
 CLIP's own preprocessing resizes palette and 1-bit images before they become RGB, saturates 16-bit grey to white,
 drops alpha on black and ignores EXIF rotation; so images become RGB here first. Plain RGB files stay exactly as they
-are. Metadata, whatever its state, never costs a picture.
+are. Broken metadata never makes a picture unreadable.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = dict(zip(range(2, 9), (
     Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE,
     Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90,
-), strict=True))  # fmt: skip  # the tag's values -> what puts the image right
+), strict=True))  # fmt: skip  # the tag's values -> what turns the image upright
 MAX_RATIO = 100  # of the sides: CLIP scales the shorter one to its input, so a line of pixels would fill the memory
 
-# words in a decoder's error -> what a user is told; what has none of them is "damaged"
+# words in a decoder's error -> what the user reads; any other error reads "damaged"
 REASONS = (
     (re.compile("imagecodecs"), "a TIFF in a rare compression: convert it, or pip install imagecodecs"),
     (re.compile("truncat|not enough|broken data|unexpected end|premature|end of file"), "truncated"),
@@ -38,7 +38,7 @@ REASONS = (
 
 _max_pixels = MAX_PIXELS
 
-# what libraries think of metadata and of large pictures is nobody's concern here; the limit below is our own
+# libraries' warnings about metadata and large pictures are silenced; the limit below is our own
 warnings.filterwarnings("ignore", module=r"PIL\.")
 for _library in ("PIL", "tifffile"):
     logging.getLogger(_library).addHandler(logging.NullHandler())
@@ -58,11 +58,11 @@ def set_max_pixels(number):
     """Let images have `number` pixels and no more; Pillow's own limit follows."""
     global _max_pixels
     _max_pixels = number
-    Image.MAX_IMAGE_PIXELS = (number + 1) // 2  # it refuses twice as many
+    Image.MAX_IMAGE_PIXELS = (number + 1) // 2  # Pillow refuses twice as many
 
 
 def reader():
-    """Return what decides which pictures can be read, as plain data: versions of the decoders, the limit of pixels."""
+    """Return what decides which pictures can be read, as plain data: the decoders' versions and the pixel limit."""
     from importlib.metadata import version
 
     return [PIL.__version__, version("tifffile"), open_heic(), _max_pixels]
@@ -80,10 +80,10 @@ def read_image(path):
     """Read an image file as RGB.
 
     Args:
-        path: file, or TarMember, of any format that Pillow or tifffile reads; of an animation or of several pages, the
-            first.
+        path: file, or TarMember, of any format that Pillow or tifffile reads; of an animation or several pages, the
+            first is read.
     Returns: PIL image of mode RGB, upright.
-    Raises: ImageError where it is missing, truncated, no image, or too large to be one.
+    Raises: ImageError where it is missing, truncated, no image, or too large.
     """
     head = b""
     try:
@@ -104,7 +104,7 @@ def read_image(path):
         raise ImageError("a folder, not an image") from None
     except Image.DecompressionBombError:
         raise too_large() from None
-    except Exception as error:  # decoders raise whatever they like on damaged files; every cause becomes a named skip
+    except Exception as error:  # decoders can raise anything on damaged files; every cause becomes a named skip
         raise ImageError(_reason(error, head)) from None
 
 
@@ -126,7 +126,7 @@ def _reason(error, head):
 def _decode(path, file, head):
     """Read an open image file that begins with `head`; raises whatever decoders raise."""
     if head.startswith(TIFF):
-        from features.tiff import read_tiff  # tifffile takes its time to import
+        from features.tiff import read_tiff  # tifffile is slow to import
 
         return read_tiff(path)
     if is_heic(head):
@@ -157,7 +157,7 @@ def decode_with_pillow(file):
 
 
 def check_pixels(width, height, depth=1):
-    """Raise ImageError for an image that is larger than the limit; `depth`: more than one number a pixel."""
+    """Raise ImageError for an image that is larger than the limit; `depth` scales for pixels of many numbers."""
     if width * height * depth > _max_pixels:
         raise too_large(f"{width:,} x {height:,} is ")
 
@@ -168,26 +168,26 @@ def too_large(size=""):
 
 
 def to_rgb(image):
-    """Return a PIL image of any mode as upright RGB; alpha is laid over white.
+    """Return a PIL image of any mode as upright RGB; transparent pixels are composited over white.
 
     Raises: ImageError for one that is more than MAX_RATIO times as long as wide.
     """
     if max(image.size) > MAX_RATIO * min(image.size):
         raise ImageError(f"{image.width} x {image.height} pixels: more than {MAX_RATIO} times as long as wide")
-    # a TIFF's load() reads all of its metadata; a PNG's may come behind the pixels
+    # before load(), which reads all metadata of a TIFF; after it otherwise, as a PNG's may follow the pixels
     orientation = _take_orientation(image) if image.format == "TIFF" else None
     image.load()
     return _plain(turned(image, orientation or _take_orientation(image)))
 
 
 def _take_orientation(image):
-    """Return the EXIF orientation, 1 where there is none to be read; the image forgets its EXIF."""
+    """Return the EXIF orientation, 1 where none can be read; the image's EXIF is cleared."""
     orientation = 1
     try:
         exif = image.getexif()
         orientation = exif.get(ORIENTATION, 1)
         exif.clear()
-    except Exception:  # broken metadata raises whatever it likes
+    except Exception:  # broken metadata can raise anything
         return orientation
     return orientation
 
@@ -203,7 +203,7 @@ def _plain(image):
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     if image.mode.startswith("I") or image.mode == "F":
-        from features.arrays import from_array  # numpy takes its time to import
+        from features.arrays import from_array  # numpy is slow to import
 
         return from_array(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -16,10 +16,10 @@ IMAGES = ["data/coco/train2014", "data/coco/val2014"]
 
 
 def fill_inputs(args):
-    """Set the defaults of --annotations and --images; None is what the command does not read.
+    """Set the defaults of --annotations and --images; None for what the command does not read.
 
-    Raises: ValueError where a flag is given that it does not read; FileNotFoundError where no annotations are named
-        and COCO's are not in their place.
+    Raises: ValueError for a flag that the command would not read; FileNotFoundError where no annotations are named and
+        COCO's default file does not exist.
     """
     for alone, unread in (("no_captions", "annotations"), ("text_only", "images")):
         if getattr(args, alone):
@@ -27,7 +27,7 @@ def fill_inputs(args):
             if getattr(args, unread) or args.check:
                 raise ValueError(f"--{alone} and {other} contradict each other; leave out one")
     args.images = None if args.text_only else args.images or IMAGES
-    in_tars = bool(args.images) and any(map(names_tars, args.images))  # then their captions are the default
+    in_tars = bool(args.images) and any(map(names_tars, args.images))  # then the tars' own captions are the default
     args.annotations = None if args.no_captions else args.annotations or (None if in_tars else ANNOTATIONS)
     if args.annotations == ANNOTATIONS and not Path(ANNOTATIONS).exists():
         raise FileNotFoundError(
@@ -73,9 +73,9 @@ def find_images(places, finder, strict):
     """Locate the image of every record that `--check` finds no fault in.
 
     Args:
-        places: as of `read_places`.
+        places: as `read_places` returns them.
     Returns: ({image file: its records}, {image file, id or place: why it is skipped}).
-    Raises: ValueError where `strict` and one is skipped, or where all are, or have no caption.
+    Raises: ValueError where one is skipped and `strict` is set, all are skipped, or all captions are empty.
     """
     found, skipped = {}, {place: error for place, _, error in places if error}
     records = [record for _, record, error in places if not error]

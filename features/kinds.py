@@ -1,10 +1,10 @@
-"""What a file is, told by its first bytes; and the same picture without its metadata."""
+"""Kinds of files, told by their first bytes; and pictures without their metadata."""
 
 import functools
 import re
 import zlib
 
-HEAD = 1024  # bytes that tell; a drawing's comments may come before its name
+HEAD = 1024  # first bytes that are looked at; an SVG's comments may precede its tag
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG = b"\x89PNG\r\n\x1a\n"
 PICTURES = (
@@ -15,7 +15,7 @@ BITMAP = re.compile(rb"BM....\0\0\0\0|RIFF....WEBP|P[1-6]\s+(#.*\s+)*\d", re.DOT
 HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 AVIF = {b"avif", b"avis"}
 CAMERA = (b"FUJIFILMCCD-RAW", b"IIU\0", b"IIRO", b"IIRS", b"MMOR", b"FOVb")
-OTHERS = (  # what downloads and folders hold under a picture's name, and what helps
+OTHERS = (  # what downloads and folders may hold in place of a picture, and what helps
     (b"version https://git-lfs", "a Git LFS pointer: run git lfs pull"),
     (b"\0\5\x16\7", "macOS's own data on a file (AppleDouble)"),
     (b"%PDF", "a PDF: export its pages as PNG"),
@@ -34,7 +34,7 @@ OTHERS = (  # what downloads and folders hold under a picture's name, and what h
 
 
 def is_picture(head):
-    """Tell whether a file that begins with `head` is a picture, of a kind that can be read or named."""
+    """Tell whether a file that begins with `head` is a picture, of a kind that can be read or at least named."""
     return head.startswith(PICTURES) or bool(BITMAP.match(head)) or bool(_brands(head) & (HEIC | AVIF))
 
 
@@ -53,7 +53,7 @@ def what_else(head):
 
 
 def _brands(head):
-    """Return the kinds that a file of boxes (HEIC, AVIF, MP4) says it is."""
+    """Return the brands that an ISO media file (HEIC, AVIF, MP4) declares."""
     if head[4:8] != b"ftyp":
         return set()
     end = min(int.from_bytes(head[:4], "big"), len(head))
@@ -61,7 +61,7 @@ def _brands(head):
 
 
 def _boxed(brands):
-    """Say what a file of boxes is."""
+    """Say what an ISO media file is, and what helps; None where it can be read."""
     if brands & AVIF:
         from PIL import features as pillow
 
@@ -95,7 +95,7 @@ def _text(head):
     try:
         text = head[: len(head) // 2 * 2].decode("utf-16") if wide else head.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if len(head) < HEAD or error.start < HEAD - 3:  # not a letter that HEAD cuts
+        if len(head) < HEAD or error.start < HEAD - 3:  # not a character cut by HEAD
             return None
         text = head[: error.start].decode("utf-8-sig")
     text = text.lstrip().lower()
@@ -111,7 +111,7 @@ def _text(head):
 
 
 def without_metadata(data):
-    """Return a picture's bytes without what is told beside its pixels, where Pillow stumbles over that.
+    """Return a picture's bytes without its metadata, for files whose metadata Pillow cannot read.
 
     Args:
         data: bytes of a PNG, JPEG, AVIF or HEIC file.
@@ -127,23 +127,23 @@ def without_metadata(data):
 
 
 def _bare_png(data):
-    """Keep the chunks that make the picture, and EXIF where it is whole."""
+    """Keep the chunks that make the picture, and EXIF where it is intact."""
     parts, start = [PNG], len(PNG)
     while start + 12 <= len(data):
         length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
         chunk = data[start : start + 12 + length]
         intact = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") and intact:  # a capital: not to be read without it
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") and intact:  # a capital marks a critical chunk
             parts.append(chunk)
         start += 12 + length
     return b"".join([*parts, data[start:]])
 
 
 def _bare_jpeg(data):
-    """Keep what comes before the pixels of use to them: tables, JFIF's and Adobe's words on colour; and EXIF."""
+    """Keep the segments that decoding needs (tables, JFIF's and Adobe's colour information) and EXIF."""
     parts, start = [data[:2]], 2
     while data[start : start + 1] == b"\xff" and (marker := data[start + 1 : start + 2]) != b"\xda":
-        if marker == b"\xff":  # a byte that fills
+        if marker == b"\xff":  # a fill byte
             start += 1
             continue
         length = 2 + int.from_bytes(data[start + 2 : start + 4], "big")

@@ -9,11 +9,11 @@ from pathlib import Path
 from features.kinds import HEAD, is_picture
 from utils.cli import note
 
-# files of these are pictures, or to be named where they are not; others are looked into
+# files with these endings count as pictures, and are reported where they are none; others are judged by content
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .jp2 .avif .heic .heif".split()
 )
-NAMED = 3  # files in a line
+NAMED = 3  # files in a message
 # what would end a line or a column of `path<TAB>caption`
 ESCAPED = {ord(letter): repr(letter)[1:-1] for letter in "\t\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
 
@@ -64,7 +64,7 @@ def list_images(folder):
 def sort_out(entries):
     """Return the Listing of directory entries or paths.
 
-    A name with a picture's ending is one, whatever stands behind it: a link to nothing is named when it is read.
+    A name with a picture's ending counts as one, even a link to nothing, which is reported when it is read.
     """
     listing = Listing([], [], 0)
     for entry in entries:
@@ -102,7 +102,7 @@ def _holds_picture(path):
 def find_images(arguments):
     """Expand files, folders and globs into image files, in order, each once; what is left out is counted in a line.
 
-    Raises: FileNotFoundError naming the argument that is nothing of the kind; ValueError for a folder or glob without
+    Raises: FileNotFoundError naming the argument that is none of these; ValueError for a folder or glob without
         images.
     """
     paths = []
@@ -120,11 +120,11 @@ def find_images(arguments):
 
 
 def images_in(listing, where, below=None):
-    """Return the images of a Listing, saying what else there is.
+    """Return the images of a Listing, and note what is left out.
 
     Args:
         where: the folder or glob, as it was named.
-        below: glob of what is in its folders too; None for a glob, whose folders do not count.
+        below: glob that reaches into subfolders, for the hint; None for a glob, whose folders do not count.
     Raises: ValueError where there are none.
     """
     if below is None:

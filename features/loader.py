@@ -1,4 +1,4 @@
-"""Image files -> batches of preprocessed pixels, read by processes of their own while the encoder runs.
+"""Image files -> batches of preprocessed pixels, read by worker processes while the encoder runs.
 
 Axes: B batch, R input resolution.
 """
@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from features.images import ImageError, max_pixels, read_image, set_max_pixels
 from features.tars import TarMember
 
-FEW = 128  # images, for which processes that are not forked take longer to start (seconds) than they save
-NEEDED = ["features.loader", "torchvision.transforms"]  # what reading takes, imported once for all processes
+FEW = 128  # images for which workers that are not forked take longer to start (seconds) than they save
+NEEDED = ["features.loader", "torchvision.transforms"]  # what workers need, imported once for all of them
 KILLED = (
     "a process that reads images was killed, most likely for want of memory (or of /dev/shm); pass a smaller "
     "--num_workers, 0 for none, or a smaller --batch_size"
@@ -37,8 +37,8 @@ def image_loader(paths, preprocess, batches, num_workers, pin_memory=False, coll
 
     Args:
         paths, preprocess: see `ImageFiles`.
-        batches: lists of indices into `paths`, or of pictures where that is None; drawn from as the reading goes on.
-        num_workers: processes that read; this one does where there are FEW images and a fork is not safe.
+        batches: lists of indices into `paths`, or of pictures where `paths` is None; consumed as they are read.
+        num_workers: processes that read; with up to FEW images, and where a fork is not safe, this process reads.
         pin_memory: as torch's DataLoader.
         collate: joins a batch, `collate_images` unless given.
     Yields: what `collate` returns, batch by batch.
@@ -80,8 +80,8 @@ def encode_files(encoder, paths, batches=64, num_workers=0):
     Args:
         encoder: ImageEncoder.
         paths: image files; None where `batches` hold the pictures themselves.
-        batches: lists of indices into `paths`, or of pictures, one per call of the encoder, which are drawn from as the
-            reading goes on; or the size of such a batch.
+        batches: lists of indices into `paths`, or of pictures, one per call of the encoder, consumed as they are read;
+            or the batch size.
         num_workers: processes that read and preprocess images.
     Yields: per batch (its indices or pictures, [B, *shape] float32 embeddings, {index or picture: why it could not be
         read}).
@@ -96,8 +96,8 @@ def encode_files(encoder, paths, batches=64, num_workers=0):
 def start_method():
     """Return how processes are started: "fork" where this one runs no other thread, for it is the quickest.
 
-    The child of a fork has the other threads' locks as they stood, with nobody to let them go. So else it is forked
-    from a server without threads, or, on systems whose libraries do not outlive any fork, begun from nothing.
+    A forked child inherits locks that other threads hold, and nobody releases them. With other threads, workers are
+    therefore forked from a server without threads or, on systems whose libraries do not survive a fork, spawned.
     """
     tasks = "/proc/self/task"
     if os.path.isdir(tasks) and len(os.listdir(tasks)) == 1:
@@ -106,15 +106,15 @@ def start_method():
 
 
 def prepare_readers(images, num_workers):
-    """Begin the server that reading processes are forked from, where there will be one.
+    """Start the server that workers are forked from, where one will be needed.
 
-    It imports what they need, for seconds, while the command loads its models.
+    It imports what they need, which takes seconds, while the command loads its models.
 
     Args:
         images: how many will be read, or None.
         num_workers: processes that will read them.
     """
-    threads = torch.get_num_threads() > 1 or start_method() != "fork"  # torch begins its own with the first large sum
+    threads = torch.get_num_threads() > 1 or start_method() != "fork"  # torch starts its own at the first large op
     if num_workers and (images is None or images > FEW) and threads and sys.platform == "linux":
         with _starting():
             forkserver.ensure_running()
@@ -124,8 +124,8 @@ def prepare_readers(images, num_workers):
 def _starting():
     """Let the body start processes that Ctrl-C does not reach, and that import no more than they need.
 
-    multiprocessing would import the command's script, hence every library it uses, in each of them; numpy's
-    algebra would begin threads in the server that they are forked from.
+    multiprocessing would import the command's script, hence every library it uses, in each of them; numpy's BLAS would
+    start threads in the server that they are forked from.
     """
     main, threads = sys.modules["__main__"], "OPENBLAS_NUM_THREADS"
     hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
@@ -150,7 +150,7 @@ def _starting():
 
 
 def _prepare_reader(limit, _worker):
-    """Set up a process that reads: the parent hears Ctrl-C for it, SIGTERM ends it, its limit is the parent's."""
+    """Set up a worker: Ctrl-C is left to the parent, SIGTERM ends it, its pixel limit is the parent's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     set_max_pixels(limit)
@@ -167,7 +167,7 @@ def _helper_was_killed():
     if ended is None or ended.si_code != os.CLD_KILLED or ended.si_status != signal.SIGKILL:
         return False
     if ended.si_pid == getattr(resource_tracker._resource_tracker, "_pid", None):
-        # another one would be started, to be told of the end of what it has never heard of, and complain
+        # else a new tracker would be started, and complain about resources that it never registered
         resource_tracker.unregister = lambda name, kind: None
     return True
 

@@ -1,4 +1,4 @@
-"""What an extraction under way has encoded, so that the same command goes on after a kill."""
+"""What an extraction under way has encoded, so that the same command resumes after a kill."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def collect_rows(partials, keys):
         partials: list of PartialStore.
         keys: [N] keys of images.
     Returns: [N, D], or [N, K, D], float32.
-    Raises: ValueError where one is in none.
+    Raises: ValueError where an image is in none of them.
     """
     rows, missing = torch.empty(len(keys), *partials[0].shape), set(keys)
     for partial in partials:
@@ -44,7 +44,7 @@ def collect_rows(partials, keys):
 
 
 class StoredRows:
-    """Rows of a file of float32 numbers, in any order; slices are read when they are asked for."""
+    """Rows of a file of float32 numbers, in any order; slices are read on demand."""
 
     def __init__(self, path, rows, shape):
         """Name the rows.
@@ -62,7 +62,7 @@ class StoredRows:
     def __getitem__(self, part):
         """Return a slice's rows as a tensor [n, *shape of a row]."""
         rows = self.rows[part]
-        if not rows:  # of an empty file, which cannot be mapped
+        if not rows:  # the file may be empty, and cannot be mapped then
             return torch.empty(0, *self.shape[1:])
         stored = np.memmap(self.path, np.float32, "r", shape=(max(rows) + 1, *self.shape[1:]))
         return torch.from_numpy(stored[rows])
@@ -72,17 +72,16 @@ class PartialStore:
     """Embeddings of an extraction under way, appended batch by batch so that a kill loses at most one batch.
 
     `<store>.partial/embeddings.f32` holds rows of D, or K·D, float32 numbers and `journal.jsonl` a line for every
-    batch that is wholly in it: the images' keys, and a checksum of these and the rows. What the journal does not name
-    was not finished, and what does not agree with it is encoded again.
+    complete batch: the images' keys, and a checksum of keys and rows. Rows that the journal does not name, or that do
+    not match its checksum, are encoded again.
     """
 
     def __init__(self, store_path, encoder):
-        """Open or begin the folder.
+        """Open or create the folder.
 
         Args:
             store_path: the store that is being made.
-            encoder: what tells the encoder, as a dict, `embed_dim` or, of tokens, `shape` among it; another one's rows
-                are thrown away.
+            encoder: its `identity()`, with `embed_dim` or, for tokens, `shape`; rows of another encoder are dropped.
         """
         self.folder = Path(f"{store_path}.partial")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +92,7 @@ class PartialStore:
 
     @classmethod
     def encoded(cls, store_path, encoder):
-        """Return the keys of the images that are encoded already, without beginning a folder where there is none."""
+        """Return the keys of the images that are encoded already, without creating a folder where there is none."""
         if not Path(f"{store_path}.partial").is_dir():
             return set()
         partial = cls(store_path, encoder)
@@ -123,7 +122,7 @@ class PartialStore:
             self._log(encoder)
 
     def _rows_agree(self, entry):
-        """Count the images of a journal's line where the rows that follow are theirs; returns whether they are."""
+        """Check a journal line against the rows that follow, and add its images; returns whether they agree."""
         images = entry.get("images") if isinstance(entry, dict) else None
         if not isinstance(images, list):
             return False
@@ -172,12 +171,12 @@ class PartialStore:
 
 
 def _checksum(keys, data):
-    """Return what tells whether keys and their rows are still those that were written together."""
+    """Return a checksum that tells whether keys and rows are still those that were written together."""
     return zlib.crc32(data, zlib.crc32(json.dumps(keys).encode()))
 
 
 def _parse_line(line):
-    """Return what a journal's line holds, or None where it is not whole."""
+    """Return what a journal's line holds, or None where it is incomplete."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

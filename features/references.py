@@ -1,4 +1,4 @@
-"""What is scored: captions and references from files of every format, .gz too."""
+"""Captions and references for scoring, from files of every format, .gz too."""
 
 import collections
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ class References:
         captions: {image id: [caption, ...]}.
         names: {image id: file name}, where the file tells it.
         domains: {image id: "in-domain", "near-domain" or "out-domain"} of nocaps, else {}.
-        images: {image id: image file or None}, what `find_image` has found.
+        images: {image id: image file or None}, a cache of `find_image`.
     """
 
     captions: dict
@@ -28,7 +28,7 @@ class References:
     images: dict = field(default_factory=dict)
 
     def find_image(self, finder, image_id):
-        """Return an image's file by an ImageFinder, always the same one; None where there is none, or no single one."""
+        """Return an image's file, or None where not exactly one matches; `finder` is the same ImageFinder each time."""
         if not self.images:
             records = [{"image_id": i, "file_name": self.names.get(i)} for i in self.captions]
             self.images.update(zip(self.captions, (path for path, _ in finder.find_all(records)), strict=True))
@@ -36,12 +36,12 @@ class References:
 
 
 def read_records(path, split):
-    """Read records from a file of any format that `read_annotations` knows, each `image_id` as `distinct_ids` has it.
+    """Read records from a file of any format that `read_annotations` knows, each `image_id` as `distinct_ids` gives it.
 
     Args:
         path: file, .gz too.
         split: of a Karpathy file.
-    Raises: FileNotFoundError; ValueError naming file and record, or a split of dataset_coco.json that is not whole.
+    Raises: FileNotFoundError; ValueError naming file and record, or an incomplete split of dataset_coco.json.
     """
     records = read_annotations(path, split)
     ids = distinct_ids(record["image_id"] for record in records)
@@ -60,7 +60,7 @@ def read_captions(path, references, split):
     """Read one caption per image as {image id: caption}.
 
     Args:
-        references: References; an id that is not theirs but the name of one of their images becomes that image's.
+        references: References; an id that they lack but that names one of their images becomes that image's id.
     Raises: ValueError naming images with two captions.
     """
     named_so = collections.defaultdict(list)
@@ -70,7 +70,7 @@ def read_captions(path, references, split):
     pairs = []
     for record in read_annotations(path, split):
         text, image_id = str(record["image_id"]).strip(), normal_id(record["image_id"])
-        # "007" is 7, unless the references have it beside "7"; a path that tells two of a name apart is still of it
+        # "007" is 7, unless the references have both; a path as id, where images share a name, also matches by name
         own = (text, image_id, *([image_id_of(text)] if text == record.get("file_name") else []))
         known = next((i for i in own if i in references.captions), ids.get(image_id, image_id))
         pairs.append((known, record["caption"]))

@@ -1,4 +1,4 @@
-"""Results of captioning: whose caption it is, and the file they are written to."""
+"""Results of captioning: their image ids, and the files they are written to."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def result_id(path):
 
 
 def shared_ids(paths):
-    """Return {image id: image files} of the ids that several images have."""
+    """Return {image id: image files} for ids that several images share."""
     groups = {}
     for path in paths:
         groups.setdefault(result_id(path), []).append(path)
@@ -30,7 +30,7 @@ def shared_ids(paths):
 
 
 def name_pictures(paths):
-    """Return {image file: [its record, without a caption]}; the id of those that share one is their path."""
+    """Return {image file: [its record, without a caption]}; images that would share an id get their path as id."""
     shared = {path for same in shared_ids(paths).values() for path in same}
     ids = {path: as_text(path) if path in shared else result_id(path) for path in paths}
     return {path: [{"image_id": ids[path], "file_name": as_text(path)}] for path in paths}
@@ -43,7 +43,7 @@ def name_shared(groups):
 
 
 def write_results(out, results, shared):
-    """Write results to a file, as its ending says; those of images that share an id also say which file it was.
+    """Write results in the format of the file's ending; where images share an id, results also name the file.
 
     Args:
         results: {path: result in COCO's format}.
@@ -59,11 +59,11 @@ def write_results(out, results, shared):
 
 
 def write_part(out, results, shared):
-    """Write the results of a stopped run, beside a file that is there already: it may be whole.
+    """Write the results of a stopped run; an existing file, which may be complete, is not overwritten.
 
     Args:
-        out, results, shared: as of `write_results`.
-    Returns: where they are.
+        out, results, shared: see `write_results`.
+    Returns: where they were written.
     """
     part, number = Path(out), 1
     while part.exists():

@@ -4,8 +4,8 @@
     metadata/metadata_0000.parquet   n rows: image_path, caption, image_id; captions, where an image has several;
                                      no caption, where the pictures have none; no image_path, where rows are of texts
 
-Row i of a parquet describes row i of the npy beside it. Folders written by clip-retrieval are read as they are; ours
-are read by the embedding-reader package.
+Row i of a parquet describes row i of the npy beside it. Folders written by clip-retrieval can be read; the
+embedding-reader package can read ours.
 """
 
 import bisect
@@ -31,12 +31,12 @@ from utils.distributed import all_union
 from utils.files import atomic_path, reason
 from utils.processes import share
 
-# bytes that are mapped before their pages are given back; one page fault may map FAULT around a row
+# bytes that are mapped before their pages are released; one page fault may map FAULT bytes around a row
 MAPPED, FAULT = 1 << 27, 1 << 20
-LOOKED_AT = 1 << 17  # numbers looked over at a time, which stay in the processor's cache
+LOOKED_AT = 1 << 17  # numbers checked at a time, which fit the CPU cache
 WRITTEN = 256  # rows converted and written at a time
-# bytes of embeddings that a fingerprint reads, a second or two; of more, as many in pieces spread over all shards: the
-# 100 GB of 100 million images would take minutes at every start
+# bytes of embeddings that a fingerprint reads, in a second or two; of larger stores, in pieces spread over all shards:
+# all 100 GB of 100 million images would take minutes at every start
 FINGERPRINTED, PIECE = 1 << 30, 1 << 20
 
 
@@ -47,7 +47,7 @@ def shard_files(folder, number):
 
 
 def shard_stamp(encoder, made_of):
-    """Return what tells whether a shard on disk was made of these image files and captions by this encoder."""
+    """Return a hash that tells whether a shard was made from these image files and captions by this encoder."""
     return hashlib.sha256(json.dumps([encoder, made_of]).encode()).hexdigest()
 
 
@@ -57,7 +57,7 @@ def count_records(images, found, records=0):
     Args:
         images: {readable picture or Sentence: its records}.
         found: how many pictures there were, readable or not.
-        records: of how many records they were.
+        records: how many records all those pictures have.
     """
     texts = any(isinstance(path, Sentence) for path in images)
     captions = [record["caption"] for same in images.values() for record in same if "caption" in record]
@@ -69,16 +69,16 @@ def count_records(images, found, records=0):
 
 
 def write_shard(folder, number, stamp, embeddings, images, skipped, counts=None):
-    """Write one shard; the parquet last and an older one away first, so that a shard that has one is whole.
+    """Write one shard; an older parquet goes first and the new one comes last, so a shard with a parquet is complete.
 
     Args:
         folder: of the store.
         stamp: see `shard_stamp`.
-        embeddings: [n, D], or [n, K, D], float32 tensor, or what gives slices of one.
-        images: {image file or Sentence: its records, with `caption`, unless pictures are alone, and `image_id`, unless
-            texts are}, n of them.
+        embeddings: [n, D], or [n, K, D], float32 tensor, or an object whose slices are such tensors.
+        images: {image file or Sentence: its records}, n of them; records hold `caption`, unless the store is of
+            pictures alone, and `image_id`, unless it is of texts alone.
         skipped: {image file: why it is in no row}.
-        counts: as of `count_records`; None where all that is skipped is images.
+        counts: as `count_records` returns them; None where only images are skipped.
     """
     counts = counts or count_records(images, len(images) + len(skipped))
     npy, parquet = shard_files(folder, number)
@@ -113,15 +113,15 @@ def remove_shards(folder, count):
 
 
 def finished_shards(folder, parts, stamps):
-    """Return the shards that are on the disk as they would be made now.
+    """Return the shards on disk that need not be made again.
 
-    One that has left out an image which can be read by now, with a larger --max_pixels or a new decoder, is not.
+    A shard that left out an image which can be read by now, with a larger --max_pixels or a new decoder, is made again.
 
     Args:
         folder: of the store.
         parts: of the Source, one per shard.
-        stamps: of them.
-    Returns: {number: ({image file: why it was skipped}, counts as of `count_records`)}.
+        stamps: one per part.
+    Returns: {number: ({image file: why it was skipped}, counts as `count_records` returns them)}.
     """
     finished = {number: _finished_shard(folder, number, stamp) for number, stamp in enumerate(stamps)}
     finished = {number: stored for number, stored in finished.items() if stored is not None}
@@ -139,13 +139,13 @@ def finished_shards(folder, parts, stamps):
 
 
 def _count_again(part, skipped):
-    """Return the counts of a shard of before they were kept in it."""
+    """Return the counts of a shard that was written before shards kept them."""
     pictures, _ = part.read()
     return count_records({path: same for path, same in pictures.items() if str(path) not in skipped}, len(pictures))
 
 
 def _finished_shard(folder, number, stamp):
-    """Return what `write_shard` noted in a whole shard on disk with this stamp, or None where there is none."""
+    """Return what `write_shard` noted in a complete shard with this stamp, or None where there is no such shard."""
     npy, parquet = shard_files(folder, number)
     if not (npy.is_file() and parquet.is_file()):
         return None
@@ -179,7 +179,7 @@ class MappedEmbeddings:
         self.ends = np.cumsum([len(part) for part in self.parts])
         self.shape = (int(self.ends[-1]), *row)
         self.dtype = np.result_type(*self.parts)
-        self.mapped = FAULT + math.prod(row) * self.dtype.itemsize  # by a row, at most
+        self.mapped = FAULT + math.prod(row) * self.dtype.itemsize  # bytes that reading a row maps, at most
         self.gathered = 0
 
     def __len__(self):
@@ -190,7 +190,7 @@ class MappedEmbeddings:
 
         Args:
             rows: [B] row numbers.
-        Returns: [B, D], or [B, K, D], tensor of the type that is stored: float16 takes half the way to a GPU.
+        Returns: [B, D], or [B, K, D], tensor of the stored dtype: float16 halves the copy to a GPU.
         Raises: ValueError naming the file and row that holds NaN or infinity.
         """
         rows = np.asarray(rows)
@@ -213,7 +213,7 @@ class MappedEmbeddings:
         return out
 
     def _ask_ahead(self, part, rows):
-        """Let the system read rows of several pages side by side from the disk, not each page when it is met."""
+        """Let the system prefetch rows that span several pages, not read each page at its page fault."""
         size = math.prod(self.shape[1:]) * part.itemsize
         if size > mmap.PAGESIZE and hasattr(mmap, "MADV_WILLNEED"):
             for row in rows:

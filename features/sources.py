@@ -1,9 +1,9 @@
-"""Where pictures come from: one interface for folders, tars, texts and what is being downloaded.
+"""Where pictures come from: one interface for folders, tars, texts and downloads.
 
-A source is a row of parts. A part becomes one shard of a store, or one file of captions; what is in it is read when it
-is its turn, so that memory is the same whatever the number of parts. In it stand pictures with their records: a picture
-is a path, or what stands for one (a Sentence, a TarMember), and is told from another one by its fingerprint; records
-hold `caption`, where there are captions, and `image_id`.
+A source is a sequence of parts. A part becomes one shard of a store, or one file of captions; it is read only when its
+turn comes, so that memory does not grow with the number of parts. It holds pictures with their records: a picture is a
+path, or stands in for one (a Sentence, a TarMember), and is identified by its fingerprint; records hold `caption`,
+where there are captions, and `image_id`.
 """
 
 import os
@@ -19,9 +19,9 @@ from utils.processes import share
 
 
 def fingerprint(picture):
-    """Return what tells whether a picture is still the one that was encoded: of a file, its name, bytes, time in ns.
+    """Return what tells whether a picture is still the one that was encoded: for a file, name, size and mtime in ns.
 
-    A Sentence is that itself; a TarMember is told by its place in the tar, and by the tar's time.
+    A Sentence is its own fingerprint; a TarMember's holds its place in the tar and the tar's mtime.
     """
     if isinstance(picture, Sentence):
         return picture
@@ -32,12 +32,12 @@ def fingerprint(picture):
 
 
 class Source:
-    """A row of parts. What is no more than that says `parts`; the rest follows.
+    """A sequence of parts. A subclass must define `parts`; the other methods follow from it.
 
     Attributes:
         skipped: {name: why it is left out} of what belongs to no part.
         count: how many pictures there are, where that is known before they are read.
-        records: how many records of annotations must be found in the parts; None: there are no annotations besides.
+        records: how many records of annotations the parts should hold; None: there are no separate annotations.
     """
 
     skipped, count, records = {}, None, None
@@ -51,19 +51,19 @@ class Source:
         return [part.made_of() for part in self.parts()]
 
     def shares(self, _encoded):
-        """Return the parts that this process encodes into a pickle, of which all processes together make all.
+        """Return the parts that this process encodes into a pickle; all processes together cover the source.
 
         Args:
-            encoded: fingerprints of pictures that need no more work, so that what is left can be shared out evenly.
+            encoded: fingerprints of pictures that are encoded already, so that the rest can be shared out evenly.
         """
         return share(self.parts())
 
     def has_readable(self, skipped):
-        """Tell whether pictures that an earlier run left out of a pickle are worth another look: {name: reason}."""
+        """Tell whether the pictures in `skipped` ({name: reason} of an earlier run's pickle) are worth another try."""
         return bool(skipped)
 
     def read(self):
-        """Return all pictures and what is left out, as `Part.read` does; for what is held in memory anyway."""
+        """Return all pictures and what is left out, as `Part.read` does; for use where all fit in memory."""
         pictures, skipped = {}, {}
         for part in self.parts():
             own, left_out = part.read()
@@ -73,12 +73,12 @@ class Source:
 
 
 class Part:
-    """Some of a source's pictures; these are in memory already.
+    """Some of a source's pictures, in memory already.
 
     Args:
         pictures: {picture: [its records]}.
-        name: of the files that are made of it, unlike other parts'.
-        of: what it belongs to, for people: a tar, or what the command line named.
+        name: of the files that are made from it, different in every part.
+        of: what it belongs to, for messages: a tar, or what the command line named.
 
     Attributes:
         count: how many pictures, where that is known before they are read.
@@ -88,7 +88,7 @@ class Part:
         self.pictures, self.name, self.of, self.count = pictures, name, of, len(pictures)
 
     def made_of(self):
-        """Return plain data that changes when the part does, its captions too."""
+        """Return plain data that changes when the part or its captions do."""
         return [
             (*fingerprint(picture), *(record.get("caption") for record in records))
             for picture, records in self.pictures.items()
@@ -103,7 +103,7 @@ class Part:
 
         Args:
             skipped: {name: why it was left out}.
-            _reader: as `features.images.reader` returned then; None where that was not kept.
+            _reader: what `features.images.reader` returned then; None where it was not recorded.
         """
         return any(map(is_readable, skipped))
 
@@ -144,13 +144,13 @@ class FoundPictures(Source):
 
 
 class TarPart(Part):
-    """The pictures of one tar, which is read when it is its turn.
+    """The pictures of one tar, which is read when its turn comes.
 
     Args:
         path: of the tar.
         name: that tells it from the source's other tars.
         captions: KeyedCaptions; None: those in the tar; False: pictures alone.
-        unique: what keys that no other tar of the source has begin with; None: none do.
+        unique: start of the keys that no other tar of the source has; None: there is no such start.
     """
 
     count = None
@@ -189,7 +189,7 @@ class TarPart(Part):
         return pictures, skipped
 
     def has_readable(self, skipped, then):
-        """See Part; looked for only where the decoders are others now, or a fault may have been the disk's."""
+        """See Part; checked only where the decoders have changed, or a fault may have been the disk's."""
         if then == reader() and not any(reason.startswith("cannot be opened") for reason in skipped.values()):
             return False
         pictures, _ = self.read()
@@ -212,7 +212,7 @@ class Tars(Source):
     def parts(self):
         """See Source."""
         names, parts = part_names(self.paths), []
-        # img2dataset's keys begin with their tar's number, as wide as all; others may be the same in every tar
+        # img2dataset's keys begin with their tar's number, all of one width; other tars may repeat keys
         apart = names == [Path(path).stem for path in self.paths] and len(set(map(len, names))) == 1
         for path, name in zip(self.paths, names, strict=True):
             unique = "" if len(names) == 1 else name if apart else None
@@ -221,7 +221,7 @@ class Tars(Source):
 
 
 def part_names(paths):
-    """Return a name for each file: without folder and ending, or with as much of its folders as tells all apart."""
+    """Return a name for each file: its stem, or, where stems repeat, its path below the files' common folder."""
     stems = [Path(path).stem for path in paths]
     if len(set(stems)) == len(paths):
         return stems
@@ -249,6 +249,6 @@ class KeyedCaptions:
                 self.numbered.setdefault(record["image_id"], []).append(record)
 
     def of(self, key):
-        """Return the records of a key, whose own folders do not count."""
+        """Return the records of a key; folders in the key do not count."""
         name = key.split("/")[-1]
         return self.named.get(name) or self.numbered.get(image_id_of(f"{name}.jpg")) or []

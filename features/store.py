@@ -2,9 +2,9 @@
 
 On disk a pickle in the predecessors' format, `{"clip_embedding": [N, D], "captions": [{"image_id", "caption",
 "clip_embedding": row, ...}]}`, or a folder of shards (features/shards.py), with a json beside it that says how it was
-made. A store of tokens holds [N, K, D]. Rows are one per image; the predecessors' files, one row per caption, are read
-as they are. A store of pictures alone has no captions, and in the pickle `"images": [{"image_id", "file_name"}]`, one
-per row. A store of texts, whose json says `"modality": "text"`, has the row of the text tower for each caption.
+made. A store of tokens holds [N, K, D]. There is one row per image; the predecessors' files, with one row per caption,
+can be read too. A store of pictures alone has no captions, and in the pickle `"images": [{"image_id", "file_name"}]`,
+one per row. A store of texts, whose json says `"modality": "text"`, has one row per caption, from the text tower.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from features.store_files import check_there, foreign_shard, info_path
 from utils.cli import in_words
 from utils.files import atomic_path, read_json, reason, write_json
 
-CHECKED = 1024  # rows looked over at a time
+CHECKED = 1024  # rows checked at a time
 
 
 @dataclass
@@ -32,7 +32,7 @@ class FeatureStore:
     Args:
         clip_embedding: [N, D], or [N, K, D] of tokens, float tensor, or MappedEmbeddings.
         captions: list of records with `image_id`, `caption` and `clip_embedding`, the row of their image; or
-            MappedCaptions; none of them in a store of pictures alone.
+            MappedCaptions; empty in a store of pictures alone.
         info: what the json beside the store says, or {}.
         path: where it was read from.
         images: in a pickle of pictures alone, the record of each row.
@@ -46,7 +46,7 @@ class FeatureStore:
 
     @property
     def is_of_texts(self):
-        """Whether the json says that rows are of texts; of images, else."""
+        """Whether the json says that rows are of texts, not of images."""
         return self.info.get("modality") == "text"
 
     @property
@@ -61,11 +61,11 @@ class FeatureStore:
 
     @property
     def num_tokens(self):
-        """K, tokens of an image; None: it has one vector."""
+        """K, tokens per image; None where an image has one vector."""
         return self.shape[0] if len(self.shape) == 2 else None
 
     def index(self):
-        """Return ([N captions] int64 row of each caption's image, [N] length of its text without blanks around)."""
+        """Return ([N captions] int64 row of each caption's image, [N] length of its text, stripped)."""
         if isinstance(self.captions, MappedCaptions):
             return self.captions.embedding_index, self.captions.lengths
         rows = np.fromiter((record["clip_embedding"] for record in self.captions), np.int64, len(self.captions))
@@ -98,12 +98,11 @@ def check_captions(flag, store):
 
 
 def check_encoders(name, store, other, shape, described):
-    """Refuse a store of another encoder than the one that is trained on.
+    """Refuse a store of another encoder than the one it must match.
 
     Args:
-        name: of the FeatureStore `store`, with its flag. other: of what it must fit, such as the store of --data.
-        shape, described: that of an image's embedding by that one's encoder, and what is known of it; see
-            `known_encoder`.
+        name: of the FeatureStore `store`, with its flag. other: name of what it must match, such as --data's store.
+        shape, described: of an image's embedding in `other`, and what is known of its encoder; see `known_encoder`.
     Raises: ValueError.
     """
     ours, theirs = known_encoder(store.info), known_encoder(described)
@@ -118,13 +117,13 @@ def check_encoders(name, store, other, shape, described):
 def write_store(path, clip_embedding, captions, info, images=None):
     """Write a pickle that the predecessors' train.py reads, and the json beside it; each atomically.
 
-    An older json goes first, so that a kill leaves none that tells of another pickle.
+    An older json is deleted first, so that a kill leaves none that describes another pickle.
 
     Args:
         clip_embedding: [N, D], or [N, K, D], float32 tensor.
         captions: records whose `clip_embedding` is a row number.
         info: for the json.
-        images: of pictures alone, the record of each row, with `image_id` and `file_name`.
+        images: for pictures alone, the record of each row, with `image_id` and `file_name`.
     """
     value = {"clip_embedding": clip_embedding, "captions": captions} | ({} if images is None else {"images": images})
     with atomic_path(path) as temporary:
@@ -183,7 +182,7 @@ def read_store(path):
 
 
 def _check_shape(shape, info, path):
-    """Refuse embeddings that are not what the json beside them tells of.
+    """Refuse embeddings that do not match the json beside them.
 
     Raises: ValueError.
     """

@@ -1,4 +1,4 @@
-"""The files of a feature store: their names, what is refused of them, and who holds them; none is read here."""
+"""The files of a feature store: their names, checks before writing, and locks; no store is read here."""
 
 import contextlib
 from pathlib import Path
@@ -7,8 +7,8 @@ from utils.files import read_json
 from utils.outputs import STORE, belongs_to, check_folder, check_output, lock, overwritten
 
 PICKLES = (".pkl", ".pickle")
-SHARDS = 64  # that a store is cut into, so that many processes have work, while a shard has between these many images
-MIN_ROWS, MAX_ROWS = 1 << 10, 1 << 17
+SHARDS = 64  # that a store is cut into, so that many processes have work, as far as the next limits allow
+MIN_ROWS, MAX_ROWS = 1 << 10, 1 << 17  # images of a shard
 STAMP = b"clipcap"  # key of the parquet's metadata: what the shard was made from
 
 
@@ -30,9 +30,9 @@ def check_there(path):
 
 
 def foreign_shard(folder):
-    """Return a parquet of a folder that `write_shard` has not written, or None; a damaged one tells nothing."""
+    """Return a folder's first parquet that `write_shard` did not write, or None; damaged ones are passed over."""
     for file in sorted(Path(folder).glob("metadata/*.parquet")):
-        import pyarrow as pa  # it takes its time, and most folders are empty
+        import pyarrow as pa  # slow to import, and most folders are empty
         import pyarrow.parquet as pq
 
         with contextlib.suppress(pa.ArrowException, OSError):
@@ -46,7 +46,7 @@ def check_store_output(path, inputs):
 
     Args:
         path: of the store, as --out.
-        inputs: as of `check_output`; folders too.
+        inputs: see `check_output`; folders too.
     Raises: ValueError.
     """
     if is_folder(path):
@@ -70,7 +70,7 @@ def check_store_output(path, inputs):
 
 @contextlib.contextmanager
 def lock_store(out):
-    """Hold a store and the json beside it, which two stores may share a name for, for the time of the body."""
+    """Lock a store and the json beside it, whose name two stores may share, while the body runs."""
     with lock(out), lock(info_path(out), shown=out):
         yield
 

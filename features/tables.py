@@ -1,6 +1,6 @@
 """Annotation files as text, and the formats of one record a line: CSV, TSV, Flickr8k's and Flickr30k's, JSON lines.
 
-What a line holds is told by its content; a bad line is a ValueError in its place, and the others are read.
+Formats are told apart by content; a bad line becomes a ValueError in its place, and the others are read.
 """
 
 import csv
@@ -34,7 +34,7 @@ TRIED = 10  # first lines that show what a file without header is
 
 
 class NoHeaderError(ValueError):
-    """A text of lines whose first one names no columns of images and captions."""
+    """A text file whose first line names no columns of images and captions."""
 
 
 def read_text(path):
@@ -134,7 +134,7 @@ def read_table(text, suffix, is_header, starts_row):
         raise NoHeaderError(f"has columns {shown}; it needs image and caption")
     columns = [name.strip() for name in headers[delimiter]]
     cells = lines[top].rstrip("\r").split(delimiter)
-    blanks = delimiter == "|" or any(cell != cell.strip() for cell in cells)  # "image, caption", and so are the rows
+    blanks = delimiter == "|" or any(cell != cell.strip() for cell in cells)  # "image, caption": rows have them too
     read = _csv_rows(lines, top + 1, columns, blanks, starts_row) if delimiter == "," else (
         (number, line.rstrip("\r").split(delimiter)) for number, line in enumerate(lines[top + 1 :], top + 2)
     )  # fmt: skip
@@ -144,7 +144,7 @@ def read_table(text, suffix, is_header, starts_row):
 
 
 def _cells(line, delimiter):
-    """Split a header; quotes are not for tabs and |."""
+    """Split a header; with tabs or |, quotes are plain characters."""
     if delimiter not in ",;":
         return line.rstrip("\r").split(delimiter)
     try:
@@ -169,10 +169,10 @@ def _row(cells, columns, delimiter, blanks):
 
 
 def _csv_rows(lines, at, columns, blanks, starts_row):
-    """Yield (number of its first line, its cells or a ValueError) of every row, going on at the line after a bad one.
+    """Yield (number of its first line, its cells or a ValueError) of every row; after a bad line the next one is tried.
 
-    A quote that is not closed would make a caption of the rows that follow; one whose further lines look like rows is
-    bad.
+    A quote that is not closed would turn the rows that follow into its caption, so a quoted caption whose further lines
+    look like rows is bad.
     """
     while at < len(lines):
         reader = csv.reader(

@@ -1,8 +1,8 @@
 """Tars of pictures as img2dataset and webdataset write them: members of one key are a picture and its captions.
 
 The key is a member's name without its last ending. `.jpg`, `.png` and the like is the picture, `.txt` a caption, and
-`.json` holds `caption`, one or a list, or `captions`. Nothing is unpacked: a picture is read where it lies, which makes
-going on exact to the byte, and a member's name no more than a name.
+`.json` holds `caption`, one or a list, or `captions`. Nothing is unpacked: a picture is read where it lies in the tar,
+so a resumed run finds the same bytes, and a member's name is never used as a path.
 """
 
 import glob
@@ -140,7 +140,7 @@ def _expand_glob(name):
 
 
 def read_tar(path):
-    """Read what a tar holds, but for the pictures' bytes, from its beginning to its end.
+    """Read a whole tar, except for the pictures' bytes.
 
     Args:
         path: of the tar.
@@ -166,7 +166,7 @@ def read_tar(path):
 
 
 def _take(member, file, status, path, entries, faults):
-    """Put a member where it belongs.
+    """Add a member to the entry of its key, or to the faults.
 
     Args:
         member: tarfile.TarInfo.
@@ -204,7 +204,7 @@ def _members(path):
             while (member := tar.next()) is not None:
                 seen += 1
                 yield member, None
-                tar.members = []  # they are kept here otherwise, with all they say
+                tar.members = []  # else tarfile keeps every member in memory
             end = tar.offset
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         if seen or "unexpected end" in str(error):
@@ -212,7 +212,7 @@ def _members(path):
         else:
             yield None, "no tar" if os.path.getsize(path) else "an empty file"
         return
-    # tarfile takes what it cannot read for the end, and does not look behind it
+    # tarfile takes a header that it cannot read for the end, and looks no further
     with open(path, "rb") as file:
         file.seek(end)
         mark = file.read(BLOCK)

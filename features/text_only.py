@@ -1,10 +1,10 @@
-"""Texts' embeddings in the place of images': moved to where images lie, and turned by noise.
+"""Text embeddings in place of image embeddings: mapped to where images lie, and rotated by noise.
 
-CLIP's two towers put a text and its image into different regions, some way apart, and an image tells more than its
-caption. A captioner that is trained on texts meets images later. So texts are mapped to where a few images lie, and
-each draw is turned by an angle (as CapDec adds noise of a given size; an angle does not depend on the width) into a
-direction in which images differ from what is said of them. That needs no pairs: CLIP itself finds the text that is
-nearest to an image. Axes: N texts, M images, B batch, D CLIP width.
+CLIP's two towers put a text and its image into different regions (the modality gap), and an image holds more than its
+caption says. A captioner that is trained on texts is given images later. So texts are mapped to where a few images lie,
+and each draw is rotated by an angle (CapDec adds noise of a given size; an angle does not depend on the width) in a
+direction in which images differ from their captions. That needs no image-caption pairs: CLIP itself finds the text that
+is nearest to an image. Axes: N texts, M images, B batch, D CLIP width.
 """
 
 import math
@@ -13,21 +13,21 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-SAMPLED = 50_000  # texts at most, spread evenly, that images are compared with
-FEWEST, MOST = 32, 2000  # images that the map can be found of, and that are looked at
-PENALTIES = 10.0 ** torch.arange(-3, 6)  # of the map, in units of what one text weighs; the best one is found
+SAMPLED = 50_000  # texts, at most, that images are compared with; spread evenly
+FEWEST, MOST = 32, 2000  # images: fewest that the map can be fitted to, most that are used
+PENALTIES = 10.0 ** torch.arange(-3, 6)  # ridge penalties to try, in units of a text's mean square
 CHUNK = 500  # images compared at a time
 
 
 class MatchedTexts:
-    """Text embeddings, normalised, where images lie: a store's `clip_embedding`."""
+    """Normalised text embeddings, mapped to where images lie; used as a store's `clip_embedding`."""
 
     def __init__(self, texts, images=None):
-        """Find the map.
+        """Fit the map.
 
         Args:
             texts: [N, D] tensor or MappedEmbeddings.
-            images: [M, D], the same; None: the texts are normalised alone.
+            images: [M, D], the same; None: the texts are only normalised.
         """
         self.texts, self.shape = texts, texts.shape
         self.mean, self.wanted, self.map = torch.zeros(self.shape[1]), torch.zeros(self.shape[1]), None
@@ -36,11 +36,11 @@ class MatchedTexts:
             self._match(_sample(texts, SAMPLED), _sample(images, MOST))
 
     def _match(self, texts, images):
-        """Give the texts the images' mean, and map what they differ in to what images then differ in.
+        """Fit the map from texts to images: it gives texts the images' mean and maps deviations from the mean.
 
-        An image is taken for the image of the text that is nearest, both seen from their means. What the map leaves of
-        it, when it is left out of those that the map is fitted to, are `directions` [at most D, D], whose random sums
-        are spread as it is; `angle` in degrees is how far it turns an image, by the median.
+        Each image is paired with its nearest text, means subtracted from both. The residuals of the leave-one-out fit
+        give `directions` [at most D, D], whose random sums are spread as the residuals are, and `angle`, the median
+        angle in degrees between an image and its mapped text.
         """
         self.mean, self.wanted = texts.mean(0), images.mean(0)
         texts, apart = texts - self.mean, images - self.wanted
@@ -64,24 +64,24 @@ class MatchedTexts:
 
 
 class AngleNoise:
-    """Turns embeddings by an angle, into directions that seed, epoch and caption number alone decide."""
+    """Rotates embeddings by an angle, in directions that seed, epoch and caption number alone decide."""
 
     def __init__(self, angle, seed, directions=None):
         """Set the noise.
 
         Args:
             angle: in degrees, between 0 and 90.
-            directions: [K, D], of whose random sums the noise is; None: all directions are alike.
+            directions: [K, D], whose random sums are the noise; None: isotropic noise.
         """
         self.angle, self.seed, self.directions = math.radians(angle), seed, directions
 
     def __call__(self, embeddings, numbers, epoch):
-        """Turn embeddings.
+        """Rotate embeddings.
 
         Args:
             embeddings: [B, D] of length 1.
             numbers: [B] caption numbers.
-        Returns: [B, D] of length 1, each at the angle from its own.
+        Returns: [B, D] of length 1, each rotated by the angle.
         """
         width = embeddings.shape[1] if self.directions is None else len(self.directions)
         drawn = [
@@ -96,11 +96,11 @@ class AngleNoise:
 
 
 def _fit(texts, images):
-    """Fit a linear map by ridge regression, towards one factor for all directions; left out, each judges the others.
+    """Fit a linear map by ridge regression towards a scalar factor; leave-one-out errors choose the penalty.
 
     Args:
         texts, images: [M, D] each, of mean 0.
-    Returns: ([D, D] map, [M, D] what texts are mapped to by the map of all others).
+    Returns: ([D, D] map, [M, D] texts, each mapped by a fit to all others).
     """
     factor = (texts * images).sum() / (texts * texts).sum().clamp_min(1e-12)
     rest = images - factor * texts
@@ -109,7 +109,7 @@ def _fit(texts, images):
     best, error = None, math.inf
     for penalty in PENALTIES * weight:
         kept = sizes.square() / (sizes.square() + penalty.clamp_min(1e-12))
-        own = (left.square() * kept).sum(1, keepdim=True)  # how much an image tells of itself
+        own = (left.square() * kept).sum(1, keepdim=True)  # leverage: the share of each pair in its own fit
         fitted = (left * kept) @ (left.T @ rest)
         alone = (fitted - own * rest) / (1 - own).clamp_min(1e-3)
         now = (rest - alone).square().sum().item()
@@ -120,6 +120,6 @@ def _fit(texts, images):
 
 
 def _sample(embeddings, most):
-    """Return at most so many rows, spread evenly, as float32 of length 1."""
+    """Return at most `most` rows, spread evenly, as float32 of length 1."""
     rows = np.unique(np.linspace(0, len(embeddings) - 1, most).astype(int))
     return F.normalize(torch.as_tensor(embeddings[torch.from_numpy(rows)]).float(), dim=-1)

@@ -12,7 +12,7 @@ NUMBERED_ROW = re.compile(r"\d+\s*[,|;]")  # 215268662,A dog
 
 
 class Sentence(NamedTuple):
-    """A caption that gets a row of its own, in the place of an image file; it tells itself from another one.
+    """A caption that gets a row of its own, in place of an image file; it is its own fingerprint.
 
     Args:
         number: of its row, before any is left out.
@@ -36,7 +36,7 @@ class TextEncoder:
         self.describe, self.shape = encoder.describe, encoder.shape
 
     def identity(self):
-        """Return what tells these embeddings from another encoder's, and from those of its images."""
+        """Return what distinguishes these embeddings from other encoders', and from this encoder's of images."""
         return self.encoder.identity() | {"modality": "text"}
 
     def encode_sentences(self, batches):
@@ -53,7 +53,7 @@ def find_sentences(annotations, split, strict):
     """Read captions of any annotations, or of a text file of one sentence per line.
 
     Args:
-        annotations, split: as of `read_places`.
+        annotations, split: see `read_places`.
         strict: stop at the first bad record.
     Returns: ({Sentence: [its record]}, {place: why it is left out}); empty captions are passed over.
     Raises: FileNotFoundError; ValueError as `read_places`, where `strict` and a record is bad, or where none is good.

@@ -1,4 +1,4 @@
-"""Reading TIFF files, whose bands may be many, of any number type, and lie in any order.
+"""Reading TIFF files, which may have many bands, of any dtype and in any layout.
 
 Axes: H height, W width, S samples (bands) of a pixel.
 """
@@ -28,17 +28,17 @@ ORIENTATION = 274  # tag
 def read_tiff(path):
     """Read the first page of a TIFF file as RGB.
 
-    Pillow knows most compressions; what it takes for less or for other than it is, tifffile reads.
+    Pillow knows most compressions; tifffile reads what Pillow would decode incompletely or wrongly.
 
     Args:
         path: file.
     Returns: PIL image of mode RGB, upright.
-    Raises: ImageError where the bands are no picture's, or the image is too large; else what the two raise.
+    Raises: ImageError where the bands are no picture's, or the image is too large; else what Pillow or tifffile raises.
     """
     try:
         file = tifffile.TiffFile(path)
         page = file.pages[0]
-    except Exception:  # a directory that only Pillow can make sense of, or none
+    except Exception:  # Pillow alone may be able to read it
         return decode_with_pillow(path)
     with file:
         check_pixels(page.imagewidth, page.imagelength, max(1, page.size // page.imagewidth // page.imagelength // 4))
@@ -53,19 +53,19 @@ def read_tiff(path):
         if _is_plain(page):
             return _first_that_knows(lambda: decode_with_pillow(path), lambda: _read_page(page))
         if page.planarconfig != PLANARCONFIG.CONTIG:
-            return _read_page(page)  # Pillow gives other pixels without a word
+            return _read_page(page)  # Pillow silently gives wrong pixels
         return _first_that_knows(lambda: _read_page(page), lambda: decode_with_pillow(path))
 
 
 def _first_that_knows(read, read_otherwise):
-    """Return what `read` makes of a page, or what the other does where its kind is unknown to the first.
+    """Return what `read` returns, or `read_otherwise` where `read` does not know this kind of page.
 
-    Raises: what `read` raises where the page is damaged, for another reader might take it for whole.
+    Raises: what `read` raises where the page is damaged, for the other reader might not notice the damage.
     """
     try:
         return read()
     except (UnidentifiedImageError, ValueError) as error:
-        if isinstance(error, ValueError) and "imagecodecs" not in str(error):  # what tifffile lacks
+        if isinstance(error, ValueError) and "imagecodecs" not in str(error):  # codecs that tifffile lacks
             raise
         try:
             return read_otherwise()
@@ -74,7 +74,7 @@ def _first_that_knows(read, read_otherwise):
 
 
 def _is_plain(page):
-    """Tell whether Pillow reads all of a page, and right: not so 16-bit planes, white zeros, one band of several."""
+    """Tell whether Pillow reads a page correctly, unlike 16-bit planes, white zeros or one band of several."""
     if page.photometric in (GREY, INVERTED):
         return page.samplesperpixel == 1 and (page.photometric == GREY or page.bitspersample <= 8)
     if page.photometric in (YCBCR, *LAB) and (
@@ -117,13 +117,13 @@ def _read_twelve_bits(path):
 
 
 def _has_blocks(page):
-    """Tell whether a page is of uncompressed YCbCr, whose colour may be stored for blocks of pixels."""
+    """Tell whether a page is of uncompressed YCbCr, whose chroma may be stored per block of pixels."""
     plain = (page.photometric, page.compression, page.bitspersample) == (YCBCR, COMPRESSION.NONE, 8)
     return plain and not page.is_tiled and page.planarconfig == PLANARCONFIG.CONTIG
 
 
 def _read_blocks(page):
-    """Return the pixels of a page whose colour is stored for blocks of pixels, [H, W, 3] YCbCr.
+    """Return the pixels of a page whose chroma is stored per block of pixels, [H, W, 3] YCbCr.
 
     Strips are rows of blocks; a block is the brightness of each of its pixels, then Cb and Cr.
     Source: TIFF 6.0, section 21; a file with room for every pixel's colour has blocks of one, whatever it says.
@@ -153,7 +153,7 @@ def _eight_bit_lab(array, page):
 
 
 def _inverted(array, page):
-    """Return an array whose zeros are white the other way round; extra bands stay."""
+    """Return an array whose zeros are white inverted, so that they are black; extra bands stay."""
     if np.issubdtype(array.dtype, np.floating):
         return array
     top = ~array.dtype.type(0) if array.dtype != bool else True

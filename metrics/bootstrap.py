@@ -1,7 +1,7 @@
 """How sure a score is: bootstrap intervals over images, and a paired comparison of two systems.
 
-A sample draws N images with replacement; each metric is computed anew from sums of per-image statistics. For CIDEr the
-document frequencies stay those of the whole set, as they do for a published score of one image.
+A sample draws N images with replacement; each metric is computed anew from sums of per-image statistics. For CIDEr,
+document frequencies are always counted on the whole set, as for published scores of single images.
 """
 
 import numpy as np
@@ -29,9 +29,9 @@ def compare(first, second, samples=1000, seed=0):
 
     Args:
         first, second: metrics.coco.Scores with equal ids in equal order.
-        samples: samples of each of the two procedures.
-        seed: of both.
-    Returns: {metric: {"difference": first - second, "interval": (low, high) by paired bootstrap, None of one image,
+        samples: number of samples for each of the two procedures.
+        seed: for both.
+    Returns: {metric: {"difference": first - second, "interval": (low, high) by paired bootstrap, None for one image,
         "p_value": of a two-sided paired randomisation test that swaps the systems' captions image by image}}.
     Raises: ValueError where the images differ.
     """
@@ -40,7 +40,7 @@ def compare(first, second, samples=1000, seed=0):
     rng, images = np.random.default_rng(seed), len(first.ids)
 
     def difference(own, other):
-        """The metrics where each side takes its own captions `own` [B, N] times and the other's `other` times."""
+        """Metrics' differences if each side takes its own captions `own` [B, N] times, the other's `other` times."""
         left = _metrics([(first, own), (second, other)])
         right = _metrics([(second, own), (first, other)])
         return {name: left[name] - right[name] for name in left if name in right}
@@ -71,7 +71,7 @@ def _draw(rng, rows, images):
 
 
 def _metrics(parts):
-    """Return {metric: [B]} of samples put together from systems; parts: (Scores, how often each image [B, N])."""
+    """Return {metric: [B]} of samples mixed from systems; parts: (Scores, how often each image is taken [B, N])."""
     values, names = {}, [name for name in parts[0][0].statistics if all(name in s.statistics for s, _ in parts)]
     for name in names:
         sums = sum(counts @ scores.statistics[name] for scores, counts in parts)

@@ -1,8 +1,8 @@
-"""CIDEr-D of many captions at once, by document frequencies that are counted once: a reward for training.
+"""CIDEr-D of many captions at once, with document frequencies that are counted once: a reward for training.
 
-The values are those of pycocoevalcap's `CiderScorer` on the same documents; that one counts the documents again in
-every call. Here n-grams are compared without dictionaries: two of order n are equal where those of order n - 1 are and
-the next words too, so a table of equal words holds all equal n-grams of two texts, along its diagonals.
+The values equal those of pycocoevalcap's `CiderScorer` on the same documents, which it counts again in every call.
+Here n-grams are compared without dictionaries: two of order n are equal where their first n - 1 words and their last
+words are, so the diagonals of a table of equal words hold all equal n-grams of two texts.
 
 Axes: H captions, P pairs of two texts, T words of a text, U words of the other, M equal n-grams of all pairs.
 Source: Vedantam et al., CIDEr (arXiv 1411.5726), section 7; pycocoevalcap/cider/cider_scorer.py.
@@ -20,11 +20,11 @@ ORDERS = 4
 SIGMA = 6.0  # of the penalty on a difference in length, in words
 SCALE = 10.0
 END = "<end>"  # a word that no tokeniser makes
-BLOCK = 1 << 20  # pairs of words that are compared at a time: a table that stays in the processor's cache
+BLOCK = 1 << 20  # pairs of words compared at a time: the table stays in the CPU's cache
 
 
 class CiderD:
-    """Scores captions against the references of images that are known beforehand."""
+    """Scores captions against references, for a set of images that is known beforehand."""
 
     def __init__(self, references, end_word=False, weigh=True):
         """Count the n-grams of all references.
@@ -33,8 +33,8 @@ class CiderD:
             references: per image, a list of texts whose words are separated by blanks, as metrics.ptb makes them.
             end_word: let END follow every caption and reference. Training needs it: without it a caption gains by
                 stopping in "with a", which many references hold, and loses nothing (ruotianluo/cider).
-            weigh: weigh n-grams by the images that have them; else all weigh 1, and images do not matter to each other.
-        Raises: ValueError where there are fewer than two images, of which CIDEr is not defined, or one without text.
+            weigh: weigh n-grams by the images that have them; else all weigh 1, and no image affects another.
+        Raises: ValueError for fewer than two images, where CIDEr is undefined, or an image without references.
         """
         if len(references) < 2:
             raise ValueError(f"CIDEr weighs n-grams by the images that have them; {len(references)} image is too few")
@@ -45,14 +45,14 @@ class CiderD:
         self.counts = np.array([len(texts) for texts in references])
         self.first = np.cumsum(self.counts) - self.counts  # an image's first reference
         self.texts = self._numbers([text for texts in references for text in texts], self.words)
-        self.base = len(self.words) + 1  # numbers from here on are of words that no reference has
+        self.base = len(self.words) + 1  # words that no reference has are numbered from here
         self._count_documents(np.repeat(np.arange(self.images), self.counts))
         if not weigh:
             self.weights = [np.ones_like(weights) for weights in self.weights]
         _, _, self.norms = self._weigh(self.texts)
 
     def write(self, path):
-        """Write what was counted to an `.npz`, whole or not at all."""
+        """Write the counts to an `.npz`, atomically."""
         state = {"end_word": self.end_word, "words": np.frombuffer("\n".join(self.words).encode(), np.uint8)}
         state |= {"counts": self.counts, "norms": self.norms}
         state |= {"numbers": self.texts.words, "lengths": self.texts.lengths}
@@ -64,9 +64,9 @@ class CiderD:
 
     @classmethod
     def read(cls, path):
-        """Return the scorer that `write` wrote, or None where there is none that is whole."""
+        """Return the scorer that `write` wrote, or None where the file is missing or damaged."""
         try:
-            with np.load(path) as file:  # which runs no code that it may hold
+            with np.load(path) as file:  # without pickle: the file cannot run code
                 state = {name: file[name] for name in file.files}
             scorer = cls.__new__(cls)
             words = state["words"].tobytes().decode().split("\n")
@@ -87,7 +87,7 @@ class CiderD:
         Args:
             captions: H texts, words separated by blanks.
             images: [H] number of each caption's image among the references.
-            ended: H of bool, which captions END follows; None: all.
+            ended: H bools, which captions END follows; None: all.
         Returns: [H] float64, 0 to 10.
         Raises: ValueError for an image that is not among the references.
         """
@@ -108,13 +108,13 @@ class CiderD:
                 products[order, part] = np.bincount(pair, shares, len(part))
         norms = norms[:, pairs] * self.norms[:, against]
         similarity = np.divide(products, norms, out=products, where=norms > 0).mean(0)  # [P]
-        # pycocoevalcap measures a text by its pairs of words
+        # pycocoevalcap takes the number of bigrams for a text's length
         apart = np.maximum(texts.lengths[pairs] - 1, 0) - np.maximum(self.texts.lengths[against] - 1, 0)
         similarity *= np.exp(-(apart**2) / (2 * SIGMA**2))
         return SCALE * np.bincount(pairs, similarity, len(captions)) / counts
 
     def _numbers(self, texts, words, ended=None):
-        """Return texts as numbers; `words`, {word: number from 1 on}, learns those it lacks."""
+        """Return texts as word numbers; adds unknown words to `words`, {word: number from 1 on}."""
         split = [text.split() for text in texts]
         if self.end_word:
             ended = itertools.repeat(True) if ended is None else ended
@@ -126,10 +126,10 @@ class CiderD:
         return Texts(numbers, np.fromiter(map(len, split), np.int64, len(split)))
 
     def _count_documents(self, images):
-        """Find what an n-gram weighs, by how many images have it; `images`: the image of each reference.
+        """Weigh n-grams by how many images have them; `images`: the image of each reference.
 
-        `keys[n]` holds the n-grams of order n + 1, sorted, as numbers: that of the first n words times the number of
-        words, plus the last word. `weights[n]` is ln(images / images with it); its last entry is that of unknown ones.
+        `keys[n]` holds the n-grams of order n + 1, sorted, as numbers: the first n words' number times `base`, plus
+        the last word's. `weights[n]` is ln(images / images with the n-gram); its last entry is for unknown n-grams.
         """
         self.keys, self.weights = [], []
         image = np.repeat(images, self.texts.lengths)
@@ -146,10 +146,10 @@ class CiderD:
             numbers[places] = number
 
     def _weigh(self, texts):
-        """Weigh the n-gram that begins at every word; where none does, it weighs nothing.
+        """Weigh the n-gram that begins at every word; the weight is 0 where none does.
 
-        Returns: squares of the weights, [ORDERS, words]; how often the text has the n-gram, likewise;
-            [ORDERS, texts] length of the vector of a text's weighted counts.
+        Returns: [ORDERS, words] squared weights; [ORDERS, words] how often the text has the n-gram;
+            [ORDERS, texts] norm of the text's vector of weighted counts.
         """
         squares = np.zeros((ORDERS, len(texts.words)))
         repeats = np.zeros(squares.shape, np.int64)
@@ -163,7 +163,7 @@ class CiderD:
                 wanted = before[places] * self.base + texts.words[places + order]
             else:
                 wanted = before[places]
-            near = np.argsort(wanted)  # sorted ones are found several times faster
+            near = np.argsort(wanted)  # sorted numbers are found several times faster
             places, wanted = places[near], wanted[near]
             number = np.searchsorted(keys, wanted)
             known = keys[np.minimum(number, len(keys) - 1)] == wanted
@@ -202,7 +202,7 @@ class Texts:
 
 
 def _blocks(lengths):
-    """Yield the indices of texts of these lengths, longest first, in blocks whose comparisons BLOCK allows."""
+    """Yield the indices of texts of these lengths, longest first, in blocks of at most BLOCK comparisons."""
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order) and lengths[order[start]]:
@@ -217,11 +217,11 @@ def _matches(first, own, second, theirs):
     Args:
         first, second: Texts.
         own, theirs: [P] the texts of a pair.
-    Yields: per order, ([M] word of the first text at which the n-gram begins, [M] pair), for every place in the other.
+    Yields: per order, ([M] place in the first text where the n-gram begins, [M] pair), for every place in the second.
     """
     ours, others = first.table(own, 0), second.table(theirs, -1)
     equal = (ours[:, None] == others).ravel()  # of [T + 1, U + 1, P], whose last row and column are blank
-    row, step = others.size, others.size + len(own)  # to the next word of one, of both
+    row, step = others.size, others.size + len(own)  # to the next word of the first text, of both
     found = np.flatnonzero(equal)
     for order in range(ORDERS):
         if order:
@@ -230,14 +230,15 @@ def _matches(first, own, second, theirs):
 
 
 def _times(offset, pair):
-    """Return how many matches each one's place in its pair has, [M]; arguments as `_matches` gives them."""
+    """Return how many matches share each match's place and pair, [M]; arguments as `_matches` gives them."""
     place = offset * (pair.max(initial=0) + 1) + pair
     return np.bincount(place)[place] if len(place) else place
 
 
 def _clip(squares, own, offset, pair):
-    """Return each match's part of the product: one that a caption has m times and a reference r times is met m * r
-    times, and min(m, r) * r of them count.
+    """Return each match's part of the product.
+
+    An n-gram that a caption has m times and a reference r times matches m * r times, of which min(m, r) * r count.
 
     Args:
         squares: [M] of the weights. own: [M] m. offset, pair: [M], as `_matches` gives them.

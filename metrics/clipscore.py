@@ -47,8 +47,8 @@ def clip_scores(image_embeddings, caption_embeddings):
     """Score captions against their images without references.
 
     Args:
-        image_embeddings: [N, D], of any length.
-        caption_embeddings: [N, D], of any length.
+        image_embeddings: [N, D], of any norm.
+        caption_embeddings: [N, D], of any norm.
     Returns: [N] 2.5 * max(cosine, 0); the score of a system is their mean.
     Raises: ValueError where the shapes differ.
     """

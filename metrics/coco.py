@@ -1,7 +1,7 @@
 """COCO's caption metrics by pycocoevalcap behind one call, with or without Java.
 
-BLEU, ROUGE-L and CIDEr need no Java. METEOR does; SPICE needs Stanford CoreNLP besides. What cannot be computed is left
-out of the scores and named with the reason.
+BLEU, ROUGE-L and CIDEr need no Java. METEOR does; SPICE needs Stanford CoreNLP besides. Metrics that cannot be
+computed are left out of the scores and named with the reason.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ NEEDS_JAVA = ("METEOR", "SPICE")
 BLEU_ORDER = 4
 # Meteor 1.5, English: alpha, beta, gamma, delta, and the weights of exact, stem, synonym and paraphrase matches.
 METEOR_PARAMETERS = (0.85, 0.2, 0.6, 0.75, (1.0, 0.6, 0.8, 0.6))
-# The serializer inside SPICE's 2016 jar reaches into these; Java 8 does not read the variable and does not need it.
+# The serializer inside SPICE's 2016 jar reaches into these packages; Java 8 neither reads nor needs the variable.
 OPENED = ("lang", "math", "util", "util.concurrent", "net", "text")
 SPICE_OPTIONS = " ".join(f"--add-opens=java.base/java.{package}=ALL-UNNAMED" for package in OPENED)
 
@@ -68,11 +68,11 @@ def coco_scores(captions, references, metrics=METRICS, tokenizer="auto"):
 
     Args:
         captions: {image id: caption}, N images.
-        references: {image id: [caption, ...]}; further images are not looked at.
+        references: {image id: [caption, ...]}; other images are ignored.
         metrics: some of METRICS; "Bleu" gives Bleu_1 to Bleu_4.
-        tokenizer: "java" (Stanford's program), "python" (`metrics.ptb`), or "auto": Java where there is one.
+        tokenizer: "java" (Stanford's program), "python" (`metrics.ptb`), or "auto": Java if there is one.
     Returns: Scores.
-    Raises: ValueError for no captions, an image without reference, an unknown metric, or missing Java asked for.
+    Raises: ValueError for no captions, an image without reference, an unknown metric, or Java asked for but missing.
     """
     _check(captions, references, metrics, tokenizer)
     ids = list(captions)
@@ -160,8 +160,8 @@ def java_tokenize(captions):
         captions: list of N texts.
     Returns: list of N texts of tokens joined by spaces, punctuation removed.
     Raises: ValueError where the program fails.
-    Source: pycocoevalcap/tokenizer/ptbtokenizer.py; the temporary file lies outside the package, the text is UTF-8
-        whatever the locale, and every kind of line break, not only "\\n", becomes a space.
+    Source: pycocoevalcap/tokenizer/ptbtokenizer.py, but the temporary file lies outside the package, the text is
+        UTF-8 whatever the locale, and every kind of line break, not only "\\n", becomes a space.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
 
@@ -233,7 +233,7 @@ def _rouge(scores, targets, candidates):
 
 
 def _cider(scores, targets, candidates):
-    """CIDEr: the mean over images; a word's weight is how much rarer than all images are those that hold it."""
+    """CIDEr: the mean over images; words weigh by their inverse document frequency over the images."""
     from pycocoevalcap.cider.cider import Cider
 
     if len(targets) == 1:  # log(1 / 1) = 0 for every word: pycocoevalcap gives 0 for the best caption too
@@ -264,7 +264,7 @@ def _meteor(scores, targets, candidates):
             return counts
 
         def __del__(self):
-            """Nothing is left to do, and the lock, which an error or Ctrl-C leaves locked, is not waited for."""
+            """Do nothing: the parent class would wait for its lock, which an error or Ctrl-C leaves locked."""
 
         def close(self):
             with contextlib.suppress(OSError):  # closing the pipe to a program that has died
@@ -278,7 +278,7 @@ def _meteor(scores, targets, candidates):
     except (OSError, ValueError) as error:
         raise Unavailable("its Java program failed or was killed; it needs 2 GB of memory") from error
     counts = np.array(meteor.counts)  # [N, 23]
-    # one chunk that is everything counts as none, in an image's score and in the sum (Meteor's MeteorStats.addStats)
+    # a single chunk that covers both texts counts as none, per image and in the sum (Meteor's MeteorStats.addStats)
     counts[(counts[:, 20] == 1) & (counts[:, 21:23] == counts[:, 0:2]).all(axis=1), 20] = 0
     scores.keep("METEOR", per_image, overall, counts)
 
@@ -302,7 +302,7 @@ def from_sums(name, sums, images):
     """Compute a metric from sums of per-image statistics.
 
     Args:
-        name: of Scores.statistics; other than "Bleu" and "METEOR", the metric is a mean over images.
+        name: key of Scores.statistics; except for "Bleu" and "METEOR", the metric is a mean over images.
         sums: [B, k] sums over B samples of images.
         images: images per sample.
     Returns: {metric: [B]}, four of them for "Bleu".

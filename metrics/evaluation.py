@@ -26,7 +26,7 @@ def evaluate(args, inputs):
     Args:
         args: the command line of evaluate.py.
         inputs: its Inputs.
-    Returns: result as `--out` writes it, less the images; the tables as text.
+    Returns: result as `--out` writes it, without scores per image; the tables as text.
     Raises: ValueError.
     """
     scores = score_systems(args, inputs)
@@ -47,7 +47,7 @@ def evaluate(args, inputs):
 
 def score_systems(args, inputs):
     """Return [Scores, one per system]; arguments as of `evaluate`."""
-    if args.clip_model_type:  # first, for an image may be unreadable
+    if args.clip_model_type:  # first: an unreadable image ends the command
         encoder = load_encoder(args.clip_model_type, pick_device(args.device))
         encoder.check_texts("CLIPScore")
         embeddings = embed_images(encoder, inputs.images, args.num_workers)

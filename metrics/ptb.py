@@ -1,7 +1,7 @@
 """Penn Treebank tokens of captions without Java.
 
-COCO's scores are computed on the tokens of Stanford's PTBTokenizer (CoreNLP 3.4.1, `-preserveLines -lowerCase`) less
-pycocoevalcap's list of punctuation. The rules below were written from the documented Penn Treebank conventions and
+COCO's scores are computed on the tokens of Stanford's PTBTokenizer (CoreNLP 3.4.1, `-preserveLines -lowerCase`) without
+the punctuation that pycocoevalcap lists. The rules below were written from the documented Penn Treebank conventions and
 from what that program prints. Not covered: most smileys, telephone numbers with spaces, scripts that use no spaces.
 """
 
@@ -19,7 +19,7 @@ _ESCAPES = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-"
 _ESCAPES |= {"£": "#", "€": "$", "¤": "$", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4", "``": "''"}
 _ESCAPES |= {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&nbsp;": "''"}
 
-# Abbreviations that keep their period anywhere, with a capital only, before a number only.
+# Abbreviations that keep their period: anywhere; only with a capital; only before a number.
 _ABBREVIATIONS = (
     "adj|adm|adv|al|ala|alex|approx|apr|ariz|assn|assoc|asst|atty|attys|aug|ave|bancorp|bhd|bldg|"
     "blvd|brig|bros|capt|cf|cie|cmdr|co|col|colo|comdr|conn|corp|cos|cpl|ct|dak|dec|dept|det|dr|"
@@ -78,8 +78,8 @@ def tokenize(captions):
     """Cut captions into the lower-case tokens that COCO's metrics compare.
 
     Args:
-        captions: list of N texts. A line break counts as a space. As in the reference program, a one-letter
-            abbreviation that ends a text looks at the first word of the next one.
+        captions: list of N texts. A line break counts as a space. As in the reference program, whether a
+            one-letter abbreviation that ends a text keeps its period depends on the next text's first word.
     Returns: list of N texts of tokens joined by single spaces, punctuation removed.
     """
     if not captions:

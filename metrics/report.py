@@ -32,8 +32,8 @@ td:nth-child(2) { font-weight: 600; }
   font-size: .85rem; }
 """
 )
-FITTING = 3  # columns that a phone shows beside one another
-SHORT = 3  # letters of a word that is never marked, such as "the"
+FITTING = 3  # columns that a phone shows side by side
+SHORT = 3  # words of at most so many letters are never marked, such as "the"
 
 
 def tables(result):
@@ -91,7 +91,7 @@ def ranking_metric(metrics):
 
 
 def span(bounds):
-    """Return an interval as text; None, of one image, is a dash."""
+    """Return an interval as text; None (one image) is a dash."""
     return "–" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
 
 
@@ -152,7 +152,7 @@ def _text(value):
 
 
 def mark_unsaid(caption, references):
-    """Return a caption as HTML, its words of more than SHORT letters marked that none of the references has."""
+    """Return a caption as HTML, with words of more than SHORT letters marked where no reference has them."""
     said = {word for reference in references for word in re.findall(r"\w+", reference.lower())}
     pieces = re.split(r"(\w+)", caption)  # words at odd places
     for place in range(1, len(pieces), 2):
@@ -162,7 +162,7 @@ def mark_unsaid(caption, references):
 
 
 def _section(heading, head, rows, notes):
-    """A heading, a table and notes below it; on a narrow window, rows of many columns are lists."""
+    """A heading, a table and notes below it; in a narrow window, rows of many columns become lists."""
     kind = " class='wide'" if len(head) > FITTING else ""
     cells = "".join(f"<th scope='col'>{_text(name)}</th>" for name in head)
     lines = "".join(

@@ -3,8 +3,8 @@
 import re
 from collections import Counter
 
-# Per language: its letters, how long the pieces between blanks are on average where words were not cut (a sentence
-# without any blank may be one letter shorter), and what cuts words. Korean writes blanks.
+# Per language: its letters, the mean number of letters between blanks from which words count as uncut (one less in a
+# sentence without blanks), and a package that cuts words. Korean writes blanks.
 HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 LANGUAGES = {
     "Japanese": ("\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f", 4, "fugashi"),  # kana, among which Han letters may stand
@@ -46,6 +46,6 @@ def uncut_warning(texts):
     counts = " and ".join(f"{len(group):,} of {len(texts[name]):,} {name}" for name, group in found.items() if group)
     likely = languages.most_common(1)[0][0]
     return (
-        f"{counts} hold no blanks between words ({likely}?), and each counts as one word or in pieces that are none: "
+        f"{counts} hold no blanks between words ({likely}?), so each counts as one word or is cut wrongly: "
         f"scores by words mean nothing; cut captions and references into words first, e.g. with {LANGUAGES[likely][2]}"
     )

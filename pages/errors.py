@@ -1,6 +1,6 @@
-"""What a visitor of the page is told when something fails: one line without this machine's paths or a library's words.
+"""What a visitor of the page sees when something fails: one line without this machine's paths or a library's message.
 
-The server's log gets the whole of it.
+The server's log gets the whole error.
 """
 
 import traceback
@@ -18,11 +18,11 @@ class Refused(ValueError):
 
 
 class Unexplained(Refused):
-    """The captioner says nothing of why it says what it says."""
+    """The captioner cannot explain its captions."""
 
 
 def message_of(error):
-    """Return the line that a visitor is told of an error; all that is not meant for visitors goes to the log."""
+    """Return the line that a visitor sees of an error; errors not written for visitors go to the log."""
     if isinstance(error, Refused | ImageError):
         return " ".join(str(error).split())
     traceback.print_exception(error)

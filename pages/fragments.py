@@ -10,7 +10,7 @@ from PIL import Image
 from metrics.clipscore import WEIGHT
 from models.rerank import LOGPROB_WEIGHT
 
-DECIDING = 0.05  # of a word's probability: a region or picture whose hiding costs less does not decide the word
+DECIDING = 0.05  # share of a word's probability: what costs less when hidden does not decide the word
 DARK = 0.82  # of a region that a word does not rest on
 SCORE = f"Score: the CLIP score plus {LOGPROB_WEIGHT} times the log-probability; the higher, the better."
 LOGPROB = "Log-probability per token: below 0; the nearer to 0, the likelier to the language model."
@@ -97,7 +97,7 @@ def captions_html(captions):
 def words_html(picture, words, heat, unseen):
     """Return the words of a caption as buttons; choosing one lights up the regions of the picture it rests on.
 
-    Everything is in the page, so that choosing asks the server nothing.
+    Everything is in the page, so choosing a word makes no request.
 
     Args:
         picture: square PIL image.
@@ -125,7 +125,7 @@ def words_html(picture, words, heat, unseen):
 
 
 def note_html(text):
-    """Return a remark in the place of an explanation."""
+    """Return a remark that stands in for an explanation."""
     return f'<div class="cc"><p class="soft">{escape(text)}</p></div>'
 
 
@@ -167,7 +167,7 @@ def _signed(value):
 
 
 def _light_uri(heat):
-    """Return shares [G, G] as darkness of G x G pixels, which the browser enlarges smoothly: 1 is clear."""
+    """Return shares [G, G] as a G x G image of darkness (1 is clear), which the browser enlarges smoothly."""
     pixels = np.zeros((*heat.shape, 4), np.uint8)
     pixels[..., 3] = np.round(255 * DARK * (1 - heat))
     return _uri(Image.fromarray(pixels, "RGBA"), "PNG")

@@ -4,7 +4,7 @@ import gradio as gr
 
 from utils.look import DARK, LIGHT
 
-FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none is fetched
+FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none is downloaded
 
 # colour of utils/look.py: what gradio paints with it
 PAINTED = {
@@ -28,8 +28,8 @@ PAINTED = {
 
 
 def theme():
-    """Return gradio's soft theme in the shared colours, with quiet labels and the system's own letters."""
-    painted = {"color_accent": LIGHT["accent"]}  # it has no dark twin, so that STYLE of fragments.py takes the slider's
+    """Return gradio's soft theme in the shared colours, with quiet labels and system fonts."""
+    painted = {"color_accent": LIGHT["accent"]}  # no dark twin: fragments.py's STYLE uses the slider's
     for colour, names in PAINTED.items():
         for name in names.split():
             painted |= {name: LIGHT[colour], f"{name}_dark": DARK[colour]}
@@ -37,5 +37,5 @@ def theme():
     return gr.themes.Soft(primary_hue="orange", neutral_hue="stone", font=FONT, font_mono=("monospace",)).set(
         **painted, **{f"block_title_{name}": value for name, value in plain.items()}, input_border_width="1px",
         checkbox_label_border_width="1px", input_shadow="none", checkbox_label_shadow="none",
-        button_transition="background-color .2s",  # an outline is there at once
+        button_transition="background-color .2s",  # outlines appear at once
     )  # fmt: skip

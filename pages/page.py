@@ -20,7 +20,7 @@ from pages.steps import ASK_WHY, FORGET, LOOK, SHOW_CAPTIONS, SHOW_WHY, WHY_FAIL
 from utils.cli import note
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLES = {  # picture: what who does not see it is told
+SAMPLES = {  # picture: its description for screen readers
     "demo/images/200001.jpg": "Two purple rings and a white ring on sand",
     "demo/images/200003.jpg": "A red star and a silver star on snow",
     "demo/images/200005.jpg": "A green square and two yellow rings on a brick wall",
@@ -38,14 +38,14 @@ addresses. Without a client: curl --data-binary @photo.jpg SERVER/caption"""
 PRIVATE = {"api_visibility": "private"}
 OWN = 8  # threads of the page itself
 KEPT_SECONDS = 3600  # uploads are deleted after that long
-TYPE = re.compile(r" \(type: <class '\w+'>\)")  # what gradio says besides of a value that is not offered
+TYPE = re.compile(r" \(type: <class '\w+'>\)")  # gradio's addition to the error about a value that is not offered
 
 
 class Page(gr.Blocks):
     """A page whose every error reaches visitors as one line."""
 
     async def preprocess_data(self, *args, **kwargs):
-        """Return what gradio makes of a request's values; what it cannot take is the visitor's mistake."""
+        """Return a request's values as gradio parses them; values that gradio rejects are the visitor's mistake."""
         try:
             return await super().preprocess_data(*args, **kwargs)
         except gr.Error as error:
@@ -82,7 +82,7 @@ def build_page(service, queue_size):
                         label="or a caption of your own", placeholder="Write one", submit_btn="Explain",
                         elem_id="cc-own",
                     )  # fmt: skip
-                    chosen.preprocess = own.preprocess  # any text: only the browser knows what there is to choose
+                    chosen.preprocess = own.preprocess  # any text: only the browser knows the choices
                     words, prefix = gr.HTML(), gr.HTML()
         _endpoint(service, image, options)
         _events(service, image, options, button, (captions, why, chosen, own, words, prefix))
@@ -92,7 +92,7 @@ def build_page(service, queue_size):
 
 def _endpoint(service, image, options):
     """Offer /caption to programs."""
-    # so many enter at once; the others wait in gradio's queue
+    # `at_once` requests are captioned at a time; the others wait in gradio's queue
     gr.Button(visible=False).click(
         _captioning(service), [image, *options], gr.JSON(visible=False, label="captions"), api_name="caption",
         api_description=API, concurrency_limit=service.at_once, concurrency_id="caption",
@@ -100,11 +100,11 @@ def _endpoint(service, image, options):
 
 
 def _events(service, image, options, button, shown):
-    """Lay down what follows what; see steps.py for the browser's part.
+    """Connect the page's events; see steps.py for the browser's part.
 
     Args:
-        shown: the components that show captions, hold the explanations, choose a caption, take one's own, show words
-            and prefix.
+        shown: components: captions, panel of explanations, caption to explain, the visitor's own caption, words,
+            prefix.
     """
     captions, _, chosen, own, words, prefix = shown
     ticket, why_ticket = gr.Textbox(visible=False), gr.Textbox(visible=False)
@@ -176,7 +176,7 @@ def _inputs(service):
 
 
 def _captioning(service):
-    """Return the endpoint: a function of image and options to captions with their scores."""
+    """Return the endpoint: a function from image and options to captions with their scores."""
 
     def caption(image, model, method, num_captions, top_p, temperature, seed):
         if not image:
@@ -187,7 +187,7 @@ def _captioning(service):
 
 
 def _showing(service):
-    """Return the function of image, options and ticket to what the page shows of captions."""
+    """Return the function from image, options and ticket to the captions as the page shows them."""
     caption = _captioning(service)
 
     def show(*asked):
@@ -200,7 +200,7 @@ def _showing(service):
 
 
 def _explaining(service):
-    """Return the function of image, model, caption and ticket to the two explanations."""
+    """Return the function from image, model, caption and ticket to the two explanations."""
 
     def explain(image, model, text, ticket):
         if not ticket:  # the captions to explain are gone by now
@@ -218,7 +218,7 @@ def _explaining(service):
 
 
 class BodyLimit:
-    """Refuses requests whose body is longer than `limit` bytes, whether they say so or not."""
+    """Refuses requests whose body is longer than `limit` bytes, whatever Content-Length they declare."""
 
     def __init__(self, app, limit):
         self.app, self.limit = app, limit
@@ -238,7 +238,7 @@ class BodyLimit:
 
 
 def _refusal(request, error):
-    """Answer a request that the server refuses: its own words, unless they name a file."""
+    """Answer a refused request with the server's own message, unless it names a file."""
     words = str(error.detail)
     words = words if "/" not in words else HTTPStatus(error.status_code).phrase
     return JSONResponse({"detail": words}, error.status_code, error.headers)
@@ -262,10 +262,10 @@ def launch(page, route, host, port, max_upload_mb, at_once):
     """Serve a page until Ctrl-C.
 
     Args:
-        route: another than gradio's.
+        route: a further one, besides gradio's.
         host, port: where.
-        max_upload_mb: size of an upload.
-        at_once: requests at work at most.
+        max_upload_mb: largest upload.
+        at_once: most requests at work at a time.
     Raises: OSError where the port is taken.
     """
     size = max_upload_mb * 2**20

@@ -1,4 +1,4 @@
-"""Keeps this machine's paths from visitors: the folder of uploads has another name outside."""
+"""Keeps this machine's paths from visitors, who see another name for the folder of uploads."""
 
 import json
 import os
@@ -7,9 +7,9 @@ TEXT = (b"text/html", b"application/json", b"text/event-stream")  # answers that
 
 
 class PathsHidden:
-    """Names the folder of uploads `/uploads` in what is sent, and takes that name in what comes.
+    """Renames the folder of uploads to `/uploads` in responses, and back in requests.
 
-    The two names are equally long, so that answers keep their length.
+    The two names are equally long, so that responses keep their length.
     """
 
     def __init__(self, app, folder):
@@ -29,7 +29,7 @@ class PathsHidden:
         await self.app(scope, receive, self._written(send))
 
     def _read(self, receive):
-        """Return a `receive` whose body names files as this machine does."""
+        """Return a `receive` whose body has this machine's paths."""
         done = False
 
         async def read():
@@ -46,7 +46,7 @@ class PathsHidden:
         return read
 
     def _renamed(self, body):
-        """Return a JSON body with this machine's paths of files; one that is no JSON stays for others to refuse."""
+        """Return a JSON body with this machine's paths; a body that is not JSON is left for others to refuse."""
         if self.name.encode() not in body:
             return body
         try:

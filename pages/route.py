@@ -34,7 +34,7 @@ def caption_route(service, queue_size):
             return JSONResponse({"error": BUSY}, 503, {"Retry-After": "10"})
         entered += 1
         try:
-            limiter = limiter or CapacityLimiter(service.at_once)  # it belongs to the server's loop
+            limiter = limiter or CapacityLimiter(service.at_once)  # created here: it belongs to the server's event loop
             asked = read_options(request.query_params, service)
             picture = await request.body()
             return JSONResponse(await to_thread.run_sync(caption_bytes, service, picture, asked, limiter=limiter))
@@ -50,13 +50,13 @@ def caption_route(service, queue_size):
 
 
 def caption_bytes(service, picture, asked):
-    """Caption a picture's bytes; see `Service.caption`. `asked`: model, method and numbers, as `read_options` does."""
+    """Caption a picture's bytes; see `Service.caption`. `asked`: as `read_options` returns it."""
     model, *decoding = asked
     decoding = service.decoding(*decoding)
     if not picture:
         raise Refused("there is no image: send its bytes as the body")
     with tempfile.TemporaryDirectory(prefix="clipcap-") as folder:
-        path = Path(folder) / "image"  # one name for all, from which and whose bytes random numbers come
+        path = Path(folder) / "image"  # one name for all: random numbers come from a file's name and bytes
         path.write_bytes(picture)
         return service.caption(str(path), model, decoding)
 

@@ -1,4 +1,4 @@
-"""What the page and its endpoint answer: captions with their scores, and why they say what they say."""
+"""What the page and its endpoint answer: captions with their scores, and explanations of them."""
 
 import os
 import threading
@@ -26,11 +26,11 @@ from utils.batching import Batcher
 
 PICTURE_SIDE = 640  # pixels of the picture that words are shown on
 MAX_TEXT = 1000  # characters of a caption that a visitor writes
-CANDIDATES = 16  # of which the captions are chosen by the encoder's text tower
-BEAMS = 5  # or as many as there are captions to show
+CANDIDATES = 16  # per image, from which the encoder's text tower chooses the captions
+BEAMS = 5  # or the number of captions to show, if that is larger
 ENTRY_LENGTH = 67  # tokens of a caption, written or decoded, at most
 LOADING = 64  # requests that may wait at once for captioners that are being loaded
-# of captions, smallest, largest and default
+# option -> smallest, largest and default
 RANGES = {"num_captions": (1, 10, 3), "top_p": (0.05, 1, 0.8), "temperature": (0.1, 2, 1), "seed": (0, 2**31, 0)}
 REMEMBERED = 10_000  # captions whose tokens are kept for their explanation
 
@@ -60,7 +60,7 @@ class Question(NamedTuple):
     Args:
         captioner: Captioner.
         pixels: [3, R, R], preprocessed.
-        key: what its random numbers come from, where there are any.
+        key: bytes that seed its random numbers; None without sampling.
         decoding: DecodingConfig.
         asked: (image, model), as visitors name them.
     """
@@ -73,10 +73,10 @@ class Question(NamedTuple):
 
 
 class Service:
-    """What the page and its endpoint answer; many may call at once."""
+    """What the page and its endpoint answer; many threads may call it at once."""
 
     methods = {"beam search": BEAM, "greedy": GREEDY, "sampling": SAMPLE}  # the first is the default
-    reranking = {f"best of {CANDIDATES}": CLIP}  # comes before them where the encoder has a text tower
+    reranking = {f"best of {CANDIDATES}": CLIP}  # comes before `methods` where the encoder has a text tower
 
     def __init__(self, models, device=None, batch_size=16, dtype=None):
         """Load the first captioner; the others are loaded when they are first asked for.
@@ -92,10 +92,10 @@ class Service:
         # requests at work at once: a batch that is captioned, one that is read, those that wait for a captioner
         self.at_once = 2 * batch_size + LOADING
         self.loading = threading.BoundedSemaphore(LOADING)
-        # a few threads read for all: so many pictures are unpacked at once, and what a thread keeps is kept so often
+        # a few threads read for all: each decodes a picture at a time and keeps memory of its own
         self.readers = ThreadPoolExecutor(os.cpu_count() or 1, "readers")
         self.batches = Batcher(self._caption_all, batch_size)
-        self.said = OrderedDict()  # {(image, model, text): tokens}; the text alone may be written with others
+        self.said = OrderedDict()  # {(image, model, text): tokens}; other tokens may spell the same text
         self.predictor = Predictor()
         self.predictor.setup(models, device, dtype)
         first = self.predictor.captioner()
@@ -103,7 +103,7 @@ class Service:
             self.methods = self.reranking | self.methods
 
     def decoding(self, method, num_captions, top_p, temperature, seed):
-        """Return the DecodingConfig for a visitor's choices; those that the method has no use for do not count.
+        """Return the DecodingConfig for a visitor's choices; options that the method does not use are ignored.
 
         Raises: Refused for a value that is out of range.
         """
@@ -130,14 +130,14 @@ class Service:
             model: name of the captioner.
             decoding: DecodingConfig.
         Returns: list of {"caption", "logprob", "clip_score"}, best first: by `logprob`, the mean log-probability per
-            token, whatever the method and its length penalty. Those that were chosen among candidates have a `score`
-            too, which made the choice and orders them. `clip_score` is None where the encoder has no text tower.
-        Raises: Refused where the model cannot be loaded or asked for that; ImageError where the image cannot be read.
+            token, whatever the method and its length penalty. Captions chosen among candidates also have the `score`
+            that chose and orders them. `clip_score` is None where the encoder has no text tower.
+        Raises: Refused where the model cannot be loaded or decode that way; ImageError where the image cannot be read.
         """
         captioner = self._captioner(model)
         if decoding.rerank == CLIP and not captioner.encoder.compares_texts:
             raise Refused("this model has no text tower to compare images with: take another decoding")
-        pixels = self._read(image, captioner.encoder.preprocess)  # before it is its turn: a batch waits for no file
+        pixels = self._read(image, captioner.encoder.preprocess)  # read before batching: a batch waits for no file
         key = image_key(image) if draws_samples(decoding) else None
         return self.batches(Question(captioner, pixels, key, decoding, (image, model)))
 
@@ -151,14 +151,14 @@ class Service:
             raise Refused(f"the model is one of {', '.join(self.models)}")
 
     def _captioner(self, model):
-        """Return a captioner by the name that visitors see; the thread that asks for it first loads it.
+        """Return a captioner by the name that visitors see; the first thread to ask for it loads it.
 
-        Raises: Refused where it cannot be loaded, or too many wait for it; out-of-memory errors as they are.
+        Raises: Refused where it cannot be loaded, or too many wait for it; out-of-memory errors unchanged.
         """
         self._known(model)
         if self.predictor.is_loaded(model):
             return self.predictor.captioner(model)
-        if not self.loading.acquire(blocking=False):  # who asks for another model must find room
+        if not self.loading.acquire(blocking=False):  # leaves room for requests for loaded models
             raise Refused(f"the model {model} is being loaded for others: try again in a minute")
         try:
             return self.predictor.captioner(model)
@@ -169,14 +169,14 @@ class Service:
             self.loading.release()
 
     def _caption_all(self, questions):
-        """Caption what is asked together; returns the captions of each Question, or the error that befell it."""
+        """Caption Questions together; returns the captions of each, or its error."""
         groups, answers = {}, [None] * len(questions)
         for number, question in enumerate(questions):
             groups.setdefault((id(question.captioner), astuple(question.decoding)), []).append(number)
         for numbers in groups.values():
             try:
                 found = self._caption_alike([questions[number] for number in numbers])
-            except Exception as error:  # whatever it is, it is not the other groups'
+            except Exception as error:  # one group's error must not fail the others
                 found = [error] * len(numbers)
             for number, answer in zip(numbers, found, strict=True):
                 answers[number] = answer
@@ -193,7 +193,7 @@ class Service:
         return _scored(embeddings, groups, decoding, encode_texts)
 
     def _remember(self, asked, groups):
-        """Keep the tokens of captions of each (image, model); of an image's equal ones, the likeliest's."""
+        """Keep the tokens of each (image, model)'s captions; of captions with the same text, the likeliest's."""
         for image_and_model, captions in zip(asked, groups, strict=True):
             for caption in sorted(captions, key=lambda caption: caption.mean_logprob):
                 self.said[(*image_and_model, caption.text.strip())] = caption.tokens
@@ -208,8 +208,8 @@ class Service:
             model: name of the captioner.
             text: a caption of its own, or any other.
         Returns: Explanation.
-        Raises: Refused where there is no text or the model cannot be loaded, Unexplained where it cannot be looked
-            into; ImageError where the image cannot be read.
+        Raises: Refused where there is no text or the model cannot be loaded, Unexplained where it cannot
+            explain; ImageError where the image cannot be read.
         """
         text = (text or "")[:MAX_TEXT].strip()
         if not text:
@@ -250,7 +250,7 @@ def as_trained(decoding, own):
 
 def _scored(embeddings, groups, decoding, encode_texts):
     """Return the captions of images, whose embeddings are [B, D], with their scores, as the endpoint gives them."""
-    if decoding.rerank != CLIP:  # samples come as drawn
+    if decoding.rerank != CLIP:  # samples come in the order drawn
         groups = [sorted(captions, key=lambda caption: -caption.mean_logprob) for captions in groups]
     scores = scores_by_clip(embeddings, groups, encode_texts) if encode_texts else [None] * len(groups)
     return list(map(partial(_entries, decoding), groups, scores))

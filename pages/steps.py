@@ -1,7 +1,7 @@
-"""What the browser does by itself, so that what is shown belongs together however late an answer comes.
+"""What the browser does by itself, so that image, captions and explanations match however late an answer comes.
 
-Every question has a ticket, and its answer is shown only while no other ticket has been drawn since. Another picture,
-another model and another question each draw one, in the browser and at once.
+Every request has a ticket, and its answer is shown only while no newer ticket has been drawn. Choosing another picture
+or model, or asking again, draws one at once, in the browser.
 """
 
 import json
@@ -24,17 +24,17 @@ SHOW_CAPTIONS = f"""(answer, ticket) => answer?.ticket === ticket
      '', {EXPLAINING_JS}, '']
   : Array(7).fill({SAME})"""
 
-# -> ticket of the explanation, words, prefix, and the other way to choose a caption, which is the chosen one no more
+# -> ticket of the explanation, words, prefix, and the other way to choose a caption, which is cleared
 ASK_WHY = f"() => [{DRAWN}, {EXPLAINING_JS}, '', null]"
 
 # answer, ticket of the explanation -> words, prefix
 SHOW_WHY = f"""(answer, ticket) => answer?.ticket && answer.ticket === ticket
   ? [answer.words, answer.prefix] : [{SAME}, {SAME}]"""
 
-# words -> words: what was to be explained could not be
+# words -> words, where the explanation failed
 WHY_FAILED = f"words => words === {EXPLAINING_JS} ? '' : words"
 
-# scrolls to the captions where they are out of sight, as below a phone's screen
+# scrolls to the captions where they are out of sight, such as below a phone's screen
 LOOK = """() => {
   const panel = document.querySelector('#cc-captions'), top = panel.getBoundingClientRect().top
   if (top < 0 || top > innerHeight / 2) panel.scrollIntoView()
@@ -42,7 +42,7 @@ LOOK = """() => {
 
 
 def name_things(samples):
-    """Return what gives sample pictures their names, and has screen readers say captions when they come.
+    """Return the JavaScript that names the sample pictures and makes screen readers announce captions.
 
     Args:
         samples: descriptions of the sample pictures, in their order.

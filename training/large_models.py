@@ -1,4 +1,4 @@
-"""The flags for language models that are large for the devices there are."""
+"""The flags for language models that are large for the available devices."""
 
 from models.settings import LOAD_IN
 from utils.cli import non_negative_int
@@ -16,12 +16,12 @@ def add_scale_flags(parser):
     )  # fmt: skip
     group.add_argument(
         "--load_in", choices=LOAD_IN,
-        help="hold the language model's untrained weights so (8bit, 4bit: by bitsandbytes); checkpoints leave them out",
+        help="number type of the language model's untrained weights (8bit, 4bit: bitsandbytes); checkpoints omit them",
     )  # fmt: skip
     group.add_argument("--fsdp", action="store_true", help="shard the model over torchrun's processes (FSDP2)")
     group.add_argument(
         "--gradient_checkpointing", action="store_true",
-        help="hold less for the backward pass and compute it again: the same loss, about a third slower",
+        help="recompute activations in the backward pass to save memory: the same loss, about a third slower",
     )  # fmt: skip
 
 

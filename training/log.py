@@ -13,10 +13,10 @@ PLOTTED = ("CIDEr", "ROUGE_L", "Bleu_4", "share_of_distinct_captions")
 
 
 class TrainingLog:
-    """Appends lines; a resumed run cuts those that came after its last save.
+    """Appends lines; a resumed run first drops the lines written after its last save.
 
-    A step is `{step, epoch, loss, lr, examples_per_s}` and what its objective measures, a validation `{step, epoch,
-    validation: {metric: value}}`.
+    A step's line is `{step, epoch, loss, lr, examples_per_s}` plus the objective's metrics, a validation's `{step,
+    epoch, validation: {metric: value}}`.
     """
 
     def __init__(self, path, step=0, epoch=0):
@@ -24,7 +24,7 @@ class TrainingLog:
 
         Args:
             path: `.jsonl` file; os.devnull for a process that does not write.
-            step: last step that counts; later lines were of steps that will be taken again.
+            step: last step to keep; later steps will be taken again.
             epoch: first epoch whose validation is still to come.
         """
         self.path, self.entries, self.scores = Path(path), [], []
@@ -74,7 +74,7 @@ class TrainingLog:
         return float(np.mean([entry["loss"] for entry in self.entries if entry["epoch"] == epoch]))
 
     def plot(self, path):
-        """Draw loss over steps, as it is and smoothed, with epochs marked, and below it the validation scores."""
+        """Draw the loss over steps, raw and smoothed, with epochs marked, and the validation scores below."""
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
@@ -97,13 +97,13 @@ class TrainingLog:
         pyplot.close(figure)
 
     def _plot_steps(self, axes, name, label):
-        """Draw a number of every step and its running mean."""
+        """Draw one logged number per step and its running mean."""
         steps = np.array([entry["step"] for entry in self.entries])
         values = np.array([entry[name] for entry in self.entries])
         axes.plot(steps, values, color="0.8", linewidth=0.8, label="each step")
         width = min(SMOOTHING, max(1, len(values) // 10))
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        middles = np.convolve(steps, np.ones(width) / width, mode="valid")  # of the steps that each is the mean of
+        middles = np.convolve(steps, np.ones(width) / width, mode="valid")  # centre of each window
         axes.plot(middles, smooth, color="tab:blue", label=f"mean of {width} steps")
         label_of_epochs = "an epoch begins"
         for previous, entry in zip(self.entries, self.entries[1:], strict=False):
@@ -119,7 +119,7 @@ class TrainingLog:
         defined = [name for name in PLOTTED if self.scores[0]["validation"][name] is not None]
         for name in defined:
             axes.plot(steps, [entry["validation"][name] for entry in self.scores], "o-", markersize=3, label=name)
-        if "CIDEr" in defined:  # not of one image
+        if "CIDEr" in defined:  # undefined on one image
             best = max(self.scores, key=lambda entry: entry["validation"]["CIDEr"])
             axes.axvline(best["step"], color="0.5", linestyle=":", label=f"best CIDEr, epoch {best['epoch']}")
         axes.set(ylabel="validation score", ylim=(0, None))

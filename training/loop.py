@@ -17,7 +17,7 @@ def fit(trainer, files, log, tokenizer, save_every, save_steps, validation=None)
         save_every: epochs between checkpoints.
         save_steps: optimiser steps between saves to resume from.
         validation: Validation to run after every epoch.
-    Raises: KeyboardInterrupt after a stop was asked for and the state saved; ValueError where the loss is not finite.
+    Raises: KeyboardInterrupt once a requested stop has saved the state; ValueError where the loss is not finite.
     """
     epochs = trainer.config.epochs
     with StopRequest() as stop, saved_on_error(trainer, files, log):
@@ -64,14 +64,14 @@ def step_and_log(trainer, group, log, files):
 
 
 def finish_epoch(trainer, files, log, tokenizer, save_every, validation):
-    """Save and show what an epoch ends with, and count it."""
+    """End an epoch: validate, show samples, save, and count it."""
     epoch = trainer.epoch
     random = torch.get_rng_state()  # samples must not change what training draws next
     if validation:
         log.flush()
         files.save_state(trainer)  # a stop while validating loses no step
         validation.run(trainer, tokenizer, files, log)
-    # in all processes: sharded ones need each other
+    # in all processes: a sharded model needs each of them
     show_samples(trainer.model, tokenizer, trainer.dataset, epoch, files.decoding)
     torch.set_rng_state(random)
     log.flush()

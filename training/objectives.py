@@ -1,12 +1,12 @@
 """What a captioner learns: an objective turns batches of data into captions to be scored, and their scores into a loss.
 
-The training loop knows no more of it than this:
+This is all that the training loop knows of an objective:
     dataset: gives batches, see CaptionDataset.
-    dropout: whether the captioner is in training mode while it is scored.
-    examples(batches, step): the captions to score in a step, a list of Examples that fit the memory one by one.
+    dropout: whether the captioner is in training mode while captions are scored.
+    examples(batches, step): the captions to score in a step, a list of Examples that each fit in memory.
     loss(logprobs, example): the sum of its tokens' losses.
     metrics(): {name: number} of the step, for the log; the same in all processes.
-    state(), load_state(state): what a continuation needs besides the model, as plain data.
+    state(), load_state(state): what a resumed run needs besides the model, as plain data.
 
 Axes: B captions, T tokens, D CLIP width.
 """
@@ -18,12 +18,12 @@ import torch
 
 @dataclass
 class Example:
-    """Captions whose tokens are scored at a time.
+    """Captions that are scored in one forward pass.
 
     Args:
         tokens: [B, T] token ids, padded on the right.
         clip_embedding: [B, D].
-        lengths: [B] real tokens.
+        lengths: [B] tokens without padding.
         counted: number of tokens that the mean loss is over.
     """
 
@@ -34,7 +34,7 @@ class Example:
 
 
 class CrossEntropy:
-    """Say what the captions of the data say (ClipCap paper, equation 2)."""
+    """Cross-entropy on the dataset's captions (ClipCap paper, equation 2)."""
 
     dropout = True
 
@@ -43,7 +43,7 @@ class CrossEntropy:
         self.dataset = dataset
 
     def examples(self, batches, step):
-        """Return the dataset's batches, each as an Example of which every token counts."""
+        """Return the dataset's batches, each as an Example in which every token counts."""
         return [Example(*batch, counted=int(batch[-1].sum())) for batch in batches]
 
     def loss(self, logprobs, example):

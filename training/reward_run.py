@@ -24,11 +24,11 @@ from training.trainer import Trainer
 
 
 def captioner_config(args, weights):
-    """Return (CaptionConfig, json or None) of the checkpoint to start from, as this run's.
+    """Return (this run's CaptionConfig, json or None), from the checkpoint that it starts from.
 
     Args:
-        weights: its state dict.
-    Raises: ValueError where a flag contradicts it.
+        weights: the checkpoint's state dict.
+    Raises: ValueError where a flag contradicts the checkpoint.
     """
     config, _, described = read_config(args.checkpoint, weights)
     if not described and args.normalize_prefix is None:
@@ -39,7 +39,7 @@ def captioner_config(args, weights):
         given, own = getattr(args, name), getattr(config, name)
         if given not in (None, own):
             raise ValueError(f"--{name} {given} contradicts {args.init_from}, which has {own}; leave the flag out")
-    if not config.load_in:  # else it holds the LoRA that goes on learning; elsewhere one was added into the weights
+    if not config.load_in:  # else its own LoRA goes on learning; without load_in, any LoRA was merged into the weights
         config.lora_rank = args.lora_rank
         config.only_prefix = not args.lora_rank and (config.only_prefix or bool(args.only_prefix))
     config.language_model = args.language_model or beside(config.language_model, described)
@@ -48,18 +48,18 @@ def captioner_config(args, weights):
 
 
 def check_data(store, config, described, checkpoint):
-    """Refuse a store of texts, or of another encoder than the captioner's; raises ValueError."""
+    """Refuse a store of texts, or one whose encoder is not the captioner's; raises ValueError."""
     if store.is_of_texts:
-        raise ValueError(f"--data {store.path} holds texts, and captions are drawn of images; pass a store of those")
-    known = config.to_dict() if described else {}  # of a bare checkpoint, the encoder is a guess by its width
+        raise ValueError(f"--data {store.path} holds texts, and captions are drawn for images; pass a store of images")
+    known = config.to_dict() if described else {}  # a bare checkpoint's encoder is only guessed, by width
     check_encoders(f"--data {store.path}", store, f"--init_from {checkpoint}", config.shape, known)
 
 
 def starting_captioner(args, config, device):
-    """Return (captioner of --init_from as `config` has it, its tokenizer)."""
+    """Return (captioner of --init_from, set up as `config` says; its tokenizer)."""
     model, tokenizer, _ = load_captioner(args.checkpoint, args.language_model, config.normalize_prefix, device)
     mapping = model.clip_project
-    model = build_captioner(config, model.gpt)  # which may be frozen here and was not there
+    model = build_captioner(config, model.gpt)  # the language model may be frozen in this run only
     model.clip_project = mapping
     if config.lora_rank and not config.load_in:
         add_lora(model.gpt, config.lora_rank)
@@ -67,7 +67,7 @@ def starting_captioner(args, config, device):
 
 
 def frozen_copy(model, placement):
-    """Return the captioner as it is now, which learns nothing; a frozen language model is shared."""
+    """Return a frozen copy of the captioner; a language model that is frozen already is shared."""
     if model.config.only_prefix and not placement.fsdp:
         copied = build_captioner(model.config, model.gpt)
         copied.clip_project = copy.deepcopy(model.clip_project)
@@ -82,7 +82,7 @@ def prepare(args, decoding, described, config, training, store, placement):
 
     Args:
         args, decoding, described: the command line, the DecodingConfig and the json of --init_from.
-        config, training, store, placement: as of `training.run.prepare`.
+        config, training, store, placement: as in `training.run.prepare`.
     Raises: ValueError where checkpoint, data and reward do not fit each other.
     """
     torch.manual_seed(training.seed)
@@ -102,13 +102,13 @@ def prepare(args, decoding, described, config, training, store, placement):
     objective = SelfCritical(
         model, tokenizer, dataset, made, training.samples, decoding, training.seed, training.kl, reference
     )
-    trainer = Trainer(model, objective, training, device)  # before captioning, which leaves sharded weights whole
+    trainer = Trainer(model, objective, training, device)  # before captioning, which leaves sharded weights gathered
     objective.check_trained()
     return trainer, tokenizer
 
 
 def run_on_reward(args, opt_decoding):
-    """Train on a reward as the command line of train_scst.py says; `opt_decoding`: DecodingConfig of bare OPT ones."""
+    """Train on a reward as train_scst.py's flags say; `opt_decoding`: DecodingConfig of bare OPT checkpoints."""
     args.checkpoint = checkpoint_file(args.init_from, "--init_from")
     weights = load_weights(args.checkpoint)
     config, described = captioner_config(args, weights)

@@ -1,6 +1,6 @@
 """Rewards of sampled captions: CIDEr-D against an image's references, CLIPScore against the image itself.
 
-A reward is called with texts, the numbers of their images in an ImageDataset, and the images' embeddings.
+A reward is called with texts, their images' indices in an ImageDataset, and the images' embeddings.
 
 Axes: H captions, N images, D CLIP width.
 """
@@ -20,7 +20,7 @@ from utils.files import reason
 
 
 class CiderReward:
-    """CIDEr-D, by the document frequencies of the images that are trained on; the end of a caption is a word.
+    """CIDEr-D with document frequencies of the training images; a caption's end counts as a word.
 
     Source: Rennie et al., Self-critical Sequence Training (arXiv 1612.00563); ruotianluo/cider for the end.
     """
@@ -28,12 +28,12 @@ class CiderReward:
     name = CIDER
 
     def __init__(self, references):
-        """Count the n-grams of the references, or read them back where the same ones were counted before.
+        """Count the references' n-grams, or read the cached counts of the same references.
 
         Args:
             references: per image a list of captions.
         """
-        digest = hashlib.sha256(json.dumps([VERSION, references]).encode())  # a later version may cut words otherwise
+        digest = hashlib.sha256(json.dumps([VERSION, references]).encode())  # another version may tokenize differently
         path = cache_folder() / f"cider-{digest.hexdigest()[:24]}.npz"
         self.scorer = CiderD.read(path)
         if self.scorer is None:
@@ -50,9 +50,9 @@ class CiderReward:
 
         Args:
             texts: H captions.
-            images: [H] numbers of their images.
-            clip_embedding: [H, D], not looked at.
-            ended: H of bool: whether a caption ended by itself.
+            images: [H] indices of their images.
+            clip_embedding: [H, D], unused.
+            ended: H bools, whether each caption ended by itself.
         Returns: [H] float64, 0 to 10.
         """
         return self.scorer.scores(tokenize(texts), images, ended)
@@ -68,7 +68,7 @@ class ClipReward:
         self.encoder = encoder
 
     def __call__(self, texts, images, clip_embedding, ended):
-        """Score captions; arguments as of CiderReward, returns [H] float64, 0 to 2.5."""
-        # not in the captioner's --mixed_precision: what tells two captions apart is a small difference
+        """Score captions; arguments as in CiderReward, returns [H] float64, 0 to 2.5."""
+        # without --mixed_precision's autocast: an image's captions differ little in score
         with torch.autocast(self.encoder.device.type, enabled=False):
             return text_scores(clip_embedding.cpu(), texts, self.encoder.encode_texts)

@@ -40,12 +40,12 @@ from utils.flags import Placement
 from utils.outputs import lock
 from utils.processes import is_main, world_size
 
-NORM_TOLERANCE = 0.01  # of float16 rows that were divided by their norm
+NORM_TOLERANCE = 0.01  # of a normalised float16 row's norm, from 1
 RN_DIMS = (640, 768, 1024)  # widths of CLIP's ResNets: RN50x4; RN50x16; RN50 and RN50x64
 
 
 def check_store(store, is_rn, normalize_prefix):
-    """Refuse a store that --is_rn contradicts; warn where captioning would not normalise what is normalised here.
+    """Refuse a store that --is_rn contradicts; warn of a normalised store where captioning would not normalise.
 
     Raises: ValueError.
     """
@@ -53,7 +53,7 @@ def check_store(store, is_rn, normalize_prefix):
     if not normalize_prefix and ((norms - 1).abs() < NORM_TOLERANCE).all():
         note(
             f"warning: the embeddings of {store.path} are normalised, as clip-retrieval's are, and what predict.py "
-            f"makes is not; pass --normalize_prefix"
+            f"computes is not; pass --normalize_prefix"
         )
     encoder = str(store.info.get("clip_model_type", ""))
     resnet = encoder.startswith("RN") or (store.prefix_dim in RN_DIMS and not encoder.startswith("ViT"))
@@ -99,7 +99,7 @@ def build_model(config, init_from=None, device="cpu"):
     """Return a captioner with a new mapping network, or with all weights of a checkpoint.
 
     Args:
-        device: where a language model of 8 or 4 bits goes, which cannot move later.
+        device: of a language model in 8 or 4 bits, which cannot be moved later.
     Raises: ValueError where the checkpoint does not fit.
     """
     model = build_captioner(config, load_language_model(config.language_model, config.load_in, device))
@@ -125,14 +125,14 @@ def build_model(config, init_from=None, device="cpu"):
 
 
 def prepare(config, training, store, placement):
-    """Return (Trainer, tokenizer) of a run that has not begun; arguments as those of `train`.
+    """Return (Trainer, tokenizer) of a run that has not begun; arguments as in `train`.
 
     Raises: ValueError where model, tokenizer, checkpoint and data do not fit each other.
     """
     torch.manual_seed(training.seed)
     language_config = load_language_config(config.language_model)
     room = context_length(language_config)
-    if room and config.prefix_length >= room:  # before a mapping network is built, which grows with its square
+    if room and config.prefix_length >= room:  # checked first: a mapping network grows with its square
         what = f"--prefix_length {config.prefix_length}"
         raise ValueError(
             f"{what} leaves no room in the context of {room}; lower it"
@@ -159,8 +159,8 @@ def train(config, training, store, files, placement, resuming=False, save_every=
         placement: Placement of the captioner.
         resuming: go on with the run in `files`, where there is one.
         save_every, save_steps, validation: see `fit`.
-        contents: {"data", "val_data", "match": the stores' fingerprints}, which a continuation is compared with.
-        prepare: function of config, training, store and placement to (Trainer, tokenizer).
+        contents: {"data", "val_data", "match": the store's fingerprint}, compared when a run is resumed.
+        prepare: function from (config, training, store, placement) to (Trainer, tokenizer).
     Returns: the captioner.
     """
     contents = contents or {}
@@ -198,7 +198,7 @@ def train(config, training, store, files, placement, resuming=False, save_every=
 def pick_placement(args):
     """Return where the captioner goes in this process.
 
-    Raises: ValueError for devices that are not here.
+    Raises: ValueError for devices that do not exist.
     """
     devices = pick_devices(args.device)
     if world_size() > 1:
@@ -211,14 +211,14 @@ def configure(args, store, val_store):
 
     Args:
         store: FeatureStore of --data. val_store: of --val_data, or None.
-    Returns: CaptionConfig, TrainingConfig, the store as it is trained on, {flag: further FeatureStore}.
+    Returns: CaptionConfig, TrainingConfig, the store to train on, {flag: further FeatureStore}.
     Raises: ValueError where flags and stores do not fit each other.
     """
     check_captions("--data", store)
     match = read_match(args.match, args.noise_angle, store, val_store)
     if args.noise_angle is not None:
         store, args.noise_angle = prepare_texts(store, args.noise_angle, match)
-        args.normalize_prefix = True  # as the texts are; predict.py reads it in the json and does so to images
+        args.normalize_prefix = True  # texts are normalised; predict.py reads this from the json for images
     return caption_config(args, store), training_config(args), store, {"match": match}
 
 
@@ -227,7 +227,7 @@ def run_training(args, decoding=None, configure=configure, prepare=prepare):
 
     Args:
         args: of train.py's parser, or of a variant's, checked by `check_arguments`.
-        decoding: DecodingConfig that the captioner is meant for; None: the defaults.
+        decoding: DecodingConfig to record for the captioner; None: the defaults.
         configure: see the function of this name. prepare: see `train`.
     """
     placement, files = pick_placement(args), RunFiles(args.out_dir, args.prefix, decoding)

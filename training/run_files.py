@@ -75,11 +75,11 @@ class RunFiles(RunNames):
         )
 
     def check_resume(self, config, training, contents):
-        """Refuse to go on with a run of other options or other data, wherever the data lies by now.
+        """Refuse to resume a run that had other options or other data; the data may have moved.
 
         Args:
             config: CaptionConfig. training: TrainingConfig.
-            contents: as of `write_config`.
+            contents: as in `write_config`.
         Raises: ValueError naming the first flag that differs.
         """
         stored = read_json(self.config)
@@ -115,7 +115,7 @@ class RunFiles(RunNames):
             note(f"nothing to resume: there is no {self.state}; beginning")
             return False
         try:
-            # of sharded weights, process 0 alone reads the tensors
+            # memory-mapped where weights are sharded: only process 0 reads the tensors
             state = torch.load(self.state, "cpu", weights_only=True, mmap=is_sharded(trainer.model))
         except Exception as error:  # whatever a damaged file makes the reader raise
             raise ValueError(
@@ -126,7 +126,7 @@ class RunFiles(RunNames):
         return True
 
     def save_weights(self, model, epoch=None):
-        """Write the latest weights, and the same as the epoch's checkpoint, where it is one."""
+        """Write the latest weights and, where `epoch` is given, that epoch's checkpoint."""
         weights = captioner_weights(model)  # needs all processes
         if not is_main():
             return
@@ -154,8 +154,8 @@ class RunFiles(RunNames):
             save_torch(self.state, state)
 
     def save_step(self, trainer, log):
-        """Save what a continuation from the trainer's last step needs."""
-        log.flush()  # first, for a continuation keeps the lines up to the state's step
+        """Save what resuming after the trainer's last step needs."""
+        log.flush()  # first: a resumed run keeps the lines up to the state's step
         self.save_weights(trainer.model)
         self.save_state(trainer)
 
@@ -167,7 +167,7 @@ class RunFiles(RunNames):
 class StopRequest:
     """Turns Ctrl-C and SIGTERM into a request to stop after the step under way; a second Ctrl-C stops at once.
 
-    torchrun passes a Ctrl-C on as SIGTERM, after the terminal has sent it itself.
+    Under torchrun a Ctrl-C arrives twice: as the terminal's SIGINT, then as torchrun's SIGTERM.
     """
 
     def __init__(self):
@@ -184,7 +184,7 @@ class StopRequest:
     def asked(self):
         """Tell whether any process was asked to stop: all stop at the same step, with the exit status of the first.
 
-        Every process must call it.
+        Every process must call this.
         """
         if not all_sum(int(self.signal is not None)):
             return False
@@ -200,14 +200,14 @@ class StopRequest:
 
 
 class DivergedError(ValueError):
-    """The loss is not finite: the weights are near where they broke, and the last checkpoint's are better."""
+    """Training diverged or collapsed: the current weights are not saved, the last checkpoint's are better."""
 
 
 @contextlib.contextmanager
 def saved_on_error(trainer, files, log):
-    """Save what has been trained where the body fails, as a stop does.
+    """Save the run where the body fails, as a stop does.
 
-    Several processes cannot: the others would be waited for, and may be gone.
+    Only with one process: with several, saving would wait for others that may be gone.
     """
     begun = trainer.step
     try:
@@ -222,6 +222,6 @@ def saved_on_error(trainer, files, log):
 
 
 def _same_place(name, before, value):
-    """Tell whether two values of an option that names a file or folder name the same one."""
+    """Tell whether two values of a path option name the same file or folder."""
     paths = ("data", "val_data", "match", "init_from", "language_model")
     return name in paths and None not in (before, value) and os.path.exists(value) and same_file(before, value)

@@ -1,4 +1,4 @@
-"""The names of a training run's files, and what is refused of them."""
+"""The names of a training run's files, and the checks on them."""
 
 import os
 from pathlib import Path
@@ -24,11 +24,11 @@ class RunNames:
         return self.out_dir / f"{self.prefix}-{epoch:03d}.pt"
 
     def epochs(self):
-        """Return the checkpoints of epochs that there are."""
+        """Return the epochs' checkpoints that exist."""
         return sorted(self.out_dir.glob(f"{self.prefix}-[0-9][0-9][0-9].pt"))
 
     def check(self, inputs):
-        """Refuse a place where the run cannot be written, or would overwrite what it reads or another's file.
+        """Refuse names that cannot be written, or that would overwrite the run's inputs or other files.
 
         Args:
             inputs: {what it is, such as "the data": file that the run reads}.

@@ -1,9 +1,9 @@
-"""Self-critical sequence training: captions are sampled, rewarded, and made likelier than their image's others.
+"""Self-critical sequence training: sampled captions with more reward than their image's others become likelier.
 
 Axes: B images, N samples an image, R = B·N captions, T tokens, D CLIP width.
-Source: Rennie et al. (arXiv 1612.00563); the mean of an image's other samples as the baseline, ruotianluo/
-self-critical.pytorch; the divergence from the captioner at the start, estimated as in Schulman, Approximating KL
-Divergence (2020), "k3".
+Source: Rennie et al. (arXiv 1612.00563). The baseline, the mean of an image's other samples, is from ruotianluo/
+self-critical.pytorch; the estimate of the divergence from the captioner at the start is "k3" of Schulman, Approximating
+KL Divergence (2020).
 """
 
 from collections import deque
@@ -21,13 +21,13 @@ from training.objectives import Example
 from utils.distributed import all_gather, all_sum, all_union
 from utils.processes import rank
 
-WINDOW = 20  # steps whose captions are compared with those of the first ones
-COLLAPSED = 0.5  # share of distinct captions, of what it was, below which nothing is learned any more
+WINDOW = 20  # newest steps, compared with as many first steps
+COLLAPSED = 0.5  # fraction of the first steps' share of distinct, or ended, captions below which training stops
 CHECKED = 40  # images captioned before the start
 
 
 class CollapsedError(ArithmeticError):
-    """The captions have lost what tells one image from another, or where to end."""
+    """The captions no longer tell images apart, or no longer end."""
 
 
 @dataclass
@@ -35,8 +35,8 @@ class SampledExample(Example):
     """Sampled captions.
 
     Args:
-        advantage: [sum(lengths)] of the token's caption; 0 of tokens that were not sampled, as a prompt's.
-        sampled: [sum(lengths)] 1 of the tokens that were sampled, else 0.
+        advantage: [sum(lengths)] of each token's caption; 0 for tokens not sampled, such as a prompt's.
+        sampled: [sum(lengths)] 1 for sampled tokens, else 0.
     """
 
     advantage: torch.Tensor = None
@@ -44,7 +44,7 @@ class SampledExample(Example):
 
 
 class SelfCritical:
-    """Say what is rewarded: the gradient of the expected reward, by N samples an image."""
+    """Maximise the expected reward, whose gradient is estimated from N samples per image."""
 
     dropout = False  # the captions are scored by the very captioner that drew them
 
@@ -55,7 +55,7 @@ class SelfCritical:
             model: ClipCaptionModel that learns, where it runs.
             tokenizer: of its language model.
             dataset: ImageDataset.
-            rewards: list of rewards (training/rewards.py); their advantages are added, each by its own deviation.
+            rewards: list of rewards (training/rewards.py); their advantages are added, each divided by its deviation.
             samples: N, at least 2.
             decoding: DecodingConfig of the captioner: its prompt, stop text and length.
             seed: of sampling.
@@ -74,7 +74,7 @@ class SelfCritical:
         self.at_first, self.lately = [], deque(maxlen=WINDOW)  # (share distinct, share that ended) of a step
 
     def check_trained(self):
-        """Refuse a captioner that cannot be taught by its own samples, for it does not caption yet.
+        """Refuse a captioner that does not caption yet: its own samples cannot teach it.
 
         Raises: ValueError.
         """
@@ -84,8 +84,8 @@ class SelfCritical:
         unlike = len({embedding.numpy().tobytes() for embedding in embeddings}) > 1
         if unlike and len({caption.text for caption in captions}) == 1:
             raise ValueError(
-                f"--init_from: it says {captions[0].text!r} of {len(captions)} different images: a reward cannot teach "
-                "what it never says; train it by train.py first"
+                f"--init_from: the captioner says {captions[0].text!r} of {len(captions)} different images: a reward "
+                "cannot teach what it never says; train it by train.py first"
             )
         if not any(self._ended(caption) for caption in captions):
             raise ValueError(
@@ -97,9 +97,10 @@ class SelfCritical:
         """Sample captions of the batches' images and weigh them by their rewards.
 
         Args:
-            batches: list of (numbers of images [B], clip_embedding [B, D]), this process' part.
-            step: optimiser steps taken; with the image, it decides the random numbers.
-        Returns: list of SampledExamples of B captions, of like length: as much at a time as of cross-entropy.
+            batches: list of (image indices [B], clip_embedding [B, D]), this process' part.
+            step: optimiser steps taken; seeds the sampling, together with the image.
+        Returns: list of SampledExamples of at most B captions of similar length, so batches are as large as in
+            cross-entropy training.
         Raises: CollapsedError.
         """
         numbers = torch.cat([numbers for numbers, _ in batches]).tolist()
@@ -111,7 +112,7 @@ class SelfCritical:
         ended = [self._ended(caption) for caption in captions]
         advantage = self._advantage([caption.text for caption in captions], images, repeated, ended)
         self._watch(groups, ended)
-        # long captions stand together, so that little is padded
+        # sorted by length, so that little is padded
         order = sorted(range(len(captions)), key=lambda row: len(captions[row].tokens))
         size = max(len(part) for part, _ in batches)
         parts = [order[start : start + size] for start in range(0, len(order), size)]
@@ -127,7 +128,7 @@ class SelfCritical:
     def _sample(self, numbers, embeddings, step, size):
         """Return N Captions of each image, `size` images at a time."""
         mine = slice(0, len(numbers))
-        if is_sharded(self.model):  # all processes must compute the same, for the weights' sake
+        if is_sharded(self.model):  # sharded weights need all processes on the same images
             everyone = all_gather((numbers, embeddings))
             before = sum(len(theirs) for theirs, _ in everyone[: rank()])
             mine = slice(before, before + len(numbers))
@@ -140,13 +141,13 @@ class SelfCritical:
         return groups[mine]
 
     def _ended(self, caption):
-        """Tell whether a caption ended by itself, not for want of room."""
+        """Tell whether a caption ended by itself, not at the length limit."""
         stop = self.decoding.stop_token
         said_so = caption.tokens[-1] in self.ends or bool(stop and stop in caption.text)
         return len(caption.tokens) < self.decoding.entry_length or said_so
 
     def _advantage(self, texts, images, embeddings, ended):
-        """Return how much better than its image's other captions each one is, [R] float32, by the step's deviation."""
+        """Return each caption's reward less the mean of its image's others, [R] float32, over the step's deviation."""
         total = np.zeros(len(texts))
         for reward in self.rewards:
             values = reward(texts, images, embeddings, ended)  # [R]
@@ -162,13 +163,13 @@ class SelfCritical:
         return torch.from_numpy(total).float()
 
     def _watch(self, groups, ended):
-        """Log what captions are like, and stop where they are no longer what they were.
+        """Log the captions' length and variety, and stop where they have collapsed.
 
         Raises: CollapsedError.
         """
         captions, count = sum(map(len, groups)), all_sum(len(groups))
         self.logged["length"] = all_sum(sum(len(c.tokens) for group in groups for c in group)) / all_sum(captions)
-        # one of each image: its samples may well agree
+        # one sample per image: an image's samples may well agree
         distinct = len(all_union({group[0].text for group in groups})) / count
         self.logged["share_of_distinct_captions"] = distinct
         self.lately.append((distinct, all_sum(sum(ended)) / all_sum(captions)))
@@ -219,7 +220,7 @@ class SelfCritical:
         return {name: round(value, 5) for name, value in (self.logged | divergence).items()}
 
     def state(self):
-        """Return what collapsing is told by; sampling goes on from the number of steps taken."""
+        """Return what collapse is detected by; sampling depends on the number of steps taken only."""
         return {"at_first": self.at_first, "lately": list(self.lately)}
 
     def load_state(self, state):

@@ -1,13 +1,13 @@
-"""What decides a training run, as flags and json files say it."""
+"""The settings of a training run, under the names of flags and json files."""
 
 from dataclasses import dataclass
 
 # --optimizer -> weight decay unless --weight_decay says otherwise; names as in transformers' `--optim`
 WEIGHT_DECAY = {"adamw_hf": 0.0, "adamw_torch": 0.01}
-MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # --mixed_precision -> torch's name of the type
+MIXED_PRECISION = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # --mixed_precision -> torch's dtype
 CIDER, CLIP = "cider", "clip"
 REWARDS = (CIDER, CLIP, f"{CIDER}+{CLIP}")
-# flags of train.py that a reward's checkpoint answers: CaptionConfig's of the same names
+# flags of train.py whose values train_scst.py takes from the checkpoint's CaptionConfig
 OF_THE_CHECKPOINT = (
     "mapping_type", "prefix_length", "prefix_length_clip", "num_layers", "num_heads", "normalize_prefix",
 )  # fmt: skip
@@ -15,7 +15,7 @@ OF_THE_CHECKPOINT = (
 
 @dataclass
 class TrainingConfig:
-    """How a captioner is trained; all of it decides the weights that come out.
+    """How a captioner is trained; every field affects the resulting weights.
 
     Args:
         data: feature store.
@@ -25,14 +25,14 @@ class TrainingConfig:
         bs: captions per batch, of all processes together.
         optimizer: key of WEIGHT_DECAY.
         lr: its peak learning rate.
-        weight_decay: share of a weight, times the learning rate, that a step takes off; None: the optimiser's own.
+        weight_decay: decoupled weight decay; None: the optimiser's default.
         warmup_steps: optimiser steps of linear warm-up, before the linear decay to zero.
         gradient_accumulation_steps: batches per optimiser step.
-        mixed_precision: key of MIXED_PRECISION, the type that autocast uses.
+        mixed_precision: key of MIXED_PRECISION, autocast's dtype.
         group_by_length: batches hold captions of similar length.
         seed: of initial weights, shuffling, dropout and noise.
-        noise_angle: degrees that texts' embeddings are turned by in training; None: they are of images.
-        match: feature store of images to where the texts are moved, or None.
+        noise_angle: degrees that text embeddings are turned by in training; None: the store is of images.
+        match: feature store of images that text embeddings are matched to, or None.
     """
 
     data: str
@@ -62,7 +62,7 @@ class RewardConfig(TrainingConfig):
 
     Args:
         reward: one of REWARDS.
-        samples: captions drawn of an image.
+        samples: captions sampled per image.
         kl: weight of the divergence from the captioner at the start.
     """
 

@@ -1,4 +1,4 @@
-"""The flags of training on texts in the place of images."""
+"""The flags of training on texts instead of images."""
 
 import argparse
 
@@ -10,12 +10,12 @@ def add_text_flags(parser):
     group = parser.add_argument_group("text-only training", "on a store of parse_coco.py --text_only")
     group.add_argument(
         "--noise_angle", type=noise_angle, metavar="DEGREES|auto",
-        help="turn each text this far, into a direction drawn anew in every epoch; auto: as far as the images of "
-        "--match are from what the nearest texts tell",
+        help="turn each text embedding by this angle, in a direction drawn anew every epoch; auto: the median angle "
+        "between the images of --match and their nearest texts, once matched",
     )  # fmt: skip
     group.add_argument(
         "--match", metavar="STORE",
-        help="store of a few images, captioned or not, to where texts are moved, and in whose directions turned",
+        help="store of a few images, captioned or not: where text embeddings are moved, and in which directions turned",
     )  # fmt: skip
 
 

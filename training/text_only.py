@@ -1,4 +1,4 @@
-"""Training on texts in the place of images: what the flags of training.text_flags ask for."""
+"""Training on texts instead of images, as the flags of training.text_flags say."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ MOST_ANGLE = 80  # beyond which an image and its text have next to nothing in co
 
 
 def read_match(path, noise_angle, store, val_store=None):
-    """Read --match, after refusing what would train or score a captioner on what it does not meet later.
+    """Read --match, after checking that each store holds what its flag needs, texts or images.
 
     Args:
         path, noise_angle: the flags' values, or None.
@@ -52,12 +52,12 @@ def _check_modality(store, noise_angle, val_store):
         note(f"warning: no json beside --data {store.path} says what its rows are: they are taken for texts'")
     if val_store and val_store.is_of_texts:
         raise ValueError(
-            f"--val_data {val_store.path} holds texts, and captions are scored of images; pass a store of those"
+            f"--val_data {val_store.path} holds texts, and captions are scored on images; pass a store of images"
         )
 
 
 def prepare_texts(store, noise_angle, match):
-    """Return (the store with its texts where images lie, the angle in degrees).
+    """Return (the store with its text embeddings moved to where images lie, the angle in degrees).
 
     Args:
         store: FeatureStore of texts.
@@ -70,8 +70,8 @@ def prepare_texts(store, noise_angle, match):
         noise_angle = round(texts.angle, 1)
         if not 0 < noise_angle < MOST_ANGLE:
             raise ValueError(
-                f"--noise_angle auto: images of {match.path} are {noise_angle} degrees from what the texts tell; "
-                "pass images of what the texts tell of, or an angle"
+                f"--noise_angle auto: images of {match.path} are {noise_angle} degrees from the nearest texts; "
+                "pass images of what the texts describe, or an angle"
             )
         note(f"--noise_angle auto: {noise_angle} degrees, from {len(match.clip_embedding):,} images of {match.path}")
     return replace(store, clip_embedding=texts), noise_angle

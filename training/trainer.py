@@ -1,4 +1,4 @@
-"""The state of a training run and its step; knows no file."""
+"""The state of a training run and its step, without any files."""
 
 import contextlib
 import math
@@ -24,7 +24,7 @@ class Trainer:
 
         Args:
             model: ClipCaptionModel, on `device`.
-            objective: what the captioner learns and of which data, such as CrossEntropy.
+            objective: what the captioner learns and from which data, such as CrossEntropy.
             config: TrainingConfig.
         Raises: ValueError where the batches cannot be shared out over the processes.
         """
@@ -34,10 +34,10 @@ class Trainer:
         if device.type == "cpu" and not is_sharded(model):
             multiply_by_onednn(model)
         self.token_logprobs = data_parallel(model)
-        if rank():  # process 0 goes on as one process would; the others draw other dropout
+        if rank():  # process 0 draws the dropout of a single-process run; the others draw their own
             torch.manual_seed(config.seed + rank())
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # one pass over the weights instead of a dozen; sharded ones it does not take
+        # fused: one pass over the weights instead of a dozen; it does not take sharded ones
         self.optimizer = make_optimizer(
             config.optimizer, self.trained.values(), config.lr, config.weight_decay, fused=not is_sharded(model)
         )
@@ -53,12 +53,12 @@ class Trainer:
         self.best = None  # the highest validation CIDEr so far
 
     def train_step(self, batches):
-        """Take one optimiser step on the mean loss over all tokens that count of all processes' `batches`.
+        """Take one optimiser step on the mean loss over all counted tokens of all processes' `batches`.
 
         Args:
             batches: list of the dataset's batches, this process' part.
         Returns: (loss, learning rate), the same in all processes.
-        Raises: FloatingPointError where the loss is not finite; nothing has been changed then.
+        Raises: FloatingPointError where the loss is not finite; weights and optimiser are unchanged then.
         """
         with self.autocast():
             examples = self.objective.examples(batches, self.step)
@@ -69,14 +69,14 @@ class Trainer:
             wait = number < len(examples) and isinstance(self.token_logprobs, DistributedDataParallel)
             with self.token_logprobs.no_sync() if wait else contextlib.nullcontext():
                 with self.autocast():
-                    # from pinned memory: the copy does not wait for what the GPU is at
+                    # from pinned memory: the copy does not wait for the GPU's current work
                     inputs = (v.to(self.device, non_blocking=True) for v in (example.tokens, example.clip_embedding))
                     logprobs = self.token_logprobs(*inputs, example.lengths)
                     part = self.objective.loss(logprobs, example) / total
-                # gradients are averaged over the processes, and their sum is wanted
+                # gradients are averaged over the processes, but their sum is wanted
                 self.scaler.scale(part * world_size()).backward()
             loss += part.detach().to(self.device)
-        loss = all_sum(loss.item())  # here the GPU is waited for, not in every batch
+        loss = all_sum(loss.item())  # waits for the GPU once, not in every batch
         if not math.isfinite(loss):
             self.optimizer.zero_grad()
             raise FloatingPointError(f"the loss is {loss}")
@@ -88,11 +88,11 @@ class Trainer:
         return loss, rate
 
     def autocast(self):
-        """Return the context in which the captioner computes, in the type of --mixed_precision."""
+        """Return the context in which the captioner computes, with the dtype of --mixed_precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def epoch_batches(self):
-        """Yield what is left of this epoch, as lists of the batches of one optimiser step, this process' part."""
+        """Yield this process' part of the rest of the epoch, a list of batches per optimiser step."""
         lengths = self.dataset.text_lengths if self.config.group_by_length else None
         order = epoch_batches(len(self.dataset), self.config.bs, self.config.seed, self.epoch, lengths)
         own = [share(batch) for batch in order[self.batch :]]
@@ -105,15 +105,15 @@ class Trainer:
                 group = []
 
     def cuda_devices(self):
-        """Return the GPUs that random numbers are drawn on: all that one process may split a model over."""
+        """Return the GPUs whose random state is saved: all of them for a single process, which may split a model."""
         if self.device.type != "cuda":
             return []
         return list(range(torch.cuda.device_count())) if world_size() == 1 else [self.device]
 
     def state(self):
-        """Return all that a continuation needs, in however many processes, as tensors and plain data.
+        """Return all that resuming needs, with any number of processes, as tensors and plain data.
 
-        Every process must call it; process 0 gets all of it.
+        Every process must call this; process 0 gets the whole state.
         """
         weights = get_weights(self.model, trained_only=True)
         cuda_states = [torch.cuda.get_rng_state(device) for device in self.cuda_devices()]
@@ -147,7 +147,7 @@ class Trainer:
                 "the run to resume trained other weights; pass the same options, or begin anew without --resume"
             )
         optimizer = by_name(state["optimizer"], list(shapes))
-        for group in optimizer["param_groups"]:  # the run that was saved may have been sharded, or this one is
+        for group in optimizer["param_groups"]:  # sharding may differ between the saved run and this one
             group["fused"] = not is_sharded(self.model)
         set_optimizer_state(self.model, self.optimizer, optimizer)
         set_weights(self.model, state["trained"])
@@ -156,20 +156,20 @@ class Trainer:
         if len(state["random"]) == world_size():
             on_cpu, on_cuda = state["random"][rank()]
             torch.set_rng_state(on_cpu)
-            before = [on_cuda] if isinstance(on_cuda, torch.Tensor) else on_cuda or []  # one: of earlier versions
+            before = [on_cuda] if isinstance(on_cuda, torch.Tensor) else on_cuda or []  # one: earlier versions
             for device, values in zip(self.cuda_devices(), before, strict=False):
                 torch.cuda.set_rng_state(values, device)
         self.epoch, self.step, self.batch = state["epoch"], state["step"], state["batch"]
         self.best = state.get("best")
-        if "objective" in state:  # not in states of before there was more than one
+        if "objective" in state:  # absent from states of earlier versions
             self.objective.load_state(state["objective"])
 
 
 def by_name(state, names):
-    """Return an optimiser's state under its weights' names; in files of earlier versions they are numbered.
+    """Return an optimiser's state keyed by weight names; files of earlier versions number the weights.
 
     Args:
-        state: as torch's or `get_optimizer_state` returns it.
+        state: as torch or `get_optimizer_state` returns it.
         names: of the weights, in the optimiser's order.
     """
     name = lambda key: names[key] if isinstance(key, int) else key  # noqa: E731

@@ -1,4 +1,4 @@
-"""What an epoch ends with: captions of a few images to see, and the validation images scored as evaluate.py does."""
+"""What an epoch ends with: sample captions of a few images, and validation scores computed as in evaluate.py."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from utils.processes import share
 
 SAMPLES = 8  # images captioned after every epoch
 SAMPLE_LENGTH = 40  # tokens of such a caption
-METRICS = ("Bleu", "ROUGE_L", "CIDEr")  # those that need no Java
+METRICS = ("Bleu", "ROUGE_L", "CIDEr")  # these need no Java
 
 
 def show_samples(model, tokenizer, dataset, epoch, decoding):
@@ -69,7 +69,7 @@ class Validation:
         scored = coco_scores(captions, self.references, METRICS, "python")
         statistics = caption_statistics(scored.tokens)
         log.add_scores(trainer.step, trainer.epoch, scored.metrics | statistics)
-        cider = scored.metrics["CIDEr"]  # None of one image
+        cider = scored.metrics["CIDEr"]  # None on one image
         is_best = cider is not None and (trainer.best is None or cider > trainer.best)
         if is_best:
             files.save_best(trainer.model)
@@ -91,7 +91,7 @@ class Validation:
     def _caption(self, model, tokenizer, device, batch_size, decoding):
         """Return {image id: caption}, as predict.py makes them, each process captioning its share."""
         captions, ids = {}, list(self.rows)
-        if not is_sharded(model):  # else all must compute the same, for the weights' sake
+        if not is_sharded(model):  # sharded weights need all processes on the same images
             ids = share(ids)
         with progress_bar(len(ids), "validation", "img") as bar:
             for start in range(0, len(ids), batch_size):

@@ -7,16 +7,16 @@ from concurrent.futures import Future
 class Batcher:
     """Joins what several threads ask for at the same time into batches.
 
-    One thread does all the work: what torch and the memory allocator keep for every thread that has ever computed, such
-    as buffers for products, is kept once, whoever asks.
+    One thread does all the work, so that what torch and the memory allocator keep for each thread that has computed,
+    such as matmul buffers, is kept only once.
     """
 
     def __init__(self, work, size):
         """Wrap a function of many requests.
 
         Args:
-            work: function of a list of requests to a list of answers; an answer that is an exception is raised to
-                the one who asked.
+            work: function of a list of requests to a list of answers; an answer that is an exception is raised in
+                the thread that asked.
             size: requests in a batch at most.
         """
         self.work, self.size = work, size
@@ -31,7 +31,7 @@ class Batcher:
         return self._ask(request, alone=False)
 
     def alone(self, function):
-        """Return what a function without arguments does, called between batches; raises what it raises."""
+        """Call a function without arguments between batches; returns what it returns, raises what it raises."""
         return self._ask(function, alone=True)
 
     def _ask(self, asked, alone):

@@ -1,9 +1,9 @@
-"""What every command shares: its parser, its errors, its progress bar; and how it starts at once.
+"""What every command shares: its parser, its errors, its progress bar; and how it starts without delay.
 
-A script imports at its top only what parses and checks: the standard library, and modules of ours that import no more
-(flags, settings, names of files). torch, transformers, numpy and the like take seconds, and come when the arguments are
-right: `main` parses, refuses all that can be refused without a model, and then imports the module that works, which
-imports at its own top whatever it needs:
+At its top, a script imports only what parsing and checking need: the standard library, and our own modules that import
+no more than that (flags, settings, file names). torch, transformers, numpy and the like take seconds to import, and
+wait until the arguments are right: `main` parses, refuses all that can be refused without a model, and then imports the
+module that does the work, which imports at its own top whatever it needs:
 
     def main(argv=None):
         args = get_parser().parse_args(argv)
@@ -12,7 +12,7 @@ imports at its own top whatever it needs:
             from training.run import run_training
         return run_training(args)
 
-What others look for in a script, and lies in such a module, is found by the script's `__getattr__`.
+A script's `__getattr__` finds names that others import from it but that are defined in such a module.
 tests/test_startup.py holds every command to it; benchmarks/startup.py measures it.
 """
 
@@ -28,14 +28,14 @@ import sys
 from utils.processes import first_to_fail, is_main
 
 VERSION = "1.0.0"
-# notes that begin so are printed under --quiet too
+# notes that begin with these are printed under --quiet too
 LOUD = ("error", "interrupted", "skipped", "terminated", "unreadable", "warning")
 METAVARS = {"positive_int": "N", "non_negative_int": "N", "positive_float": "X", "float": "X"}
 DISK_FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines, names values shortly, adds each flag's default where it has one worth reading."""
+    """Keeps the description's line breaks, shortens metavars and adds each default that is worth reading."""
 
     def _get_default_metavar_for_optional(self, action):
         return METAVARS.get(getattr(action.type, "__name__", ""), action.dest.rsplit("_", 1)[-1].upper())
@@ -50,7 +50,7 @@ class ShowVersion(argparse.Action):
     """The flag --version."""
 
     def __call__(self, parser, *_):
-        from importlib.metadata import version  # torch itself takes seconds to say it
+        from importlib.metadata import version  # importing torch to ask it takes seconds
 
         parser._print_message(f"{parser.prog} {VERSION}, torch {version('torch')}\n", sys.stdout)
         parser.exit()
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description, **options):
         super().__init__(description=description.strip(), formatter_class=HelpFormatter, **options)
-        self.aliases = {}  # argument -> {a predecessor's word: its value}
+        self.aliases = {}  # argument -> {a predecessor's value: ours}
         self.add_argument("--quiet", action="store_true", help="print results, warnings and errors only; no progress")
         self.add_argument("--version", action=ShowVersion, nargs=0, help="show program's version number and exit")
 
@@ -142,8 +142,8 @@ _importing = False  # whether late_imports are under way
 def late_imports():
     """Let the body import what does the command's work; see above.
 
-    Ctrl-C ends the process quietly meanwhile: Python would show where in somebody else's package it was, and packages
-    that catch every error would go on.
+    Meanwhile Ctrl-C ends the process quietly: Python would print a traceback from inside some package, and packages
+    that catch every error would carry on.
     """
     global _importing
     _importing = True
@@ -168,9 +168,9 @@ def progress_bar(total, description, unit, initial=0):
 
 
 def note(message):
-    """Print one line for the user to standard error, so that standard output stays data; process 0 alone does.
+    """Print one line for the user to standard error, so that standard output stays data.
 
-    --quiet keeps LOUD ones.
+    Only process 0 prints; under --quiet, only LOUD notes.
     """
     if is_main() and (not _quiet or message.startswith(LOUD)):
         _write(message)
@@ -185,8 +185,8 @@ def _write(message):
 def run(main):
     """Call a command's `main` and exit: 2 with one line for bad input, 130 after Ctrl-C, 143 after SIGTERM.
 
-    141 without a word where nobody reads the output any more, as after `predict.py ... | head`. Set CLIPCAP_DEBUG=1 to
-    see the whole traceback.
+    141, without a message, where nobody reads the output any more, as after `predict.py ... | head`. Set
+    CLIPCAP_DEBUG=1 to see the whole traceback.
     """
     _prepare_streams()
     _catch_signals()
@@ -197,7 +197,7 @@ def run(main):
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
-        except OSError:  # told by now; Python would complain of it when it flushes at the very end
+        except OSError:  # handled already; Python would complain again when it flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     sys.exit(status)
 
@@ -213,16 +213,16 @@ def _prepare_streams():
 
 
 def _catch_signals():
-    """Make SIGTERM raise KeyboardInterrupt as Ctrl-C does, so that what keeps finished work on one does on the other.
+    """Make SIGTERM raise KeyboardInterrupt as Ctrl-C does, so that finished work is kept after either.
 
-    The second signal is passed over, for then that work is being written, and torchrun sends one after the terminal
-    has; a third one interrupts that too. One that the shell has set to be ignored, as `nohup` or `&` do, stays so.
+    A second signal is passed over, for finished work is being written then, and torchrun sends one after the terminal
+    has; a third interrupts that too. A signal that the shell ignores, as under `nohup` or `&`, stays ignored.
     """
     _stopped_by.clear()
 
     def stop(number, _frame):
         if _importing:
-            os._exit(128 + number)  # nothing has been begun that would need tidying up
+            os._exit(128 + number)  # nothing has begun that would need cleaning up
         told_to_stop(number)
         if len(_stopped_by) != 2:
             raise KeyboardInterrupt
@@ -233,7 +233,7 @@ def _catch_signals():
 
 
 def told_to_stop(number):
-    """Remember a signal that asks the command to stop: the first one tells the exit status."""
+    """Remember a signal that asks the command to stop: the first one decides the exit status."""
     _stopped_by.append(number)
 
 

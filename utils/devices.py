@@ -8,7 +8,7 @@ from utils.cli import note
 from utils.files import reason
 
 ALLOCATION = ("out of memory", "can't allocate memory", "alloc_cpu")  # what torch's RuntimeErrors say
-KERNELS_KEPT = 64  # of oneDNN, which keeps 1,024 of them, each for one number of rows, in two caches
+KERNELS_KEPT = 64  # oneDNN kernels, each for one number of rows; by default two caches keep 1,024
 
 
 def is_out_of_memory(error):
@@ -19,9 +19,9 @@ def is_out_of_memory(error):
 
 
 def keep_few_kernels():
-    """Bound what a process that runs for long remembers of all numbers of rows it has met: hundreds of megabytes else.
+    """Bound the kernels that a long-running process caches for each number of rows it meets: else hundreds of MB.
 
-    Counts where nothing was computed yet, and where the user has not set the variables.
+    Has an effect only before the first computation, and where the user has not set the variables.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # the second is torch's own
         os.environ.setdefault(name, str(KERNELS_KEPT))
@@ -39,10 +39,10 @@ def pick_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda":  # by count: a tensor would put a context on GPU 0 for each of torchrun's processes
+        if device.type == "cuda":  # by count: a tensor would make each of torchrun's processes open a context on GPU 0
             if (device.index or 0) >= torch.cuda.device_count():
                 raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
-            torch.set_float32_matmul_precision("high")  # TF32, for every command: float32 products, times faster
+            torch.set_float32_matmul_precision("high")  # TF32, for every command: matmuls times faster
         else:
             torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -1,4 +1,4 @@
-"""What the processes of one command tell each other; in one process all of it does nothing."""
+"""Communication between the processes of one command; with one process none of it does anything."""
 
 import contextlib
 import functools
@@ -15,12 +15,12 @@ from utils.processes import is_main, rank, world_size
 
 # one may wait for another that saves or extracts; a process that dies is noticed at once
 TIMEOUT = timedelta(days=1)
-LOST = re.compile("gloo|NCCL", re.IGNORECASE)  # the libraries whose RuntimeErrors tell of that
+LOST = re.compile("gloo|NCCL", re.IGNORECASE)  # the libraries whose RuntimeErrors report a lost process
 
 
 @contextlib.contextmanager
 def connected(device):
-    """Connect the processes for the time of the body: collectives by gloo on the CPU, by NCCL on GPUs.
+    """Connect the processes while the body runs: collectives by gloo on the CPU, by NCCL on GPUs.
 
     Args:
         device: torch device of this process.
@@ -79,7 +79,7 @@ def barrier():
 
 @contextlib.contextmanager
 def main_first():
-    """Run the body in process 0 before the others do, which then find on the disk what it fetched."""
+    """Run the body in process 0 before the others, so that they find on disk what it fetched."""
     if not is_main():
         barrier()
     yield

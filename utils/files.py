@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with one clear line when they are bad."""
+"""Files that are written atomically, and whose faults are reported in one clear line when they are read."""
 
 import contextlib
 import csv
@@ -58,7 +58,7 @@ def write_table(path, columns, rows):
 
 @contextlib.contextmanager
 def disk_errors(folder):
-    """Turn a library's error without a cause into the system's own, where the disk of `folder` is full.
+    """Turn a library's vague error into the system's own, where the disk of `folder` is full.
 
     torch and tokenizers report a full disk as RuntimeError or Exception.
     Raises: OSError where nothing can be written to `folder`; else whatever the body raises.

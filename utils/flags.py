@@ -1,18 +1,18 @@
-"""Flags that several commands have, and what they may say."""
+"""Flags that several commands share, and their values."""
 
 from dataclasses import dataclass
 
 from utils.cli import positive_int
 
 DTYPES = ("auto", "fp32", "bf16", "int8")  # of --dtype
-MAX_PIXELS = 178_956_970  # of an image: where Pillow itself refuses
+MAX_PIXELS = 178_956_970  # of an image; Pillow itself refuses more
 
 
 def add_dtype_flag(parser):
     """Add --dtype."""
     parser.add_argument(
         "--dtype", choices=DTYPES,
-        help="numbers to compute in: auto is bf16 where the device has it, int8 is for CPUs and rounds over the "
+        help="dtype to compute in: auto is bf16 where the device has it, int8 is for CPUs and rounds over the "
         "batch, so that an image's result depends a little on what shares its batch (default: fp32, but CLIP's own "
         "fp16 on a GPU)",
     )  # fmt: skip
@@ -45,7 +45,7 @@ def add_device_flags(parser):
 
 @dataclass
 class Placement:
-    """Where a captioner lies and what of it is kept.
+    """Where a captioner's weights lie, and what is kept for the backward pass.
 
     Args:
         devices: as `pick_devices` returns them.

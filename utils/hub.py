@@ -1,4 +1,4 @@
-"""The model hub: files from the local cache where they are, without minutes of retries elsewhere; commits to it."""
+"""The model hub: files from the local cache first, without minutes of retries for the others; commits to the hub."""
 
 import contextlib
 import errno
@@ -17,9 +17,9 @@ LOG_IN = "log in by `hf auth login`, or set HF_TOKEN"
 
 
 def parse_repository(name):
-    """Return (ORG/NAME, revision or None) of a repository's name with or without PREFIX, or None where it is no such.
+    """Return (ORG/NAME, revision or None) of a repository's name, with or without PREFIX; None for any other text.
 
-    Raises: ValueError where what follows PREFIX is none.
+    Raises: ValueError where PREFIX is not followed by a repository's name.
     """
     found = REPOSITORY.fullmatch(str(name).removeprefix(PREFIX))
     if not found and str(name).startswith(PREFIX):
@@ -28,7 +28,7 @@ def parse_repository(name):
 
 
 def cached_first(fetch):
-    """Call a function that fetches files: first with the hub cut off, then, if the hub answers, with it.
+    """Call a function that fetches files: first offline, then, if the hub answers, online.
 
     Args:
         fetch: function without arguments that uses the hub's library.
@@ -96,7 +96,7 @@ def newest(repository, revision, name):
         try:
             path = Path(hf_hub_download(repository, name, revision=revision))
         except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):  # nobody knows
+            if isinstance(error, LocalEntryNotFoundError):  # unknown without the hub
                 raise
             return None
     if not answers and not constants.HF_HUB_OFFLINE:
@@ -105,7 +105,7 @@ def newest(repository, revision, name):
 
 
 def fetch_commit(repository, commit, patterns):
-    """Fetch those files of a commit that patterns match; raises FileNotFoundError, which says what helps."""
+    """Fetch the files of a commit that match patterns; raises FileNotFoundError, which says what helps."""
     from huggingface_hub import snapshot_download
 
     with _speaking(repository, commit), contextlib.nullcontext() if hub_answers() else _cut_off():
@@ -121,7 +121,7 @@ def _speaking(repository, revision=None):
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     before, silenced = logging.get_verbosity(), are_progress_bars_disabled()
-    logging.set_verbosity_error()  # it warns of each try
+    logging.set_verbosity_error()  # it warns at each try
     if not shows_progress():
         disable_progress_bars()
     try:

@@ -5,7 +5,7 @@ import signal
 
 
 def leave(_number, _frame):
-    """Exit as after any Ctrl-C; nothing has been begun that would need tidying up."""
+    """Exit as after any Ctrl-C; nothing has begun that would need cleaning up."""
     os._exit(130)
 
 

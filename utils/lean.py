@@ -1,8 +1,8 @@
-"""Libraries without those of their parts that captioning has no use for, and that take most of the time to import.
+"""Imports of libraries without the parts that captioning does not use, which take most of the time.
 
-transformers imports, with any model, torch's compiler and distributed tensors, SymPy and SciPy's optimisers;
-torchvision the compiler too; OpenAI's clip ftfy. Of `import transformers.modeling_utils` these are two thirds. In
-`lean()` the rest is imported alone: what is left out comes when it is first used.
+With any model, transformers imports torch's compiler and distributed tensors, SymPy and SciPy's optimisers;
+torchvision imports the compiler too, OpenAI's clip ftfy. These parts take two thirds of
+`import transformers.modeling_utils`. In `lean()` they are left out, and imported when they are first used.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from pathlib import Path
 
 from utils.processes import world_size
 
-# what transformers does without, as where torch is built without it or SciPy is not installed; it asks by functions
+# transformers' checks that answer no, as if torch were built without the part or SciPy were not installed
 LEFT_OUT = ("is_scipy_available", "is_torch_flex_attn_available")
 OF_SEVERAL_PROCESSES = ("is_torch_distributed_available",)
-# module -> functions and classes that others take from it when they are imported, and call later, or never
+# module -> functions and classes that others import from it, but call later or never
 CALLED_LATER = {
     "ftfy": ("fix_text",),
     "torch._dynamo.utils": ("is_compile_supported",),
@@ -26,15 +26,15 @@ CALLED_LATER = {
 }
 DECORATORS = ("allow_in_graph", "assume_constant_result", "disable")  # of torch's compiler
 
-_one_at_a_time = threading.RLock()  # the places that are changed are everybody's
+_one_at_a_time = threading.RLock()  # what is patched is global
 
 
 class StandIn(types.ModuleType):
-    """A module in the place of one that is imported later; what it does not know is taken from that one at once."""
+    """Stands in for a module that is imported later; an attribute that it lacks imports the real one at once."""
 
     def __init__(self, name, **known):
         super().__init__(name)
-        self.__spec__ = importlib.machinery.ModuleSpec(name, None)  # libraries ask by it whether there is the module
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)  # libraries ask it whether the module exists
         vars(self).update(known)
 
     def __getattr__(self, name):
@@ -46,18 +46,18 @@ class StandIn(types.ModuleType):
 
 
 def later(module, name):
-    """Return a function that calls one of a module that is imported then."""
+    """Return a function that, when called, imports a module and calls its function `name`."""
     return lambda *arguments, **options: getattr(importlib.import_module(module), name)(*arguments, **options)
 
 
 def unmarked(function=None, *_, **__):
-    """Decorate as torch's compiler does for its own sake alone: nothing changes for who does not compile."""
+    """Stand in for decorators of torch's compiler, which change nothing for code that is not compiled."""
     return unmarked if function is None else function
 
 
 @contextlib.contextmanager
 def lean():
-    """Import in the body what would import parts without use; those that are here already stay."""
+    """Let the body import libraries without their unused parts; parts that are imported already stay."""
     with _one_at_a_time, contextlib.ExitStack() as undo:
         for name, functions in CALLED_LATER.items():
             if name not in sys.modules:
@@ -72,9 +72,10 @@ def lean():
 
 @contextlib.contextmanager
 def undrawn():
-    """Let the body build language models without drawing their weights, which are given or read for their types alone.
+    """Let the body build language models without initialising weights that are loaded later or needed for dtypes only.
 
-    To draw weights that have no memory, torch would import its compiler. Meanwhile all threads build so, in turn.
+    To initialise weights on the meta device, torch would import its compiler. Meanwhile all threads build models so;
+    only one at a time is in the body.
     """
     import torch
 
@@ -91,7 +92,7 @@ def undrawn():
 
 
 def _leave_compiler_out(undo):
-    """Stand in for torch's compiler, whose decorators libraries put on functions of theirs."""
+    """Replace torch's compiler, whose decorators libraries put on their own functions, by a StandIn."""
     import torch
 
     compiler = StandIn("torch._dynamo", **dict.fromkeys(DECORATORS, unmarked))
@@ -103,11 +104,11 @@ def _leave_compiler_out(undo):
 
 
 def _tell_transformers(undo):
-    """Tell transformers what it has to do without; other processes of the command share its tensors."""
+    """Make transformers' checks for unused parts answer no; several processes do use its distributed tensors."""
     import transformers
     from transformers import utils
 
-    # its models' folder would be looked through twice, by another name of it
+    # else it would scan its models' folder twice, under two names
     find, folder = utils.import_utils.create_import_structure_from_path, Path(transformers.__file__).parent / "models"
     undo.callback(setattr, utils.import_utils, find.__name__, find)
     setattr(utils.import_utils, find.__name__, lambda path: find(folder if Path(path).parent == folder else path))

@@ -1,4 +1,4 @@
-"""What a command is about to write: checked before any work, and held by one run at a time."""
+"""What a command is about to write: checked before any work, and locked by one run at a time."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ except ImportError:  # Windows
 
 RUN, STORE = "a training run", "a feature store"
 KEYS = {RUN: {"model", "training"}, STORE: {"clip_model_type", "embed_dim"}}  # of the json files that belong to one
-_held = set()  # lock files of this process, whose own record locks do not keep it out
+_held = set()  # lock files of this process, which its own record locks do not keep out
 
 
 def check_output(flag, path, inputs=None, endings=()):
@@ -31,7 +31,7 @@ def check_output(flag, path, inputs=None, endings=()):
     given, path = path, Path(path)
     if path.is_dir() or str(given).endswith(os.sep):
         raise ValueError(f"{flag} {path} is a folder; name a file in it")
-    if path.exists() and not path.is_file():  # a device or a pipe, which a file would take the place of
+    if path.exists() and not path.is_file():  # a device or a pipe, which a file would replace
         raise ValueError(f"{flag} {path} is no file that can be replaced; name another")
     if endings and path.suffix.lower() not in endings:
         raise ValueError(f"{flag} {path} must end in {' or '.join(endings)}, which says what is written")
@@ -45,11 +45,11 @@ def check_output(flag, path, inputs=None, endings=()):
 
 
 def overwritten(outputs, inputs):
-    """Return the first input that an output would take the place of, as "what it is, file", or None.
+    """Return the first input that an output would overwrite, as "what it is, file", or None.
 
     Args:
         outputs: files or folders that will be written.
-        inputs: as of `check_output`.
+        inputs: see `check_output`.
     """
     for what, files in inputs.items():
         for file in files if isinstance(files, list | tuple | set) else [files]:
@@ -92,10 +92,10 @@ def same_file(first, second):
 
 @contextlib.contextmanager
 def lock(path, flag="--out", shown=None):
-    """Hold an output for the time of the body, so that no second run writes it.
+    """Lock an output while the body runs, so that no second run writes it.
 
-    The system lets go of the lock when the process ends, however it ends; `.<name>.lock` beside the output, which may
-    be left after a kill, holds nothing. A folder that is made for it goes again where nothing has been written.
+    The system releases the lock when the process ends, however it ends; a file `.<name>.lock` that a kill leaves beside
+    the output locks nothing. A folder made for the lock is removed again if nothing was written into it.
 
     Args:
         path: file or folder that is written; it need not exist.
@@ -123,13 +123,13 @@ def lock(path, flag="--out", shown=None):
 
 @contextlib.contextmanager
 def _locked(name, busy):
-    """Lock the file `name`; `busy` is the error where it is locked, with room for who holds it."""
+    """Lock the file `name`; `busy` is the error where it is locked, with a %s for its holder."""
     if fcntl is None:
         note(f"warning: this system has no file locks; make sure that no other run writes {name.parent}")
         yield
         return
     while True:
-        file = open(name, "a+")  # noqa: SIM115  closed below, which lets go
+        file = open(name, "a+")  # noqa: SIM115  closed below, which releases the lock
         try:
             # a record lock: unlike flock's it is not inherited by processes that read images and may outlive a kill
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""Number types for inference, and linear layers laid out for the processor that reads them.
+"""dtypes for inference, and linear layers laid out for the processor that reads them.
 
-torch's own float32 product goes to MKL, which on many processors reads a weight matrix at a third of the memory's
-speed when it meets one row. oneDNN, which torch brings along too, reaches nearly all of it once the matrix has been
+torch's own float32 matmul goes to MKL, which on many processors reads a weight matrix at a third of the memory's
+bandwidth when the input has one row. oneDNN, which torch ships too, reaches nearly all of it once the matrix has been
 reordered into blocks, and is faster for many rows as well; benchmarks/results.md has the figures.
 """
 
@@ -22,7 +22,7 @@ from utils.lean import undrawn
 ROWS_EXPECTED = 64  # rows that the blocks are laid out for; measured to serve 1 to 3,200 rows
 PROBED = 4  # positions that show whether a language model computes the same with other layers
 # largest difference from a plain layer's output, as a share of its largest number; measured: 4e-7 in float32, 0.03 in
-# int8, which is told from nonsense only, for there are models that lose more by it
+# int8, whose bound only rules out nonsense, for some models lose more by it
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.int8: 0.5}
 
 
@@ -43,7 +43,7 @@ def pick_dtype(name, device):
 
 
 def _has_bf16(device):
-    """Tell whether a device multiplies bf16 itself."""
+    """Tell whether a device multiplies bf16 natively."""
     if device.type != "cuda":
         return _cpu_has_bf16()
     with torch.cuda.device(device):  # torch asks the current one, and counts emulation unless told not to
@@ -57,7 +57,7 @@ def _say_emulated():
 
 
 def _cpu_has_bf16():
-    """Tell whether the processor multiplies bf16 itself, instead of being slower at it."""
+    """Tell whether the processor multiplies bf16 natively, instead of emulating it more slowly."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -70,15 +70,15 @@ def _int8_sums_overflow():
 
 
 def prepare_for_inference(model, dtype, device, probe=None):
-    """Change a model in place so that it computes in `dtype`, as fast as the device does; it can be trained no more.
+    """Change a model in place to compute in `dtype`, as fast as the device can; it can no longer be trained.
 
     Args:
-        model: any module; its linear layers, and torch's attention, are replaced on the CPU, those of a language
-            model where it computes the same by the new ones.
+        model: any module; on the CPU its linear layers and torch's attention are replaced, a language model's only
+            where its outputs stay the same.
         dtype: `fp32`, `bf16`, `int8` (the linear layers only), or None for the weights' own.
         device: where the model is.
-        probe: function without arguments to a tensor that the model computes; given, its layers are replaced where it
-            stays the same, as a language model's are. Without it they are known to be replaceable.
+        probe: function without arguments to a tensor that the model computes; if given, layers are replaced only where
+            this tensor stays the same. Without it, all but a language model's are known to be replaceable.
     Returns: the model.
     Raises: ValueError where the model cannot compute in `dtype`.
     """
@@ -95,13 +95,13 @@ def prepare_for_inference(model, dtype, device, probe=None):
         layer = QuantizedLinear if dtype == "int8" else PackedLinear
         if checked is not None:
             _pack_checked(checked, layer, compute, what)
-        for parent, name in _places(model, but=checked):  # OpenAI's CLIP and mapping networks, which are known
+        for parent, name in _places(model, but=checked):  # known to be replaceable: OpenAI's CLIP, mapping networks
             setattr(parent, name, _replacement(getattr(parent, name), layer))
     return model
 
 
 def _places(model, but=None):
-    """Return (parent, name) of the layers to replace; not the layers, whose weights are then let go one by one.
+    """Return (parent, name) of the layers to replace, not the layers, so that their weights are freed one by one.
 
     Args:
         but: a part of the model to leave alone.
@@ -131,14 +131,14 @@ def _replacement(child, layer):
 
 
 def _pack_checked(model, layer, compute, what):
-    """Repack the layers of a model, if it computes the same by them.
+    """Repack the layers of a model, if its outputs stay the same.
 
-    First by layers that have the looks of repacked ones and the old weights: nothing is held twice, nor lost if it does
-    not. Then each is repacked and compared on what it was given.
+    PlainLinear comes first, with the interface of a repacked layer and the old weights: nothing is held twice, or lost
+    if the outputs change. Then each layer is repacked and compared on the input of its first call.
 
     Args:
         compute: function without arguments to a tensor that the model computes.
-        what: it is, for the user.
+        what: what the model is, for messages.
     """
     if not _put_plain(model, compute):
         note(f"warning: this {what} needs its own layers: none is laid out for the processor, which is slower")
@@ -153,9 +153,9 @@ def _pack_checked(model, layer, compute, what):
 
 
 def _put_plain(model, compute):
-    """Put PlainLinear where a model computes the same by it; tell whether it does.
+    """Put PlainLinear layers into a model if its outputs stay the same; returns whether they do.
 
-    What is not called stays: layers for other inputs, and those whose weights the model reads itself.
+    Layers that are not called stay: those for other inputs, and those whose weights the model reads itself.
     """
     originals = [(parent, name, getattr(parent, name)) for parent, name in _places(model)]
     try:
@@ -163,7 +163,7 @@ def _put_plain(model, compute):
         for parent, name, original in originals:
             setattr(parent, name, _replacement(original, PlainLinear))
         same = _close(compute(), expected, TOLERANCE.get(expected.dtype, 0))
-    except Exception:  # whatever a module raises that looks for more in its layers than is there
+    except Exception:  # a module that looks for more in its layers can raise anything
         same = False
     for parent, name, original in originals:
         if not same or not _was_called(getattr(parent, name)):
@@ -178,7 +178,7 @@ def _was_called(replacement):
 
 @torch.no_grad()
 def _logits(gpt):
-    """Return a language model's logits of a few positions, the last by its cache, where it has one."""
+    """Return a language model's logits of a few positions, the last computed from its cache, where it has one."""
     embeddings = gpt.eval().get_input_embeddings()
     last = embeddings.num_embeddings - 1
     tokens = torch.linspace(0, last, PROBED, device=embeddings.weight.device).long()[None]
@@ -189,13 +189,13 @@ def _logits(gpt):
 
 @torch.no_grad()
 def _packed(plain, layer):
-    """Return a PlainLinear repacked, or as it is where the result is not what it computes."""
+    """Return a PlainLinear repacked, or unchanged where the repacked layer's output differs."""
     try:
         packed = layer(plain.packed, plain.bias)
         dtype = torch.int8 if layer is QuantizedLinear else plain.packed.dtype
         given, expected = plain.call
         same = _close(packed(given), expected, TOLERANCE[dtype])
-    except RuntimeError:  # of a kernel that does not take these numbers
+    except RuntimeError:  # the kernel does not take these numbers
         same = False
     return packed if same else plain
 
@@ -215,7 +215,7 @@ def _packs(model):
 
 
 def _convert(model, dtype):
-    """Convert all weights but those of norms that compute in float32 whatever they are given, as CLIP's do."""
+    """Convert all weights except those of norms that always compute in float32, as CLIP's do."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) or _is_float32_norm(module):
             continue
@@ -228,7 +228,7 @@ def _convert(model, dtype):
 
 
 def _is_float32_norm(module):
-    """Tell whether a module is a norm that takes its input to float32, and so needs its weights there."""
+    """Tell whether a module is a norm that casts its input to float32, and so needs float32 weights."""
     if not isinstance(module, nn.LayerNorm) or type(module) is nn.LayerNorm:
         return False
     half = copy.deepcopy(module).bfloat16()
@@ -240,12 +240,12 @@ def _is_float32_norm(module):
 
 
 def _convert_buffers(gpt, dtype):
-    """Convert the buffers that transformers itself makes in a model's type, as XGLM's positions; not the rotary ones.
+    """Convert the buffers that transformers makes in the model's dtype, such as XGLM's positions; not rotary ones.
 
     Args:
         gpt: language model of transformers.
     """
-    config = copy.deepcopy(gpt.config)  # which is changed
+    config = copy.deepcopy(gpt.config)  # _from_config changes it
     with undrawn(), torch.device("meta"):
         types = {name: buffer.dtype for name, buffer in gpt._from_config(config, dtype=dtype).named_buffers()}
     for name, buffer in gpt.named_buffers():
@@ -254,7 +254,7 @@ def _convert_buffers(gpt, dtype):
 
 
 class PlainLinear(nn.Module):
-    """A linear layer that can be no more than a repacked one; remembers its first call."""
+    """A linear layer with the interface of a repacked one; remembers its first call."""
 
     def __init__(self, weight, bias):
         """Keep a weight; arguments as those of PackedLinear."""
@@ -291,7 +291,7 @@ class PackedLinear(nn.Module):
 
     @functools.cached_property
     def weight(self):
-        """The weight [out, in], for modules such as Mamba's that read it themselves; kept, as they do at every step."""
+        """The weight [out, in], for modules such as Mamba's that read it at every step; cached for that."""
         return self.packed.to_dense()
 
     def forward(self, x):
@@ -300,13 +300,13 @@ class PackedLinear(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer of 8-bit whole numbers: weights scaled per output, inputs per call."""
+    """A linear layer of 8-bit integers: weights scaled per output, inputs per call."""
 
     def __init__(self, weight, bias):
         """Quantise a weight; arguments as those of PackedLinear."""
         super().__init__()
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
-        self.bias = bias  # packed below too; kept so that the layer shows its numbers' type
+        self.bias = bias  # packed below too; kept so that the layer shows its dtype
         weight = weight.detach().float().contiguous()
         scales = weight.abs().amax(1).clamp_min(1e-8) / 127  # [out]
         with warnings.catch_warnings():
@@ -327,7 +327,7 @@ class QuantizedLinear(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """What torch's MultiheadAttention computes, without the weights it returns, on other linear layers."""
+    """torch's MultiheadAttention on other linear layers; it returns no attention weights."""
 
     def __init__(self, attention, layer):
         """Take over the weights.

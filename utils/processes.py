@@ -1,6 +1,6 @@
-"""Which of the command's processes this is, as torchrun (or `accelerate launch`) starts them; one where nobody did.
+"""Which of the command's processes this is, where torchrun or `accelerate launch` started several; else there is one.
 
-Every process runs the same command. Process 0 speaks and writes; errors are told once.
+Every process runs the same command. Process 0 speaks and writes; errors are reported once.
 """
 
 import os
@@ -23,25 +23,25 @@ def is_main():
 
 
 def first_to_fail():
-    """Tell whether no other process has told of an error yet."""
+    """Tell whether no other process has reported an error yet."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         return is_main()  # what fails before the processes are connected fails in all of them
     try:
         return distributed.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except distributed.DistError:  # the one that keeps count is gone, and spoke before it went
+    except distributed.DistError:  # the process that keeps count has ended, and reported its error first
         return False
 
 
 def share(items):
-    """Return this process' part of a sequence that all have, as equal as can be."""
+    """Return this process' share of a sequence; shares are as equal as possible."""
     return items[rank() :: world_size()]
 
 
 def check_shares(bs, records):
     """Refuse a batch that cannot be shared out evenly, and more processes than records.
 
-    Raises: ValueError naming what would do.
+    Raises: ValueError naming numbers that would do.
     """
     processes = world_size()
     if bs % processes:

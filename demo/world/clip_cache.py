@@ -59,7 +59,7 @@ def _draw_families(job):
 
 
 def write_chunk(out, chunk, pool):
-    """Draw one chunk unless it is there; the json, written last, says it is whole."""
+    """Draw one chunk unless it is there; the json, written last, marks it complete."""
     out = Path(out)
     target = out / f"{chunk:03d}.npy"
     if target.with_suffix(".json").exists():
@@ -74,7 +74,7 @@ def write_chunk(out, chunk, pool):
 
 
 def read_chunks(out):
-    """Open the chunks that are whole.
+    """Open the complete chunks.
 
     Returns: list of (memory-mapped uint8 [CHUNK, R, R, 3], list of Scene).
     """

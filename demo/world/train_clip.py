@@ -9,9 +9,9 @@ embedding. Contrast alone teaches a pooled embedding little about which attribut
 which object; the heads do. They are thrown away after training. What is exported is a
 running average of the weights.
 
-Stopped and called again, it goes on from `--state`; `--init_from` begins with the weights of a
-CLIP that it wrote. Writes a plain fp16 state dict that `clip.load(path, device="cpu")` reads; of
-the token embedding only used rows are not zero.
+A rerun goes on from `--state`; `--init_from` begins with the weights of a CLIP that this command
+wrote. Writes a plain fp16 state dict that `clip.load(path, device="cpu")` reads; unused rows of
+its token embedding are zero.
 
 The weights in demo/weights were made in stages rather than with one setting: 47.5 minutes (0.79 M
 of 128,000 pictures) with a small caption decoder in place of the heads, whose relations a mapping
@@ -73,7 +73,7 @@ class Families:
 
 
 def misread(scene, rng):
-    """Return what a caption that is a hard negative says: the relation turned, or one edit."""
+    """Return the scene that a hard-negative caption describes: the relation turned, or one edit."""
     if scene.relation is None or rng.random() < 0.25:
         return edit_scene(scene, rng)
     groups = scene.groups[::-1] if rng.random() < 0.7 else scene.groups

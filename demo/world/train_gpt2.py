@@ -6,9 +6,9 @@ Output: a folder for AutoModelForCausalLM / AutoTokenizer.from_pretrained, with 
 BPE of its own. It learns to say an image's caption after a list of what the scene holds, so
 that, frozen, it can be steered by what stands before the caption: a prefix.
 
-The weights in demo/weights took 18 minutes on two shared cores to say a caption after another
-caption of the image, 6,144 steps, and 11 minutes on quiet ones, 7,504 steps, with `--init_from`
-and the list instead: 99.5 % of relations told are said again (63 % before).
+The weights in demo/weights were trained for 18 minutes on two shared cores (6,144 steps) to say a
+caption after another caption of the image, then with `--init_from` for 11 minutes on idle ones
+(7,504 steps) after the list instead: 99.5 % of relations listed are said again (63 % before).
 """
 
 import argparse
@@ -24,8 +24,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 from demo.world.splits import scene_captions, split_scenes
 
 END = "<|endoftext|>"
-SHARE_TOLD = 0.85  # of the sequences say first what the scene holds
-MOST_DROPPED = 0.15  # of the tokens that say it
+SHARE_TOLD = 0.85  # share of sequences that begin with what the scene holds
+MOST_DROPPED = 0.15  # share of the tokens that list it
 RELATIONS = (" left", " right", " above", " below", " over", " under")
 RELATION_WEIGHT = 4  # in the loss: one word in ten says who is where, and it is the hardest to learn
 
@@ -78,8 +78,8 @@ def list_scene(scene):
 def make_sequence(told, captions, end, rng):
     """Return one training sequence of an image's captions.
 
-    Most are a caption after the list of what the scene holds, some of whose tokens are lost: so the model learns to
-    say what the vectors before it say, which is what a prefix asks.
+    Most are the list of what the scene holds, with some tokens dropped, then a caption: so the model learns to say
+    what the vectors before the caption say, as with a prefix.
 
     Args:
         told: tokens of the list.

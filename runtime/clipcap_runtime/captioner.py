@@ -24,7 +24,7 @@ KEYS = {  # of captioner.json -> their types
     "graphs": list, "preprocessing": dict, "shape": list, "prefix_length": int, "context": (int, type(None)),
     "begin_tokens": list, "end_tokens": list, "decoding": dict,
 }  # fmt: skip
-SETTINGS = {  # of decoding that callers may give -> (type, what it must be, whether it is that)
+SETTINGS = {  # of decoding that callers may give -> (type, what the value must be, its check)
     "method": (str, "greedy, beam or sample", lambda value: value in ("greedy", "beam", "sample")),
     "beam_size": (int, "at least 1", lambda value: value >= 1),
     "entry_length": (int, "at least 1", lambda value: value >= 1),
@@ -39,14 +39,14 @@ SETTINGS = {  # of decoding that callers may give -> (type, what it must be, whe
 
 
 class Captioner:
-    """What export.py has written to a folder, ready to caption."""
+    """An exported captioner, loaded from a folder that export.py wrote."""
 
     def __init__(self, folder, threads=None):
-        """Load it.
+        """Load the folder.
 
         Args:
-            folder: that export.py wrote.
-            threads: of the processor; None: as many as it has cores.
+            folder: the one that export.py wrote.
+            threads: CPU threads; None: one per core.
         Raises: ValueError where it is of another version or incomplete; FileNotFoundError where it is no such folder.
         """
         self.folder = Path(folder)
@@ -73,9 +73,9 @@ class Captioner:
         self.tokenizer.no_padding()
         self.options = onnxruntime.SessionOptions()
         self.options.intra_op_num_threads = threads or len(getattr(os, "sched_getaffinity", lambda _: range(0))(0))
-        # waiting threads would take the processor from those that work: measured 4 times slower on a busy machine
+        # spinning threads would take cores from working ones: measured 4 times slower on a busy machine
         self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.options.log_severity_level = 4  # what is wrong is raised
+        self.options.log_severity_level = 4  # errors are raised instead
         self.encoder, self.prefill, self.step = map(self._session, ("encoder", "prefill", "step"))
         self.outputs, inputs = [output.name for output in self.step.get_outputs()], self.step.get_inputs()
         self.inputs = [put.name for put in inputs]
@@ -89,7 +89,7 @@ class Captioner:
             return onnxruntime.InferenceSession(file, self.options, providers=["CPUExecutionProvider"])
 
     def caption(self, image, **decoding):
-        """Return the caption of a picture: a file, a PIL image or an array; a list of captions of a list of them."""
+        """Return the caption of a picture (file, PIL image or array), or the list of captions of a list of pictures."""
         if isinstance(image, list | tuple):
             return [group[0].text for group in self.captions(image, **decoding)]
         return self.captions([image], **decoding)[0][0].text
@@ -100,7 +100,7 @@ class Captioner:
         Args:
             images: files, PIL images, arrays [H, W] or [H, W, 1..4]; one batch.
             decoding: in place of what captioner.json says; see SETTINGS.
-        Raises: ImageError where a picture cannot be read; ValueError for a setting that is none.
+        Raises: ImageError where a picture cannot be read; ValueError for an unknown or invalid setting.
         """
         return self.caption_pixels([self.preprocess(_rgb(image)) for image in images], images, **decoding)
 
@@ -114,7 +114,7 @@ class Captioner:
     def caption_embeddings(self, embeddings, keys=None, **decoding):
         """Return what `captions` does for embeddings [B, D] or [B, K, D].
 
-        `keys`: bytes that each image's random numbers come from; None in a place, or for all: the embedding's own.
+        `keys`: bytes that seed each image's random numbers; None, for one image or all: the embedding's own bytes.
         """
         embeddings, settings = np.asarray(embeddings, np.float32), self.settings(decoding)
         if list(embeddings.shape[1:]) != self.config["shape"]:
@@ -128,7 +128,7 @@ class Captioner:
         past = [OrtValue.ortvalue_from_numpy(np.empty((len(prefix), *shape), np.float32)) for shape in self.empty]
 
         def step(tokens, sources, before=None):
-            """Append tokens [R] or [R, T], at first behind a prefix `before` them; returns logits of the next."""
+            """Append tokens [R] or [R, T], after a prefix `before` in the first call; returns the next logits."""
             nonlocal past
             before = np.empty((len(tokens), 0, prefix.shape[2]), np.float32) if before is None else before
             given = [before, *(np.array(ids, np.int64) for ids in (tokens.reshape(len(tokens), -1), sources))]
@@ -152,7 +152,7 @@ class Captioner:
         return groups
 
     def settings(self, given):
-        """Return captioner.json's decoding with `given` in its place; raises ValueError."""
+        """Return captioner.json's decoding, overridden by `given`; raises ValueError."""
         for name, value in given.items():
             if name not in SETTINGS:
                 raise ValueError(f"{name} is no setting of decoding; there are {', '.join(SETTINGS)}")
@@ -175,7 +175,7 @@ class Captioner:
 
 @contextlib.contextmanager
 def _reading(what):
-    """Turn whatever a damaged file lets its reader raise into a ValueError."""
+    """Turn whatever reading a damaged file raises into a ValueError."""
     try:
         yield
     except Exception as error:  # each library raises classes of its own
@@ -190,7 +190,7 @@ def _rgb(image):
 
 
 def _key(image):
-    """Return what a file's random numbers come from, its name and bytes; None for what is no file."""
+    """Return what seeds a file's random numbers, its name and hash; None for what is not a file."""
     if isinstance(image, np.ndarray | Image.Image):
         return None
     path = Path(image)

@@ -23,12 +23,12 @@ def get_parser():
             kind = float if kind == (int, float) else kind
             parser.add_argument(f"--{name}", type=kind, help=f"{what} (default: as captioner.json says)")
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time (default: 32)")
-    parser.add_argument("--threads", type=int, help="of the processor (default: its cores)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: one per core)")
     return parser
 
 
 def find_images(arguments):
-    """Return the files that files, folders and globs name, each once; raises ValueError for what names none."""
+    """Return the files that paths, folders and globs name, each once; raises ValueError for one that names none."""
     paths = []
     for argument in arguments:
         if os.path.isdir(argument):
@@ -43,12 +43,12 @@ def find_images(arguments):
 
 
 def as_line(path):
-    """Return a file's name as a line: what would end it, and bytes that are not UTF-8, escaped."""
+    """Return a file's name as one line: line breaks, tabs and bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace").translate(ESCAPED)
 
 
 def caption_all(args):
-    """Caption what the command line names; raises ValueError, at its end where pictures could not be read."""
+    """Caption what the command line names; raises ValueError, for unreadable pictures only at the end."""
     if args.batch_size < 1 or (args.threads or 1) < 1:
         raise ValueError("--batch_size and --threads are at least 1")
     paths = find_images(args.images)

@@ -55,7 +55,7 @@ def read_image(path):
 
 
 def _read_tiff(image):
-    """Read what Pillow reads right; main ClipCap reads the others with tifffile."""
+    """Read a TIFF that Pillow reads right; ClipCap itself reads the others with tifffile."""
     tags = image.tag_v2
     kind, samples, bits = tags.get(PHOTOMETRIC), tags.get(SAMPLES, 1), tags.get(BITS, (1,))
     if kind == GREY and bits == (12,):
@@ -81,7 +81,7 @@ def to_rgb(image):
 
 
 def _take_orientation(image):
-    """Return the EXIF orientation, 1 where there is none to be read; the image forgets its EXIF."""
+    """Return the EXIF orientation, 1 where there is none, and clear the image's EXIF."""
     orientation = 1
     with contextlib.suppress(Exception):  # broken metadata raises whatever it likes
         exif = image.getexif()
@@ -150,7 +150,7 @@ class Preprocess:
         image = image.resize((width, height), self.how)
         if self.crop:
             down, across = self.crop
-            # a middle that is larger is framed in black, with the odd pixel at the right and at the bottom
+            # a crop larger than the image is padded with black, with the odd pixel at the right and at the bottom
             left = -((across - width) // 2) if across > width else round((width - across) / 2)
             top = -((down - height) // 2) if down > height else round((height - down) / 2)
             image = image.crop((left, top, left + across, top + down))

@@ -1,6 +1,6 @@
-"""The searches of ClipCap's models/searches.py and the stop of its models/stopping.py, on numpy.
+"""The searches of ClipCap's models/searches.py and the stop of its models/stopping.py, in numpy.
 
-Axes: B images, R rows at work, W beams, V vocabulary. `step(tokens, sources)` appends a token to the rows named.
+Axes: B images, R rows at work, W beams, V vocabulary. `step(tokens, sources)` appends a token to each row of `sources`.
 """
 
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass
 class Caption:
-    """Token ids up to and with the one that ended it, the sum of their log-probabilities, and what they say."""
+    """Token ids up to and including the one that ended the caption, their summed log-probability, and their text."""
 
     tokens: list = field(default_factory=list)
     logprob: float = 0.0
@@ -25,7 +25,7 @@ def _logsumexp(logits):
 
 
 def greedy(step, logits, ended, length, count=1, choose=None):
-    """Take the likeliest token every time, or what `choose(logits, rows, number of tokens)` does, for `count` captions.
+    """Take the likeliest token, or the one `choose(logits, rows, number of tokens)` picks, for `count` captions.
 
     Returns: per image, its list of Captions.
     """
@@ -123,10 +123,10 @@ def _top(values, number):
 
 
 class Stop:
-    """Tells whether tokens have ended: by an end token, or by the stop text wherever the decoded text has it."""
+    """Tells whether a caption has ended: by an end token, or by the stop text anywhere in the decoded text."""
 
     def __init__(self, tokenizer, text, ends):
-        """Raises ValueError where the tokenizer has nothing for `text`."""
+        """Find what ends a caption; raises ValueError where the tokenizer has no token for `text`."""
         ids = tokenizer.encode(text, add_special_tokens=False).ids if text else []
         self.decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
         self.ends = {*ends}
@@ -135,7 +135,7 @@ class Stop:
         if text and not ids:
             raise ValueError(f"stop_token {text!r} is no token of this language model")
         self.text, self.tokens = text, set()
-        if text:  # those whose text holds its last character, or a piece of a character
+        if text:  # tokens whose text holds the stop text's last character, or part of a character
             anchor = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
             before, last = self.decode(anchor), text[-1]
             rows = [[*anchor, token] for token in range(tokenizer.get_vocab_size())]
@@ -148,6 +148,6 @@ class Stop:
         return tokens[-1] in self.ends or (tokens[-1] in self.tokens and self.text in self.decode(tokens))
 
     def text_until(self, tokens):
-        """Return the text of a caption up to the stop text, which is kept."""
+        """Return the text of a caption up to and including the stop text."""
         text = self.decode(tokens)
         return text[: text.index(self.text) + len(self.text)] if self.text and self.text in text else text
