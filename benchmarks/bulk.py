@@ -25,12 +25,12 @@ from utils.cli import progress_bar
 from utils.precision import pick_dtype, prepare_for_inference
 
 ROOT = Path(__file__).resolve().parent.parent
-PER_TAR, WIDTH = 32, 512  # pictures, a batch; D
+PER_TAR, WIDTH = 32, 512  # pictures per tar and batch; D
 DECODING = DecodingConfig(method="greedy", entry_length=20, stop_token="")
 
 
 def write_tars(folder, count):
-    """Write tars of made photographs, their texts beside them; all are the same file. Returns their paths."""
+    """Write tars of synthetic photographs with texts, all hard links to one file; returns their paths."""
     photos = write_photos(folder, PER_TAR)
     members = [(f"{n:09d}{ending}", data) for n, photo in enumerate(photos)
                for ending, data in ((".jpg", photo.read_bytes()), (".txt", b"A photograph."))]  # fmt: skip
@@ -43,7 +43,7 @@ def write_tars(folder, count):
 def encode_tars(encoder, paths, workers):
     """Encode the pictures of tars as parse_coco.py does.
 
-    Returns: images per second from the first batch on, when the processes that decode have started.
+    Returns: images per second after the first batch, by which the decoding processes have started.
     """
     parts, count, began = Tars(paths).parts(), 0, None
     with progress_bar(None, "images", "img") as bar:
@@ -54,7 +54,7 @@ def encode_tars(encoder, paths, workers):
 
 
 def run(device, repeats, quick):
-    """Measure both ways and memory over the number of tars; returns {title: rows}."""
+    """Measure both pipelines, and memory over the number of tars; returns {title: rows}."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_clip(folder / "clip.pt")
@@ -67,7 +67,7 @@ def run(device, repeats, quick):
 
 
 def extraction(clip_file, tars, device, repeats):
-    """Compare the encoder on pixels that lie ready with the whole way from tars."""
+    """Compare the encoder on ready pixels with the whole pipeline from tars."""
     threads, rows = torch.get_num_threads(), []
     dtype = pick_dtype("auto", device)
     pixels, batches = torch.randn(PER_TAR, 3, 224, 224), len(tars)
@@ -93,7 +93,7 @@ def extraction(clip_file, tars, device, repeats):
 
 
 def captioning(folder, device, repeats, count):
-    """Compare `generate_captions` on whole batches with the whole way from a store to parquet."""
+    """Compare `generate_captions` on whole batches with the whole pipeline from a store to parquet."""
     model = captioner("mlp", prepare_for_inference(language_model().to(device), "fp32", device), True).to(device).eval()
     tokenizer = load_tokenizer(str(ROOT / "demo" / "weights" / "gpt2"))
     embeddings = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(0))

@@ -24,7 +24,7 @@ def stop_never(tokens, caption):
 
 
 def prefixes(gpt, batch, device):
-    """Return [B, P, E] made prefixes."""
+    """Return [B, P, E] random prefixes."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(batch, PREFIX, gpt.config.hidden_size, generator=generator) * 0.02
     return rows.to(gpt.get_input_embeddings().weight.dtype).to(device)

@@ -19,7 +19,7 @@ BATCH = 64
 
 
 def open_clip_encoder(clip_file, device):
-    """Return open_clip's model and preprocessing of OpenAI's weights."""
+    """Return open_clip's model and preprocessing for OpenAI's weights."""
     import open_clip
 
     model = open_clip.load_openai_model(str(clip_file), precision="fp32", device=device)
@@ -56,7 +56,7 @@ def run(device, repeats, quick):
 
 
 def measure(folder, clip_file, device, repeats, quick):
-    """The same with a folder to write to and the CLIP in it."""
+    """Measure, given a folder to write to and the CLIP file in it."""
     few, many = (8, 128) if quick else (32, 256)  # the plain method takes the few
     paths = write_photos(folder, many)
     model, preprocess = clip.load(str(clip_file), device=device, jit=False)
@@ -96,7 +96,7 @@ def measure(folder, clip_file, device, repeats, quick):
 
 
 def prepare_memory(clip_file, paths, dtype):
-    """Return extraction as a function, for its memory."""
+    """Return a function that extracts, for its memory to be measured."""
     encoder = load_encoder(clip_file, "cpu", dtype)
 
     def work():

@@ -18,7 +18,7 @@ def synchronize(device):
 
 
 class Timed(typing.NamedTuple):
-    """What `interleave` found: medians in seconds, last results, (slowest - fastest) / median, GFLOP/s beside them."""
+    """What `interleave` found: medians in seconds, last results, (slowest - fastest) / median, a product's GFLOP/s."""
 
     seconds: dict
     results: dict
@@ -31,7 +31,7 @@ class Timed(typing.NamedTuple):
 
 
 def interleave(systems, repeats, device):
-    """Time systems in turn, so that whatever else the machine does hits all of them, and a fixed product beside them.
+    """Time systems and a fixed matrix product in turn, so that other load on the machine hits all of them.
 
     Args:
         systems: {name: function without arguments}.
@@ -95,7 +95,7 @@ def _resident(field):
 
 def _report_peak(queue, prepare, arguments):
     work = prepare(*arguments)
-    Path("/proc/self/clear_refs").write_text("5")  # begin to count the peak anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, began = _resident("VmRSS"), time.perf_counter()
     work()
     seconds, peak = time.perf_counter() - began, _resident("VmHWM")

@@ -1,4 +1,4 @@
-"""The plain method, as the predecessors run it, in a few lines each: what ours is measured beside.
+"""The predecessors' plain methods, in a few lines each: the baseline that ours is measured against.
 
 Source: rmokady/CLIP_prefix_caption parse_coco.py, train.py and predict.py, at the same settings.
 """
@@ -42,7 +42,7 @@ def greedy_caption(gpt, embeddings, length):
 
 
 def beam_caption(gpt, embeddings, config, stop):
-    """The same for all beams of one image; returns token ids of the best."""
+    """Run the whole sequence again for every token of all beams; returns the best beam's token ids."""
     with torch.no_grad():
         return decode(UncachedStep(gpt, embeddings), Beam(config, stop))[0][0].tokens
 

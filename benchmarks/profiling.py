@@ -27,7 +27,7 @@ from utils.precision import pick_dtype, prepare_for_inference
 HERE = Path(__file__).resolve().parent
 CELLS = ((1, GREEDY), (8, GREEDY), (64, GREEDY), (1, BEAM), (16, BEAM))  # of captioning: images at a time, search
 IMAGES = 64  # of extraction
-# kind -> what its operations' names begin with, behind `aten::` and the like; the first that fits counts
+# kind -> starts of its operations' names, after `aten::` and the like; the first kind that fits counts
 KINDS = {
     "products": ("mm", "addmm", "_linear_pointwise", "linear_dynamic", "linear", "mkldnn_linear", "mkldnn_convolution"),
     "attention": ("bmm", "baddbmm", "_scaled_dot_product", "_softmax", "softmax"),
@@ -54,7 +54,7 @@ def captioning_cells(dtypes, quick):
 
 
 def extraction_cells(dtypes):
-    """Yield the same of ViT-B/32's embeddings of pixels that lie ready."""
+    """Yield the same for ViT-B/32 embedding ready pixels."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.pt"
         workload.write_clip(file)
@@ -65,7 +65,7 @@ def extraction_cells(dtypes):
 
 
 def training_cells(dtypes, quick):
-    """Yield the same of training steps of both variants."""
+    """Yield the same for training steps of both variants."""
     for variant in list(training.VARIANTS)[: 1 if quick else None]:
         for dtype in dtypes:
             yield f"training, {variant}, {dtype}", training.make_ours(variant, dtype, torch.device("cpu"))
@@ -85,7 +85,7 @@ def measured(quick):
 
 
 def shares(work):
-    """Return a row's figures: milliseconds of a call, and what of them went where, in per cent."""
+    """Return a row's figures: milliseconds of a call, and the percentage of them that each kind took."""
     work()
     with profile(activities=[ProfilerActivity.CPU]) as found, torch.profiler.record_function("all of it"):
         work()

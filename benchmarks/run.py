@@ -141,8 +141,8 @@ def write_results(results, out):
     ]
     for name, section in results.items():
         found = ", ".join(f"{key} {cell(value)}" for key, value in section["limits"].items())
-        date = f", {section['date']}" if "date" in section else ""  # not in results of before it was noted
-        took = f" Took {section['took'] / 60:.0f} min." if "took" in section else ""  # nor in these
+        date = f", {section['date']}" if "date" in section else ""  # older results lack it
+        took = f" Took {section['took'] / 60:.0f} min." if "took" in section else ""  # likewise
         parts += [f"## {TITLES[name]}", f"{section['machine']}{date}.{took} Limits measured in the same run: {found} "
                   "(GFLOP/s of products, GB/s of copying and reading).", NOTES[name]]  # fmt: skip
         for title, rows in section["tables"].items():
@@ -191,7 +191,7 @@ def main(argv=None):
     if args.quick:
         workload.shrink()
     device, stored = torch.device(args.device), args.out / "results.json"
-    side = 256 if args.quick else 2048 if device.type == "cpu" else 8192  # of 2048, emulated bf16 takes minutes
+    side = 256 if args.quick else 2048 if device.type == "cpu" else 8192  # quick: at 2048, emulated bf16 takes minutes
     results = read_json(stored) if stored.is_file() else {}
     for name in args.only:
         print(f"{name} ...", flush=True)

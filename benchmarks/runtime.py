@@ -26,7 +26,7 @@ END, VOCABULARY = "<|endoftext|>", 50257  # of GPT-2
 DECODING = DecodingConfig(entry_length=20, stop_token="")
 AIMS = {"MB installed": 150, "s of import": 0.5, "s of --help": None, "MB of memory at most": 600}
 IMAGES = 8
-# captions photos one by one and tells the most memory it took, in kB
+# captions photos one by one and prints its peak memory in kB
 PEAK = """
 import sys, clipcap_runtime
 captioner = clipcap_runtime.Captioner(sys.argv[1], int(sys.argv[2]))
@@ -38,7 +38,7 @@ print(lines["VmHWM"].split()[0])
 
 
 def write_tokenizer(folder):
-    """Write a tokenizer of GPT-2's size: bytes, pairs of them, and the end."""
+    """Write a tokenizer of GPT-2's size: bytes, pairs of bytes, and the end token."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [(first, second) for first in letters for second in letters][: VOCABULARY - len(letters) - 1]
     words = [*letters, *map("".join, pairs), END]

@@ -36,7 +36,7 @@ METHODS = {"greedy": "greedy", "best of 16": "clip", "beam": "beam"}  # as the e
 
 @contextmanager
 def serving(checkpoint, device):
-    """app.py, in a process of its own; gives its port."""
+    """Run app.py in a process of its own; yields its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -131,7 +131,7 @@ def measure_engine(engine, captioner, checkpoint, ways, pictures, repeats, clien
 
 
 def run(device, repeats, quick):
-    """Measure what CLIENTS get of the demo's captioner, by torch and exported; returns {title: rows}."""
+    """Measure CLIENTS clients of the demo's captioner, in torch and exported; returns {title: rows}."""
     count, clients = (16, 4) if quick else (256, CLIENTS)
     with tempfile.TemporaryDirectory() as folder:
         pictures = write_pictures(Path(folder), count)

@@ -17,7 +17,7 @@ ONE_PICTURE = ("predict.py", "demo/images/200003.jpg", "--checkpoint", "demo")
 REFUSED = 2  # exit status
 
 
-# a small process between, for Linux counts what the parent of a process held as its own
+# a small process in between, because Linux counts a parent's resident memory in its child's peak
 WATCH = """
 import os, sys
 process = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, *sys.argv[1:]])
@@ -26,14 +26,14 @@ print("\\n", os.wait4(process, 0)[2].ru_maxrss / 1024)
 
 
 def start(words, status=0):
-    """Run Python to its end; raises RuntimeError where it ends otherwise than with `status`."""
+    """Run Python to its end; raises RuntimeError where its exit status is not `status`."""
     ended = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True).returncode
     if ended != status:
         raise RuntimeError(f"python {' '.join(words)} ended with {ended}, not {status}")
 
 
 def resident(words):
-    """Run Python to its end; returns the MiB that were resident at most."""
+    """Run Python to its end; returns its peak resident memory in MiB."""
     done = subprocess.run([sys.executable, "-c", WATCH, *words], cwd=ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 

@@ -1,4 +1,4 @@
-"""From start to the first training step, memory and shuffled reads, as the captions grow to a million."""
+"""Time to the first training step, memory and shuffled reads, as the captions grow to a million."""
 
 import shutil
 import subprocess
@@ -39,7 +39,7 @@ class MadeRows:
 
 
 def write_store(folder, count, shape=(WIDTH,)):
-    """Write shards of made embeddings with captions as long as COCO's: words that are one token each."""
+    """Write shards of random embeddings with captions as long as COCO's: words that are one token each."""
     tokenizer, rng = load_tokenizer(str(MODEL)), np.random.default_rng(0)
     words = [w for i in range(len(tokenizer)) if (w := tokenizer.decode([i])).startswith(" ") and w[1:].isalpha()]
     lengths = caption_lengths(count)

@@ -44,7 +44,7 @@ def run(device, repeats, quick):
 
 
 def read_rates(form, path, shape, taken):
-    """Return a row on a store: how fast its rows are gathered; of shards, also when the system does not hold them."""
+    """Return a row on a store: how fast its rows are gathered; for shards, also with a cold page cache."""
     store = read_store(path)
     size = store.clip_embedding.shape[0] * math.prod(shape) * (2 if form == "shards" else 4) / 1e9
     embeddings, rates = store.clip_embedding, []
@@ -68,7 +68,7 @@ def read_rates(form, path, shape, taken):
 
 
 def trained(store, shape, device, repeats):
-    """Return how many rows a second a resampler and a frozen GPT-2 124M take, batches of a store being gathered."""
+    """Return the rows per second on which a resampler with a frozen GPT-2 124M trains, gathering them included."""
     config = CaptionConfig(
         prefix_dim=shape[1], num_tokens=shape[0], mapping_type="resampler", only_prefix=True, prefix_length=PREFIX
     )

@@ -17,7 +17,7 @@ VARIANTS = {"MLP, GPT-2 fine-tuned": ("mlp", False), "transformer 40/40, GPT-2 f
 
 
 class MadeCaptions:
-    """Captions of random tokens, as long as COCO's; what CaptionDataset is to the trainer."""
+    """Captions of random tokens, as long as COCO's; the trainer's CaptionDataset here."""
 
     def __init__(self, count=4000):
         self.text_lengths = caption_lengths(count)
@@ -95,7 +95,7 @@ def run(device, repeats, quick):
 
 
 def memory():
-    """Return rows of the peak memory of two steps, the second of which meets AdamW's moments."""
+    """Return rows of the peak memory of two steps, the second with AdamW's moments allocated."""
     rows = []
     for variant in VARIANTS:
         for name in ("plain fp32", "ours fp32", "ours bf16"):

@@ -13,12 +13,12 @@ from models.clip_caption import build_captioner
 from models.language import build_language_model
 from models.settings import CaptionConfig
 
-# how many of COCO's val2014 captions have 7, 8, ... tokens of a byte-level BPE of 34,000 trained on them
+# how many of COCO's val2014 captions have 7, 8, ... tokens of a byte-level BPE of 34,000 entries trained on them
 CAPTION_LENGTHS = (
     11, 8202, 32262, 41388, 39830, 29452, 19784, 12146, 7156, 4308, 2548, 1665, 1126, 734, 549, 356, 256, 220, 145,
     98, 73, 52, 45, 38, 33, 20, 20, 14, 12, 10, 16, 8, 7, 5, 8, 3, 6, 9, 1, 4, 7, 5, 6, 1, 3, 2, 3, 4, 0, 1, 0, 1, 0, 1,
 )  # fmt: skip
-SHORTEST = 7  # tokens, of the first of them
+SHORTEST = 7  # tokens that the first count is for
 VIT_B_32 = {
     "embed_dim": 512, "image_resolution": 224, "vision_layers": 12, "vision_width": 768, "vision_patch_size": 32,
     "context_length": 77, "vocab_size": 49408, "transformer_width": 512, "transformer_heads": 8,

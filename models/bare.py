@@ -1,4 +1,4 @@
-"""Bare checkpoints, those of the predecessors, without a json: what the keys and shapes of their weights tell."""
+"""The predecessors' bare checkpoints, which have no json: their configuration from the weights' keys and shapes."""
 
 from models.mapping import recognise_mapping_network
 from models.settings import CaptionConfig
@@ -40,7 +40,7 @@ def infer_config(state_dict, path="the checkpoint"):
     mapping = {key.removeprefix(MAPPING): value for key, value in state_dict.items() if key.startswith(MAPPING)}
     found = recognise_mapping_network(mapping, width)
     if found is None and mapping:
-        raise ValueError(f"{path} has a mapping network that keys and shapes do not tell: put its json beside it")
+        raise ValueError(f"{path} has a mapping network that keys and shapes do not identify: put its json beside it")
     if found is None:
         raise ValueError(f"{path} has no mapping network (clip_project.model.* or clip_project.transformer.*)")
     config = CaptionConfig(**found, language_model=_language_model_name(state_dict, width))
@@ -63,8 +63,8 @@ def _language_model_name(state_dict, width):
 def infer_language_config(state_dict):
     """Build transformers' configuration of a GPT-2 or OPT of the published sizes from the shapes of its weights.
 
-    Returns: the configuration, or None for another architecture or unpublished sizes, whose number of heads the
-        weights do not tell.
+    Returns: the configuration, or None for another architecture or unpublished sizes: weights do not tell the number
+        of heads.
     """
     embedding = state_dict.get("gpt.transformer.wte.weight")
     if embedding is not None and embedding.shape[1] in GPT2_NAMES:
@@ -86,7 +86,7 @@ def infer_language_config(state_dict):
 
 
 def guess_normalization(checkpoint, config, state_dict):
-    """Normalise for the published transformer, told by its shapes; say what a bare checkpoint leaves open."""
+    """Turn normalisation on for the published transformer, recognised by its shapes; warn for other checkpoints."""
     shape = (config.mapping_type, config.prefix_length, config.prefix_length_clip, config.prefix_dim, config.num_layers)
     layers = _count(state_dict, "gpt.transformer.h.")
     if shape == PUBLISHED_TRANSFORMER and (config.language_model, layers) == ("gpt2", 12):
@@ -97,6 +97,6 @@ def guess_normalization(checkpoint, config, state_dict):
         )
     else:
         note(
-            f"warning: {checkpoint} does not say whether it was trained on normalised embeddings: taken as they are; "
-            f"pass --normalize_prefix if it was"
+            f"warning: {checkpoint} does not say whether it was trained on normalised embeddings: assuming it was "
+            f"not; pass --normalize_prefix if it was"
         )

@@ -1,9 +1,9 @@
-"""Captions at scale: a Source or a feature store in, a parquet file per part out, each written whole.
+"""Captions at scale: a Source or a feature store in, a parquet file per part out, each written atomically.
 
     OUT/00000.parquet    key, caption, logprob, error; captions too, where a picture gets several
-    OUT/_made_by.json    what captioned, and how
+    OUT/_made_by.json    which captioner made them, and how
 
-A part that is on the disk stays, unless what it was made of has changed. Several processes share the parts out.
+A finished part is kept unless what it was made from has changed. Several processes share out the parts.
 """
 
 import contextlib
@@ -37,25 +37,25 @@ from utils.outputs import lock
 from utils.processes import is_main, share, world_size
 
 STAMP = b"clipcap"  # key of a parquet's metadata
-ROWS_AT_ONCE = {"cpu": 256, "cuda": 1024}  # of a store, unless --batch_size says
+ROWS_AT_ONCE = {"cpu": 256, "cuda": 1024}  # rows of a store per batch, unless --batch_size is given
 
 
 class CaptionFolder:
     """A folder of captions, a parquet file per part."""
 
     def __init__(self, folder, made):
-        """Take a folder, which need not exist, and what captions it now.
+        """Take a folder, which need not exist, for the captions of one captioner.
 
         Args:
             folder: to write.
-            made: as `models.made_by.made_by` returns it.
+            made: the captioner, as `models.made_by.made_by` returns it.
         Raises: ValueError where it cannot be written, or holds captions of another captioner, or other files.
         """
         check_bulk(folder, made)
         self.folder, self.made = Path(folder), made
 
     def begin(self):
-        """Write what captions, before the first caption."""
+        """Record the captioner, before the first caption is written."""
         if is_main():
             write_json(self.folder / MADE_BY, {"made_by": self.made})
 
@@ -64,13 +64,13 @@ class CaptionFolder:
         return self.folder / f"{name}.parquet"
 
     def finished(self, name, of, stamp, part=None):
-        """Return the counts of a part that is on the disk as it would be made now, or None.
+        """Return the counts of a part whose file is up to date, or None.
 
         Args:
             name, stamp: of the part.
-            of: what it is made of, by name.
+            of: name of what it is made from.
             part: of a Source; None: rows of a store.
-        Raises: ValueError where the file is of something else.
+        Raises: ValueError where the file is damaged or holds captions of something else.
         """
         file = self.file(name)
         if not file.is_file():
@@ -86,7 +86,7 @@ class CaptionFolder:
         return stored["counts"]
 
     def write(self, name, of, stamp, captions, skipped):
-        """Write a part, whole or not at all.
+        """Write a part atomically.
 
         Args:
             name, of, stamp: as of `finished`.
@@ -112,11 +112,11 @@ class CaptionFolder:
         return counts
 
     def tell(self, counts, parts, what):
-        """Say what there is in the end; all processes must call it.
+        """Print the totals; every process must call it.
 
         Args:
-            counts: {part's number: its counts} of this process and of what was there.
-            parts: how many there are.
+            counts: {part's number: its counts}, of the parts that this process wrote or found finished.
+            parts: number of parts.
             what: `images` or `rows`.
         Returns: the exit status: 2 where something has no caption.
         """
@@ -124,7 +124,7 @@ class CaptionFolder:
         captions, errors = (sum(own[key] for own in all_counts.values()) for key in ("captions", "errors"))
         note(f"{self.folder}/: {parts:,} files, {captions:,} captions")
         if errors:
-            others = f"; the others are captioned, and {self.folder}/ says why not these" if captions else ""
+            others = f"; the others are captioned, and the files in {self.folder}/ give the reasons" if captions else ""
             note(f"error: {errors:,} of {captions + errors:,} {what} could not be read{others}")
             return 2
         return 0
@@ -137,7 +137,7 @@ def caption_in_bulk(args, decoding, source, made, batch_size):
         args: the command line of predict.py.
         decoding: DecodingConfig.
         source: Source of the pictures; None: --data is captioned.
-        made: what captions, as `made_by` returns it.
+        made: the captioner, as `made_by` returns it.
         batch_size: pictures at a time.
     Returns: the exit status.
     """
@@ -166,7 +166,7 @@ def caption_in_bulk(args, decoding, source, made, batch_size):
 
 
 class Batches:
-    """Captions batches, in halves from one that does not fit the device's memory on."""
+    """Captions batches; one that does not fit the device's memory is halved, and so are later ones."""
 
     def __init__(self, captioner, decoding):
         self.captioner, self.decoding, self.most = captioner, decoding, sys.maxsize
@@ -186,7 +186,7 @@ class Batches:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or len(batch) == 1:
                     raise
-            # here, not above: the error, while it is handled, keeps the tensors that filled the memory
+            # not in the handler: until that ends, the error keeps the tensors that filled the memory alive
             self.most = len(batch) // 2
             note(f"warning: {len(batch)} captions do not fit in memory; going on with {self.most} at a time")
             if torch.cuda.is_available():
@@ -227,14 +227,14 @@ def caption_parts(captioner, parts, folder, decoding, reading):
 
 
 def picture_key(picture):
-    """Return the key of a picture's row: of one in a tar, its key there, else its path."""
+    """Return the key of a picture's row: its path, or the name without ending of a tar's member."""
     return os.path.splitext(picture.name)[0] if isinstance(picture, TarMember) else as_text(picture)
 
 
 def _begin(folder, counts):
-    """Say what is there and begin the folder; returns (the parts' numbers of this process, counts of finished ones)."""
+    """Begin the folder; returns (numbers of the parts that this process makes, counts of the finished parts)."""
     finished = {number: own for number, own in counts.items() if own is not None}
-    all_sum(0)  # all have looked before one writes
+    all_sum(0)  # a barrier: no process writes before all have looked
     folder.begin()
     if finished and len(finished) < len(counts):
         note(f"going on: {len(finished):,} of {len(counts):,} files are there")
@@ -245,7 +245,7 @@ def caption_store(captioner, store, folder, decoding, batch_size):
     """Caption the rows of a FeatureStore; arguments as those of `caption_parts`.
 
     Args:
-        batch_size: rows at a time; None: as many as pay.
+        batch_size: rows at a time; None: ROWS_AT_ONCE of the device.
     """
     parts, caption = store_parts(store), Batches(captioner, decoding)
     batch_size = batch_size or ROWS_AT_ONCE.get(captioner.device.type, 256)
@@ -269,7 +269,7 @@ def caption_store(captioner, store, folder, decoding, batch_size):
 
 
 def store_parts(store):
-    """Return the parts of a FeatureStore: (name, its rows, plain data that changes when they do), as its shards are."""
+    """Return a FeatureStore's parts, one per shard: (name, range of rows, plain data that changes when the rows do)."""
     if isinstance(store.captions, MappedCaptions):
         files = store.clip_embedding.files
         ends = [int(end) for end in store.clip_embedding.ends]
@@ -287,7 +287,7 @@ def store_parts(store):
 
 
 def row_ids(store):
-    """Return a function of a store's row to the key of its caption: the image's id as text, else the row's number."""
+    """Return a function that maps a row to its caption's key: the image's id as text, else the row's number."""
     if isinstance(store.captions, MappedCaptions):
         return lambda row: str(store.captions.image_id(row))
     ids = {record["clip_embedding"]: record.get("image_id") for record in reversed(store.captions)}

@@ -58,9 +58,7 @@ class Captioner:
         if pn != "auto" and not self.model.config.load_in:
             prepare_for_inference(self.model, pick_dtype(dtype, self.device), self.device)
         elif dtype:
-            raise ValueError(
-                f"--dtype {dtype} changes weights that --pn auto and --load_in do not let go; leave it out"
-            )
+            raise ValueError(f"--dtype {dtype} cannot change weights that --pn auto or --load_in loaded; leave it out")
         named = clip_model_type and {"clip_model_type": clip_model_type, "clip_sha256": encoder_sha256(clip_model_type)}
         own = {"clip_model_type": self.model.config.clip_model_type, "clip_sha256": self.model.config.clip_sha256}
         self.described = named or own  # what is known of its encoder
@@ -100,7 +98,7 @@ class Captioner:
 
 
 def captioner_of(args, with_encoder=True):
-    """Return the Captioner that the command line asks for; `with_encoder` as its own."""
+    """Return the Captioner that the command line asks for; `with_encoder` as in Captioner."""
     return Captioner(
         args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device, args.pn,
         args.dtype, args.offload_dir, args.max_memory, with_encoder,
@@ -108,7 +106,7 @@ def captioner_of(args, with_encoder=True):
 
 
 def image_key(path):
-    """Return what an image file's random numbers come from: its name and bytes, wherever it lies."""
+    """Return the key that seeds an image file's random numbers: its name and hash, whatever its folder."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if isinstance(path, TarMember) else sha256(path)
     return f"{Path(path).name} {digest}".encode("utf-8", "surrogateescape")
 
@@ -120,7 +118,7 @@ def encoder_of(config, checkpoint, given, described, device, dtype=None):
         config: CaptionConfig. checkpoint: its file. given: --clip_model_type, or None.
         described: whether `config` is from a json beside the checkpoint.
         device, dtype: see `load_encoder`.
-    Raises: ValueError where the encoder is another one than the captioner's; as `encoder_source`.
+    Raises: ValueError where it is not the captioner's encoder; also the errors of `encoder_source`.
     """
     source = encoder_source(config, checkpoint, given, described)
     encoder = load_encoder(source, device, dtype, config.tokens)
@@ -140,7 +138,7 @@ def encoder_of(config, checkpoint, given, described, device, dtype=None):
 def encoder_source(config, checkpoint, given, described):
     """Return the encoder to load: the one given, if it does not contradict the checkpoint, else the checkpoint's own.
 
-    Raises: ValueError where it contradicts; FileNotFoundError where the checkpoint's own file has moved.
+    Raises: ValueError where it contradicts the checkpoint; FileNotFoundError where the checkpoint's own file has moved.
     """
     own = config.clip_model_type
     if given:
@@ -157,8 +155,8 @@ def encoder_source(config, checkpoint, given, described):
         raise ValueError(f"{checkpoint} does not say which encoder it was trained on; pass --clip_model_type")
     prefix, path = split_path(own, config_path(checkpoint).parent)
     if not config.clip_sha256 or (path is None and encoder_sha256(own) in (None, config.clip_sha256)):
-        return own  # a name that says no hash is compared when its weights are here
-    # a file may be named from where training ran, or from beside the checkpoint
+        return own  # where the name gives no hash, the loaded weights are compared instead
+    # the path may be relative to where training ran, or to the checkpoint's folder
     for file in (Path(path or own), config_path(checkpoint).parent / (path or own)):
         if encoder_sha256(f"{prefix}{file}") == config.clip_sha256:
             return f"{prefix}{file}"

@@ -10,7 +10,7 @@ from models.pretrained import ALIASES, PRETRAINED, checkpoint_file, repository_o
 from models.settings import DecodingConfig
 from utils.files import read_json
 
-# the name of the run that `<prefix>-000.pt`, `<prefix>_latest.pt` and `<prefix>_best.pt` belong to
+# what follows the run's name in `<prefix>-000.pt`, `<prefix>_latest.pt` and `<prefix>_best.pt`
 RUN_SUFFIX = re.compile(r"(-\d{3,}|_latest|_best)$")
 
 
@@ -21,14 +21,14 @@ def config_path(checkpoint):
 
 
 def check_captioner(checkpoint, clip_model_type=None, flag="--checkpoint"):
-    """Refuse a captioner or encoder that is not there, before what loads them is imported.
+    """Refuse a captioner or encoder that is not there, before the libraries that load it are imported.
 
     Args:
         checkpoint, clip_model_type: as of `Captioner`.
         flag: the option that names the captioner.
     Raises: FileNotFoundError, ValueError.
     """
-    if ALIASES.get(checkpoint, checkpoint) not in PRETRAINED:  # which are fetched when they are loaded
+    if ALIASES.get(checkpoint, checkpoint) not in PRETRAINED:  # published ones are fetched on loading
         file = checkpoint_file(checkpoint, flag, with_weights=False)
         if not repository_of(checkpoint):
             check_weights_file(file)
@@ -46,7 +46,7 @@ def is_export(folder):
 
 
 def check_export_dtype(folder, dtype):
-    """Refuse the flag --dtype for a folder that export.py wrote, which has its numbers already; raises ValueError."""
+    """Refuse the flag --dtype for a folder that export.py wrote, whose dtype is fixed; raises ValueError."""
     if dtype:
         raise ValueError(f"--dtype {dtype}: {folder} has the numbers that export.py gave it; leave it out")
 
@@ -54,7 +54,7 @@ def check_export_dtype(folder, dtype):
 def check_weights_file(path):
     """Refuse a file of weights that does not exist.
 
-    Raises: FileNotFoundError, which names others that are there; ValueError for a folder, saying what it is.
+    Raises: FileNotFoundError, naming checkpoints that are there; ValueError for a folder, saying what it is.
     """
     path = Path(path)
     if path.is_dir():
@@ -100,7 +100,7 @@ def stored_decoding(checkpoint):
 
 
 def captioner_files(checkpoint, clip_model_type=None, language_model=None):
-    """Return the files here that a captioner is loaded from, as far as the arguments and its json name them.
+    """Return the existing files that a captioner is loaded from, of those that the arguments and its json name.
 
     Args:
         checkpoint, clip_model_type, language_model: as of `Captioner`.

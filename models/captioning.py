@@ -12,13 +12,13 @@ from utils.outputs import lock
 
 
 def caption_pictures(args, decoding, paths, unreadable, batch_size):
-    """Caption pictures one by one, as far as the reader sees: to the terminal, and to --out.
+    """Caption pictures, print each caption as soon as it is made, and write all to --out.
 
     Args:
         args: the command line of predict.py.
         decoding: DecodingConfig.
         paths: the pictures.
-        unreadable: {name: why it is left out} of those that are known not to be captioned.
+        unreadable: {name: why it is left out} of pictures that will not be captioned.
         batch_size: pictures at a time.
     Returns: the exit status: 2 where one could not be read.
     """
@@ -61,7 +61,7 @@ def caption_all(captioner, paths, decoding, batch_size, num_workers, results):
 
 @contextlib.contextmanager
 def results_kept(args, paths, results):
-    """Hold --out for the time of the body and write the results then, also those of a run that is stopped.
+    """Lock --out while the body runs, then write the results; if the run is stopped, those so far.
 
     Raises: what the body raises; KeyboardInterrupt says how many images are captioned.
     """
@@ -69,8 +69,8 @@ def results_kept(args, paths, results):
     if shared:
         number = sum(map(len, shared.values()))
         note(
-            f"warning: {number:,} images share an image_id with another ({name_shared(shared)}), of which evaluate.py "
-            "takes one caption each; rename the files"
+            f"warning: {number:,} images share an image_id with another ({name_shared(shared)}), and evaluate.py "
+            "takes one caption per id; rename the files"
         )
     with lock(args.out) if args.out else contextlib.nullcontext():
         try:

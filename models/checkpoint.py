@@ -34,8 +34,8 @@ from utils.processes import is_main
 with lean():
     from transformers import AutoConfig
 
-FORMAT = 1  # of a run's json; files of before it had a number are read too
-# all that such a json can hold
+FORMAT = 1  # of a run's json; older files, which have no number, are read too
+# the keys that a run's json may have
 KEYS = {"format", "model", "language_model_config", "training", "decoding", "data", "contents", "versions"}
 # buffers that transformers stored before 4.31; no weights
 OLD_BUFFERS = re.compile(r"gpt\.transformer\.h\.\d+\.attn\.(bias|masked_bias)")
@@ -59,15 +59,15 @@ def save_weights(path, state_dict):
 
 
 def captioner_weights(model):
-    """Return what a checkpoint holds of a captioner: every process must call it, process 0 gets all of it.
+    """Return the weights for a captioner's checkpoint; every process must call it, process 0 gets all of them.
 
-    A LoRA is added into its language model, so that the checkpoint is that of any captioner. Where the language model
-    was loaded in fewer bits, only what was trained is kept.
+    A LoRA is merged into the language model, so that the checkpoint is like any other. Where the language model was
+    loaded in fewer bits, only trained weights are kept.
     """
     weights = get_weights(model)
     if model.config.load_in:
         weights = {name: value for name, value in weights.items() if _is_trained(name)}
-    elif any(value.is_meta for value in weights.values()):  # kept in memory or on the disk
+    elif any(value.is_meta for value in weights.values()):  # offloaded to memory or disk
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
         weights |= {f"gpt.{name}": value for name, value in get_state_dict_offloaded_model(model.gpt).items()}
@@ -89,14 +89,14 @@ def load_weights(path):
     check_weights_file(path)
     try:
         state_dict = _read_weights(path)
-    except Exception as error:  # what is no pickle makes the reader raise whatever its bytes happen to mean
+    except Exception as error:  # on bytes that are no pickle, the reader can raise anything
         known = foreign.describe_file(path)
         if known:
             raise ValueError(f"{path} is no captioner's weights but {known}") from None
         if isinstance(error, pickle.UnpicklingError):
             raise ValueError(
-                f"{path} was not loaded: it is damaged, or holds more than tensors, which could run code; save its "
-                f"state_dict() where you trust it"
+                f"{path} was not loaded: it is damaged, or holds more than tensors, which could run code; if you "
+                f"trust it, load it elsewhere and save its state_dict()"
             ) from None
         raise ValueError(f"{path} is damaged or no checkpoint ({_cause(error)}); copy it again") from None
     known = foreign.describe_value(state_dict)
@@ -111,16 +111,16 @@ def load_weights(path):
 
 
 def _read_weights(path):
-    """Return what a file of either format holds, as torch or safetensors read it."""
+    """Return what torch or safetensors reads from a file of either format."""
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
-    with warnings.catch_warnings():  # of pickle's protocols, in files that torch did not write
+    with warnings.catch_warnings():  # torch warns of pickle protocols that it does not write itself
         warnings.simplefilter("ignore", UserWarning)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _cause(error):
-    """Return what a reader's error says, which is nothing where it tripped over bytes that mean something else."""
+    """Return a reader's error message; `another format` for errors that only show that it misread the bytes."""
     return (
         reason(error) if isinstance(error, OSError | RuntimeError | safetensors.SafetensorError) else "another format"
     )
@@ -199,7 +199,7 @@ def load_captioner(checkpoint, language_model=None, normalize_prefix=None, devic
         own = model.state_dict()
         state_dict = {name: value for name, value in own.items() if not _is_trained(name)} | state_dict
     else:
-        with undrawn(), init_empty_weights():  # else all would be drawn at random, only to be overwritten
+        with undrawn(), init_empty_weights():  # no random initialisation, which the checkpoint would overwrite
             model = build_captioner(config, build_language_model(gpt_config))
     _fill(model, state_dict, checkpoint)
     return model.eval(), tokenizer, described is not None
@@ -251,20 +251,20 @@ def _fill(model, state_dict, path):
             f"pass the --language_model it was trained with"
         )
     if missing or extra:
-        what = f"it lacks {missing[0]}" if missing else f"it holds {extra[0]}, which the captioner has not"
+        what = f"it lacks {missing[0]}" if missing else f"it holds {extra[0]}, which the captioner does not have"
         raise ValueError(f"{path} does not fit: {what} ({len(missing)} missing, {len(extra)} unknown names)")
     check_tied(model, state_dict, path)
     if not any(value.is_meta for value in own.values()):
         model.load_state_dict(state_dict)
         return
-    # copied: a tensor that maps the file would change with it
+    # copied: a memory-mapped tensor would change when its file does
     copies = {key: state_dict[key].to(own[key].dtype, copy=True) for key in own}
     model.load_state_dict(copies, assign=True)
     model.gpt.tie_weights()
 
 
 def without_output(model, state_dict):
-    """Return a captioner's weights without an output layer that is its input embeddings, to be stored once."""
+    """Return a captioner's weights without a tied output layer, so that the embeddings are stored once."""
     return {key: value for key, value in state_dict.items() if key != OUTPUT or not _is_tied(model)}
 
 
@@ -277,10 +277,10 @@ def with_output(model, state_dict):
 
 
 def check_tied(model, state_dict, path):
-    """Refuse weights with an output layer of its own for a language model whose input embeddings are its output layer.
+    """Refuse weights whose output layer differs from the input embeddings where the language model ties the two.
 
     Args:
-        model: captioner that they are to be loaded into, which has the same names and shapes.
+        model: captioner to load them into, which has the same names and shapes.
         state_dict: the weights, named `path` in the error.
     Raises: ValueError.
     """
@@ -289,9 +289,9 @@ def check_tied(model, state_dict, path):
     inputs, outputs = state_dict[_tied_key(model)], state_dict[OUTPUT]
     if inputs.data_ptr() != outputs.data_ptr() and not torch.equal(inputs, outputs.to(inputs.dtype)):
         raise ValueError(
-            f"{path} holds input embeddings and an output layer ({OUTPUT}) that differ, and the language model has one "
-            f"for both: it is damaged, or was trained with tie_word_embeddings false, which then belongs into the "
-            f"language_model_config of its json, or the config.json of --language_model"
+            f"{path} holds input embeddings and an output layer ({OUTPUT}) that differ, but the language model ties "
+            f"them: the file is damaged, or was trained with tie_word_embeddings false; then set that in the "
+            f"language_model_config of its json, or in the config.json of --language_model"
         )
 
 

@@ -67,8 +67,8 @@ class ClipCaptionModel(nn.Module):
     def token_logprobs(self, tokens, clip_embedding, lengths):
         """Return the log-probability of every caption token, given the image and the tokens before it.
 
-        Losses, rewards' gradients and explanations are made of these. Padding is told by position, not by token id:
-        the predecessor ignores id 0 and so never learns `!`. Logits are computed for the positions only that a caption
+        Losses, rewards' gradients and explanations are computed from these. Padding is found by position, not by token
+        id: the predecessor ignores id 0 and so never learns `!`. Logits are computed only at positions that a caption
         token follows.
 
         Args:
@@ -78,30 +78,30 @@ class ClipCaptionModel(nn.Module):
         Returns: [sum(lengths)] float32, caption after caption; their mean, negated, is the paper's loss.
         Source: ClipCap paper, equation 2.
         """
-        embeddings = self.embed(tokens[:, :-1], clip_embedding)  # nothing follows the last
+        embeddings = self.embed(tokens[:, :-1], clip_embedding)  # the last token predicts nothing
         columns = tokens.shape[1]
         real = torch.arange(columns, device=lengths.device) < lengths[:, None]  # [B, T]
-        # as numbers, told where the lengths are: a mask would make the GPU wait for its count
+        # indices, computed on the lengths' device: a mask on the GPU would synchronise to count its entries
         rows, places = real.nonzero(as_tuple=True)  # [sum(lengths)] each
         wanted = (rows * columns + places).to(tokens.device, non_blocking=True)  # of [B, T]
 
         def keep_wanted(_, inputs):
-            hidden = inputs[0][:, -columns:].flatten(0, 1)  # [B T, E], each before the token of its place
+            hidden = inputs[0][:, -columns:].flatten(0, 1)  # [B T, E], each predicting the token at its index
             return (hidden.index_select(0, wanted.to(hidden.device)),)  # [sum(lengths), E]
 
-        # the output layer, a third of GPT-2's work, is spared what no loss is taken of
+        # the output layer, a third of GPT-2's work, runs only at the positions in the result
         hook = self.gpt.get_output_embeddings().register_forward_pre_hook(keep_wanted)
         try:
-            # padding stands on the right, where no real token sees it
+            # no attention mask: padding is on the right, where no real token sees it
             out = self.gpt(inputs_embeds=embeddings, use_cache=False, logits_to_keep=columns)
         finally:
             hook.remove()
-        # of [sum(lengths), V]
+        # logits: [sum(lengths), V]
         targets = tokens.flatten().index_select(0, wanted).to(out.logits.device)
         return -F.cross_entropy(out.logits.float(), targets, reduction="none")
 
     def caption(self, search, *arguments):
-        """Return `search(self, *arguments)`: a method of its own, for which sharded weights are gathered.
+        """Return `search(self, *arguments)`: as a method, for which FSDP gathers sharded weights.
 
         Args:
             search: function of a captioner, such as `generate_captions`.

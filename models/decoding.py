@@ -10,7 +10,7 @@ import torch
 
 from models.language import context_length
 from models.library_search import library_search
-from models.searches import Caption as Caption  # whoever decodes finds these here
+from models.searches import Caption as Caption  # re-exported for callers that decode
 from models.searches import decode, image_keys, make_search
 from models.settings import SAMPLE
 from models.settings import DecodingConfig as DecodingConfig
@@ -19,7 +19,7 @@ from models.stopping import Stop, end_tokens, opening_tokens
 
 
 def context_room(config, positions):
-    """Return how many tokens a language model can still make after `positions`; the last need not be read again.
+    """Return how many tokens a language model can still make after `positions`; the last one is not fed back.
 
     Raises: ValueError where there is none.
     """
@@ -31,11 +31,11 @@ def context_room(config, positions):
 
 
 def prompted_prefix(model, tokenizer, clip_embedding, prompts):
-    """Return what the language model reads before captions.
+    """Return what the language model reads before each caption.
 
     Args:
-        prompts: per image a text; or one for all.
-    Returns: [B, P, E], and the lengths [B] of its rows, which are padded on the right; None where all are full.
+        prompts: a text per image, or one for all.
+    Returns: [B, P, E], its rows padded on the right, and their lengths [B]; None where no row is padded.
     """
     embed = model.gpt.get_input_embeddings()
     embeddings = model.prefix(clip_embedding).to(embed.weight.dtype)
@@ -61,9 +61,9 @@ def generate_captions(model, tokenizer, clip_embedding, config, step_type=step_f
         clip_embedding: [B, D].
         config: DecodingConfig.
         step_type: step_for, or UncachedStep to check it.
-        keys: per image, what its random numbers come from; None: see `image_keys`.
-        prompts: per image, the text its captions go on from; None: `config.prompt` for all.
-    Returns: per image, a list of Captions, best (or first drawn) first. Their tokens hold the one that ended them.
+        keys: per image, what seeds its random numbers; None: see `image_keys`.
+        prompts: per image, the text that its captions continue; None: `config.prompt` for all.
+    Returns: per image, a list of Captions, best (or first drawn) first. Their tokens include the one that ended them.
     Raises: ValueError where prefix and prompt leave no room in the language model's context; where they leave less
         than `entry_length`, captions end there.
     """

@@ -72,14 +72,14 @@ def word_heat(model, tokenizer, encode, pixels, tokens, batch_size=32, grid=GRID
         pixels: [3, R, R], preprocessed for `encode`.
         tokens: the caption's token ids.
         batch_size: masked images at a time.
-        before: as that of `token_logprobs`.
+        before: see `token_logprobs`.
     Returns: words; [W, G, G] the share, 0..1, of the word's probability that is lost where a cell is hidden: the mean
         over the windows that hold the cell; [W] the share that is lost where the whole picture is hidden.
     Source: occlusion sensitivity, Zeiler and Fergus (arXiv 1311.2901), on the caption's log-probability.
     """
     words = split_words(tokenizer, tokens)
     cells, images = masked_images(pixels, grid, window)
-    # without the picture: all pixels 0, its encoder's mean; its own mean colour would still tell snow from grass
+    # the whole picture hidden: pixels 0, the encoder's mean; its own mean colour would still tell snow from grass
     images = torch.cat([images, torch.zeros_like(pixels)[None]])
     unhidden = token_logprobs(model, tokens, encode(pixels[None]), before)
     hidden = torch.cat([token_logprobs(model, tokens, encode(part), before) for part in images.split(batch_size)])

@@ -1,4 +1,4 @@
-"""A captioner that export.py wrote, in the place of one of torch: runtime/ computes, without torch.
+"""Exported captioners behind the interface of `Captioner`: runtime/ computes, without torch.
 
 Axes: B images, D width of an embedding, K its tokens, R input resolution.
 """
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def runtime():
-    """Return the package of runtime/, installed or not; raises ValueError where it lacks what it needs."""
+    """Return the package of runtime/, installed or not; raises ValueError where a package that it needs is missing."""
     for package in ("onnxruntime", "tokenizers"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f'exported captioners need the package {package}: pip install -e ".[export]"')
@@ -28,7 +28,7 @@ def runtime():
 
 
 class ExportedCaptioner(Captioner):
-    """What `Captioner` is, but for what needs weights that can be looked into: explanations, reranking."""
+    """A `Captioner` without explanations and reranking, which need access to the weights."""
 
     explains = False
 
@@ -47,7 +47,7 @@ class ExportedCaptioner(Captioner):
 
 
 class ExportedEncoder:
-    """The part of an `ImageEncoder` that captioning takes."""
+    """The part of an `ImageEncoder` that captioning needs."""
 
     compares_texts, device = False, torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""What is given for a captioner's weights and is something else: told for what it is, with what helps."""
+"""Files given as a captioner's weights that are something else: what they are, and what to do instead."""
 
 import zipfile
 
@@ -9,8 +9,8 @@ STORE = "a feature store, which train.py --data takes"
 ENCODER = "an encoder's file, which --clip_model_type takes"
 STATE = "the state of a training run, which train.py --resume reads; pass its <prefix>_latest.pt"
 LANGUAGE_MODEL = "a language model's weights, whose folder --language_model takes"
-WRAPPED = ("state_dict", "model_state_dict", "model")  # where trainers of other people keep a state dict
-# how the weights of language models begin that are not kept below gpt.*
+WRAPPED = ("state_dict", "model_state_dict", "model")  # keys under which other trainers keep a state dict
+# starts of the weight names of a language model saved on its own, not under gpt.*
 LANGUAGE_MODELS = ("transformer.h.", "h.", "wte.", "model.layers.", "model.decoder.", "decoder.", "lm_head.")
 
 
@@ -31,7 +31,7 @@ def describe_file(path):
         head = file.read(HEAD)
     if head.startswith(b"PK\3\4"):
         return _describe_archive(path)
-    if b"clip_embedding" in head:  # the key of a pickle, which has not been read
+    if b"clip_embedding" in head:  # a key in a store's pickle, which is not unpickled here
         return STORE
     if is_picture(head):
         return "a picture, which is given without a flag"
@@ -53,7 +53,7 @@ def _describe_archive(path):
 
 
 def describe_value(value):
-    """Say what something is that torch has read and that is no captioner's state dict, or return None."""
+    """Say what a loaded value is, or return None where it may be a captioner's state dict."""
     if not isinstance(value, dict):
         return None
     if {"clip_embedding", "captions"} <= value.keys():
@@ -62,7 +62,7 @@ def describe_value(value):
         return STATE
     inner = next((key for key in WRAPPED if isinstance(value.get(key), dict)), None)
     if inner:
-        return f"a file of another trainer, with the weights under {inner!r}; save these alone by torch.save"
+        return f"a file of another trainer, with the weights under {inner!r}; save only those with torch.save"
     return _describe_weights(value) if all(isinstance(key, str) for key in value) else None
 
 

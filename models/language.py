@@ -33,8 +33,8 @@ def load_language_model(source, load_in=None, device="cpu"):
         load_in: one of LOAD_IN, for weights that are not trained; None: float32.
         device: where the weights of `8bit` and `4bit` go, which cannot move later.
     Returns: the model, in evaluation mode.
-    Raises: FileNotFoundError where it is neither here nor reachable; ValueError where it is no causal language model
-        or a package is missing.
+    Raises: FileNotFoundError where it is not on disk and cannot be fetched; ValueError where it is no causal language
+        model or a package is missing.
     """
     if load_in in (None, "16bit"):
         dtype = torch.bfloat16 if load_in else torch.float32
@@ -57,7 +57,7 @@ def build_language_model(config, dtype=torch.float32):
 
 
 def _fuse_gelu(gpt):
-    """Let GPT-2's activation run as one kernel instead of eight, each of which training keeps a tensor for."""
+    """Run GPT-2's activation as one kernel instead of eight, each of which saves a tensor for the backward pass."""
     for parent in list(gpt.modules()):
         for name, child in parent.named_children():
             if isinstance(child, NewGELUActivation):
@@ -73,7 +73,7 @@ def load_language_config(source):
 def load_tokenizer(source):
     """Load the tokenizer of a language model.
 
-    Raises: FileNotFoundError where it is neither here nor reachable; ValueError where it is empty, which is what
+    Raises: FileNotFoundError where it is not on disk and cannot be fetched; ValueError where it is empty, which is what
         transformers silently returns when only a part of its files is there.
     """
     tokenizer = _from_pretrained(AutoTokenizer, source)
@@ -115,7 +115,7 @@ def split_layers(gpt, devices):
     Args:
         gpt: causal language model.
         devices: the device of every decoder layer.
-    Returns: the model, which moves activations itself.
+    Returns: the model, with hooks that move activations between devices.
     """
     from accelerate import dispatch_model
 
@@ -129,21 +129,21 @@ def split_layers(gpt, devices):
 
 
 def offload(gpt, devices, max_memory=None, offload_dir=None):
-    """Put as much of a language model on the devices as they hold, the rest into memory, the rest of that on the disk.
+    """Put as much of a language model as fits on the devices, then as fits in main memory, and the rest on disk.
 
     Args:
         gpt: causal language model, on the CPU.
         devices: GPUs, or the CPU alone.
-        max_memory: what weights may take of each device, such as `14GB`; None: what accelerate finds free.
-        offload_dir: folder for what does not fit in memory; a folder of its own in it lasts as long as the process.
-    Returns: the model, which fetches what it needs itself.
+        max_memory: memory that weights may take on each device, such as `14GB`; None: what accelerate finds free.
+        offload_dir: folder for what does not fit in memory; it goes into a subfolder, deleted with the model.
+    Returns: the model, with hooks that fetch weights as they are needed.
     Raises: ValueError where a part fits nowhere.
     """
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_max_memory
 
     free = get_max_memory()
-    names = [(d.index or 0) if d.type == "cuda" else d.type for d in devices]  # accelerate's
+    names = [(d.index or 0) if d.type == "cuda" else d.type for d in devices]  # as accelerate names devices
     room = {name: max_memory or free[name] for name in names}
     room.setdefault("cpu", free["cpu"])
     try:
@@ -151,7 +151,7 @@ def offload(gpt, devices, max_memory=None, offload_dir=None):
     except ValueError as error:
         raise ValueError(f"--max_memory {max_memory}: {reason(error)}") from None
     if device_map.get("", names[0]) not in names:
-        raise ValueError("the devices do not hold the language model's largest part; raise --max_memory")
+        raise ValueError("the language model's largest part does not fit on the devices; raise --max_memory")
     if "disk" in device_map.values():
         if not offload_dir:
             raise ValueError(
@@ -162,7 +162,7 @@ def offload(gpt, devices, max_memory=None, offload_dir=None):
         folder = tempfile.TemporaryDirectory(dir=offload_dir, prefix="offload-")
         weakref.finalize(gpt, folder.cleanup)
         offload_dir = folder.name
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # the next line says it
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # the note below says the same
     parts = collections.Counter(map(str, device_map.values()))
     note("language model: " + ", ".join(f"{count} parts on {place}" for place, count in parts.items()))
     return dispatch_model(gpt, device_map, main_device=names[0], offload_dir=offload_dir, force_hooks=True)
@@ -178,7 +178,7 @@ def checkpoint_layers(gpt):
 
 
 def _from_pretrained(auto_class, source, **options):
-    """Call `auto_class.from_pretrained`, from the disk where possible, without minutes of retries elsewhere."""
+    """Call `auto_class.from_pretrained`, from disk if possible, else from the hub without minutes of retries."""
     options["trust_remote_code"] = False  # else transformers asks on the terminal whether to run what a folder holds
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file() and auto_class is not AutoTokenizer:
         raise FileNotFoundError(f"{source} holds no config.json: --language_model takes a model's folder or a hub name")

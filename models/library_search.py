@@ -1,4 +1,4 @@
-"""Decoding by transformers' `generate`, whose beam search is another one than ClipCap's.
+"""Decoding by transformers' `generate`, whose beam search differs from ClipCap's.
 
 Axes: B images, P positions of prefix and prompt, R captions scored together, T tokens, V vocabulary, E width.
 """
@@ -14,7 +14,7 @@ SCORED_TOGETHER = 8  # captions: their logits take T x V numbers each
 
 
 class _StopCriterion(StoppingCriteria):
-    """Stop, as transformers' `generate` asks for it."""
+    """A Stop in the form that transformers' `generate` takes."""
 
     def __init__(self, stop):
         self.stop = stop
@@ -24,7 +24,7 @@ class _StopCriterion(StoppingCriteria):
 
 
 def library_search(gpt, embeddings, tokenizer, config, stop):
-    """Decode with transformers' `generate`, whose beam search is another one than ClipCap's.
+    """Decode with transformers' `generate`, whose beam search differs from ClipCap's.
 
     Args:
         embeddings: [B, P, E] prefix and prompt.
@@ -33,7 +33,7 @@ def library_search(gpt, embeddings, tokenizer, config, stop):
     Source: Jhryu30/cvpr2023_challenge_clipcap predict.py `generate`.
     """
     if not cache_argument(gpt):
-        raise ValueError(f"--decoder transformers needs a cache, which {type(gpt).__name__} has not; use clipcap")
+        raise ValueError(f"--decoder transformers needs a cache, which {type(gpt).__name__} does not have; use clipcap")
     count = config.num_captions
     options = {"length_penalty": config.length_penalty} if config.method == BEAM else {}
     mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
@@ -66,5 +66,5 @@ def _score(gpt, embeddings, captions):
 
 
 def _pad_id(tokenizer):
-    """Return the id that fills up finished captions."""
+    """Return the id that pads finished captions."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -19,7 +19,7 @@ def add_lora(gpt, rank):
     except ImportError:
         raise ValueError('--lora_rank needs the package peft: pip install -e ".[lora]"') from None
     transposed = any(isinstance(module, Conv1D) for module in gpt.modules())  # GPT-2's kind of linear layer
-    # Mamba's mixers read the weights of these layers themselves, past the LoRA
+    # Mamba's mixers read the weights of these layers directly, bypassing the LoRA
     mixers = [name for name, module in gpt.named_modules() if hasattr(module, "A_log")]
     passed_by = [f"{mixer}.{layer}" for mixer in mixers for layer in ("dt_proj", "out_proj")]
     config = LoraConfig(
@@ -28,7 +28,7 @@ def add_lora(gpt, rank):
     )  # fmt: skip
     inject_adapter_in_model(config, gpt, adapter_name=ADAPTER)
     for parameter in gpt.parameters():
-        if parameter.requires_grad:  # peft makes it of the weights' type, which may be too coarse to learn in
+        if parameter.requires_grad:  # peft gives it the weights' dtype, which may be too coarse to learn in
             parameter.data = parameter.data.float()
 
 

@@ -1,4 +1,4 @@
-"""What captions were made by, kept beside them, so that those of two captioners are never mixed."""
+"""A record of which captioner made a folder's captions, so that those of two captioners are never mixed."""
 
 import os
 from dataclasses import asdict
@@ -9,11 +9,11 @@ from models.pretrained import ALIASES, PRETRAINED, checkpoint_file
 from utils.files import read_json, sha256
 from utils.outputs import check_folder
 
-MADE_BY = "_made_by.json"  # readers of parquet folders pass over names that begin so
+MADE_BY = "_made_by.json"  # readers of parquet folders skip names that start with _
 
 
 def made_by(args, decoding):
-    """Return what decides the captions: the captioner, by its files' content, and how it decodes.
+    """Return what determines the captions: the captioner, by its files' content, and how it decodes.
 
     Args:
         args: of the command line, with the flags of `predict.add_captioner_flags`.
@@ -21,11 +21,11 @@ def made_by(args, decoding):
     """
     name = ALIASES.get(args.checkpoint, args.checkpoint)
     if name not in PRETRAINED:
-        checkpoint_file(name)  # so that a captioner of the hub is here by now
+        checkpoint_file(name)  # fetches a captioner of the hub, so that its files can be hashed
     files = captioner_files(args.checkpoint, args.clip_model_type, args.language_model)
     digests = sorted({sha256(file) for file in files if os.path.isfile(file)})
-    # of what is no file, as the published captioners and names of the hub, no more is known
-    names = {"checkpoint": name} if name in PRETRAINED else {}  # whatever lies in a folder of that name
+    # published captioners and models of the hub have no files to hash, so their names are compared
+    names = {"checkpoint": name} if name in PRETRAINED else {}  # even where a folder has that name
     named = {flag: getattr(args, flag) for flag in ("clip_model_type", "language_model")}
     names |= {flag: name for flag, name in named.items() if name and not os.path.exists(name)}
     settings = {"dtype": args.dtype, "normalize_prefix": args.normalize_prefix}
@@ -33,7 +33,7 @@ def made_by(args, decoding):
 
 
 def difference(earlier, made):
-    """Say in what the captioner of earlier captions differs, or return None where it does not.
+    """Say how the captioner of earlier captions differs from the present one, or return None.
 
     Args:
         earlier, made: as `made_by` returns them, then and now.
@@ -71,5 +71,5 @@ def check_bulk(folder, made):
     other = difference(read_json(beside).get("made_by"), made)
     if other:
         raise ValueError(
-            f"--out {folder} holds captions of another {other}: give the same flags to go on, or name another --out"
+            f"--out {folder} holds captions of another {other}: give the same flags to resume, or name another --out"
         )

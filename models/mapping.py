@@ -1,11 +1,11 @@
 """Mapping networks: CLIP embedding -> prefix of language-model embeddings.
 
-An image's embedding is one vector [D], or K tokens [K, D]. Each network is built for one of the two and has other
-weights for the other.
+An image's embedding is one vector [D], or K tokens [K, D]. A network is built for one of the two, and its weights do
+not fit the other.
 
 Axes: B batch, D CLIP width, K CLIP tokens, P prefix, E language-model width, S = K + P, H heads.
 Source: ClipCap (arXiv 2111.09734), section 3; rmokady/CLIP_prefix_caption train.py. Parameter names and
-shapes on one vector are theirs, so that weights pass both ways.
+shapes for one vector are theirs, so that weights can be exchanged.
 """
 
 import torch
@@ -16,15 +16,15 @@ from models.settings import MAPPING_OPTIONS
 
 NUM_HEADS = 8  # of the transformer mapping network, fixed by the published weights
 MLP_RATIO = 2
-POSITION_DEVIATION = 0.02  # of tokens' positions at the start, as those of GPT-2
+POSITION_DEVIATION = 0.02  # of tokens' position embeddings at initialisation, as in GPT-2
 
 
 class MappingNetwork(nn.Module):
-    """What every mapping network is asked for; models.settings says which options it takes."""
+    """Base of the mapping networks; models.settings says which options each takes."""
 
     @staticmethod
     def recognise(weights, embedding_dim):
-        """Return what weights of its own on vectors tell of the configuration; None: they are others.
+        """Return the CaptionConfig fields that weights of this network for one vector tell; None: they are not its own.
 
         Args:
             weights: name -> tensor.
@@ -33,12 +33,12 @@ class MappingNetwork(nn.Module):
 
 
 class MLP(MappingNetwork):
-    """One hidden layer with tanh: D -> E·P/2 -> E·P; of tokens, each by itself: D -> E -> E, so that P is K."""
+    """One hidden layer with tanh: D -> E·P/2 -> E·P; on tokens, each by itself: D -> E -> E, so that P is K."""
 
     def __init__(self, prefix_dim, embedding_dim, prefix_length, num_tokens=None):
         super().__init__()
         self.output_shape = (prefix_length, embedding_dim)
-        if num_tokens:  # under another name: without its json, it is not to be taken for one of a vector
+        if num_tokens:  # another name, so that without its json it is not taken for a network on one vector
             self.per_token = _two_layers(prefix_dim, embedding_dim, embedding_dim)
         else:
             width = prefix_length * embedding_dim
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
 class TransformerMapper(MappingNetwork):
     """K projections of the CLIP embedding and P learned constants attend to each other; the last P come out.
 
-    Of tokens, each is projected, by the same layer, and gets a learned position.
+    Given tokens, it projects each with the same layer and adds a learned position.
     """
 
     def __init__(self, prefix_dim, embedding_dim, prefix_length, prefix_length_clip, num_layers, num_tokens=None):
@@ -192,9 +192,9 @@ class ResamplerLayer(nn.Module):
 class Resampler(MappingNetwork):
     """P learned queries read K tokens by cross-attention.
 
-    Source: the Perceiver resampler of Flamingo (arXiv 2204.14198), section 2.1 and appendix A.1.1; here a token's
-    place is a learned position, the feed-forward layer is that of the transformer above, and nothing normalises what
-    comes out, as there.
+    Source: the Perceiver resampler of Flamingo (arXiv 2204.14198), section 2.1 and appendix A.1.1; here
+    positions are learned and the feed-forward layer is that of the transformer above; as there, the output is not
+    normalised.
     """
 
     def __init__(self, prefix_dim, embedding_dim, prefix_length, num_layers, num_heads, num_tokens):
@@ -215,7 +215,7 @@ class Resampler(MappingNetwork):
 
 
 def check_heads(name, embedding_dim, num_heads, remedy):
-    """Refuse a width that attention cannot share out over its heads; raises ValueError."""
+    """Refuse a width that the attention heads do not divide; raises ValueError."""
     if embedding_dim % num_heads:
         raise ValueError(
             f"--mapping_type {name} needs a language model whose embedding width is divisible by {num_heads}; this "
@@ -241,7 +241,7 @@ def build_mapping_network(config, embedding_dim):
 
 
 def recognise_mapping_network(weights, embedding_dim):
-    """Return what a mapping network's weights tell of its CaptionConfig; None: no network on vectors has such.
+    """Return the CaptionConfig fields that a mapping network's weights tell; None: they fit no network on one vector.
 
     Args:
         weights: name -> tensor, of the network alone.

@@ -6,25 +6,25 @@ from utils.processes import world_size
 
 
 def place(model, placement):
-    """Put a captioner where it runs; returns it. What is no decoder layer goes to the first device.
+    """Put a captioner on its devices; returns it. All but decoder layers goes to the first device.
 
     Args:
         model: ClipCaptionModel.
         placement: Placement.
-    Raises: ValueError where it does not fit the language model.
+    Raises: ValueError where the placement does not suit the language model.
     """
     first = placement.devices[0]
     if placement.fsdp:
         _shard(model, first)
     elif placement.pn == "auto":
         offload(model.gpt, placement.devices, placement.max_memory, placement.offload_dir)
-    elif not getattr(model.gpt, "is_quantized", False):  # else it lies where it was loaded
+    elif not getattr(model.gpt, "is_quantized", False):  # a quantised model stays where it was loaded
         layer_devices = split_devices(placement.devices, placement.pn, model.gpt.config.num_hidden_layers)
         if len(set(layer_devices)) == 1:
             model.gpt.to(first)
         else:
             split_layers(model.gpt, layer_devices)
-    if placement.gradient_checkpointing:  # after the hooks that move weights, which it must repeat
+    if placement.gradient_checkpointing:  # after accelerate's hooks, which recomputing must run again
         checkpoint_layers(model.gpt)
     if not placement.fsdp:
         model.clip_project.to(first)
@@ -32,7 +32,7 @@ def place(model, placement):
 
 
 def _shard(model, device):
-    """Share the weights out over all processes; each gathers a decoder layer while it computes it."""
+    """Shard the weights over all processes, which gather each decoder layer only while they compute it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -41,29 +41,29 @@ def _shard(model, device):
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for method in ("token_logprobs", "caption"):  # what is called of a captioner besides `forward`
+    for method in ("token_logprobs", "caption"):  # methods that are called besides `forward`
         register_fsdp_forward_method(model, method)
-    for layer in layers:  # where captioning gathered first, its inference mode would forbid gradients for good
+    for layer in layers:  # if captioning were first to gather, its inference mode would forbid gradients for good
         layer.unshard()
         layer.reshard()
 
 
 def is_sharded(model):
-    """Tell whether `place` shared the weights out over the processes."""
+    """Tell whether `place` sharded the weights over the processes."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def get_weights(model, trained_only=False):
-    """Return a captioner's weights by name; sharded ones gathered on the CPU of process 0, where the others get none.
+    """Return a captioner's weights by name; sharded ones gathered on the CPU of process 0 alone.
 
     Every process must call it. Tied weights stay one tensor.
 
     Args:
-        trained_only: leave out those that do not learn.
+        trained_only: leave frozen weights out of a sharded model's.
     """
     if not is_sharded(model):
-        # torch's way has nothing to gather here, and finds each name in the model first, which it cannot do with
-        # those that bitsandbytes' layers put into a state dict besides
+        # torch's function would gather nothing here, and would fail on the names that bitsandbytes' layers add to a
+        # state dict, because it looks up every name in the model
         return model.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -76,7 +76,7 @@ def get_weights(model, trained_only=False):
 
 
 def set_weights(model, weights):
-    """Load weights by name, whole ones of process 0 where the model is sharded; those that are not named stay.
+    """Load weights by name, from process 0's full tensors where the model is sharded; weights not named stay.
 
     Every process must call it.
     """
@@ -90,17 +90,17 @@ def get_optimizer_state(model, optimizer):
 
     Every process must call it.
     """
-    if not optimizer.state:  # torch's way would take a first step to make one
+    if not optimizer.state:  # torch's function would take a step to create it
         return optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    sharded = is_sharded(model)  # otherwise weights may lie on several devices, and are left there
+    sharded = is_sharded(model)  # an unsharded model's state stays on its devices, of which there may be several
     options = StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
     return get_optimizer_state_dict(model, optimizer, options=options)
 
 
 def set_optimizer_state(model, optimizer, state):
-    """Load what `get_optimizer_state` returned, before the weights: it takes a step of length 0 where there was none.
+    """Load what `get_optimizer_state` returned; before the weights, as torch takes a step of lr 0 to create the state.
 
     Every process must call it.
     """
@@ -111,12 +111,12 @@ def set_optimizer_state(model, optimizer, state):
 
     set_optimizer_state_dict(model, optimizer, state, options=_loading(model))
     for name, parameter in model.named_parameters():
-        if name not in state["state"]:  # it had no gradient yet, and torch left it the state of that step
+        if name not in state["state"]:  # it had no gradient when saved; drop the state that torch's step gave it
             optimizer.state.pop(parameter, None)
 
 
 def _loading(model):
-    """Return torch's options to load what may name a part only, such as the weights that learn."""
+    """Return torch's options for loading a state dict that may be partial, such as the trained weights alone."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     sharded = is_sharded(model)  # then one process reads the file's tensors and sends the others their shares

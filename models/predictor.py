@@ -13,7 +13,7 @@ from models.settings import BEAM
 
 
 class Predictor:
-    """Captions one image at a time, as the predecessor's class of this name does; threads may load at once."""
+    """Captions one image at a time, as the predecessor's class of this name does; several threads may load at once."""
 
     def setup(self, models=("coco", "conceptual"), device=None, dtype=None):
         """Say which captioners there are; each is loaded when it is first asked for.
@@ -21,7 +21,7 @@ class Predictor:
         Args:
             models: names, files, or folders that export.py wrote, the first being the default; or {name: file}.
             device: torch device; None takes a GPU if there is one. Exported captioners run on the CPU.
-            dtype: as the flag --dtype; exported captioners have the type that they were exported in.
+            dtype: as the flag --dtype; exported captioners keep the dtype of their export.
         """
         self.checkpoints = dict(models) if isinstance(models, dict) else {name: name for name in models}
         self.device, self.dtype = device, dtype
@@ -30,9 +30,9 @@ class Predictor:
     def captioner(self, model=None):
         """Return the captioner of one of the names given to `setup`; None is the first.
 
-        The thread that asks first loads it, others that ask for it meanwhile wait, and nobody else does.
+        The first thread to ask loads it; meanwhile only threads that ask for the same captioner wait.
 
-        Raises: ValueError where there is no such model; what loading it raises, to all who wait for it.
+        Raises: ValueError where there is no such model; an error of loading, in every thread that waits.
         """
         model = self.name(model)
         with self.lock:
@@ -43,12 +43,12 @@ class Predictor:
             try:
                 load.set_result(self._load(self.checkpoints[model]))
             except BaseException as error:
-                del self.loads[model]  # who asks later tries again
+                del self.loads[model]  # the next caller tries again
                 load.set_exception(error)
         return load.result()
 
     def name(self, model=None):
-        """Return the name that a model has in `setup`, of its name or alias; raises ValueError where it has none."""
+        """Return the name in `setup` that a name or alias stands for; raises ValueError where there is none."""
         model = ALIASES.get(model, model) if model else next(iter(self.checkpoints))
         if model not in self.checkpoints:
             raise ValueError(f"model {model!r} is not one of {', '.join(self.checkpoints)}")

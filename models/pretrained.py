@@ -1,4 +1,4 @@
-"""What a captioner's name stands for: a published one, which is fetched once, a file or folder, or one of the hub."""
+"""What a captioner's name stands for: a published captioner, fetched once, a file, a folder, or one of the hub."""
 
 import functools
 import os
@@ -39,11 +39,11 @@ PRETRAINED = {
 ALIASES = {"conceptual-captions": "conceptual"}  # as the predecessor's Predictor calls it
 DEMO = "demo"
 NAMES = (*PRETRAINED, DEMO)  # what --checkpoint takes besides files and repositories of the hub
-# a captioner that is shared: these in one folder, and its encoder where that has no public name
+# a shared captioner's folder: these files, and its encoder where that has no public name
 SHARED_CONFIG, SHARED_WEIGHTS, SHARED_TOKENIZER = "captioner.json", "captioner.safetensors", "captioner_tokenizer"
 SHARED_ENCODER = "encoder"
 BESIDE_WEIGHTS = [f"{SHARED_TOKENIZER}/*", f"{SHARED_ENCODER}.*", f"{SHARED_ENCODER}/*"]
-WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")  # a missing file, not a repository
+WEIGHTS_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")  # such a name is a missing file, not a repository
 DEMO_CHECKPOINT = Path(__file__).resolve().parent.parent / "demo" / "weights" / "demo_latest.pt"
 
 
@@ -54,7 +54,7 @@ def checkpoint_file(name, flag="--checkpoint", with_weights=True):
         name: one of NAMES; a file; a folder that holds a shared captioner; a repository of the hub that does, with or
             without PREFIX. A file or folder wins over a repository of its name.
         flag: the option that names it, for the error.
-        with_weights: False fetches no more of a repository than the json beside that file.
+        with_weights: False fetches only the json of a repository, not its weights.
     Raises: FileNotFoundError where there is no such thing, or it cannot be fetched; ValueError where the repository
         holds something else.
     """
@@ -81,7 +81,7 @@ def checkpoint_file(name, flag="--checkpoint", with_weights=True):
 
 
 def repository_of(name):
-    """Return (ORG/NAME, revision or None) where a captioner's name is a repository's, or None."""
+    """Return (ORG/NAME, revision or None) of a captioner's name that is a repository; None for other names."""
     path = Path(name)
     if path.exists() or (path.suffix in WEIGHTS_ENDINGS and not str(name).startswith(PREFIX)):
         return None
@@ -95,15 +95,15 @@ def _of_the_hub(repository, revision, with_weights):
         file = _of_the_hub(repository, revision, False)
         if not file.exists():
             note(f"fetching {repository}, commit {file.parent.name[:8]}, into the hub's cache")
-            for patterns in (BESIDE_WEIGHTS, [SHARED_WEIGHTS]):  # the weights last: where they are, all is
+            for patterns in (BESIDE_WEIGHTS, [SHARED_WEIGHTS]):  # weights last: where they are, the rest is too
                 fetch_commit(repository, file.parent.name, patterns)
         if not file.exists():
             raise ValueError(f"{repository} holds no captioner: it has no {SHARED_WEIGHTS}")
         for encoder in file.parent.glob(f"{SHARED_ENCODER}.*"):
             if holds_code(encoder):
                 raise ValueError(
-                    f"{repository} has a TorchScript program as its encoder, {encoder.name}, and no code of others is "
-                    f"run: its author can push one whose weights alone, its state_dict(), were saved"
+                    f"{repository} has a TorchScript program as its encoder, {encoder.name}, and downloaded code is "
+                    f"never run: its author can push the encoder's state_dict() instead"
                 )
         return file
     described = newest(repository, revision, SHARED_CONFIG)

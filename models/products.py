@@ -1,7 +1,7 @@
-"""Linear layers that learn on a processor, multiplied by oneDNN.
+"""Matrix products by oneDNN for linear layers that are trained on the CPU.
 
-torch gives float32 products to MKL, which reaches 70 to 95 % of oneDNN's speed at the sizes of training; bfloat16 ones
-go to oneDNN already. Layers that learn no more are laid out anew instead: utils.precision.
+torch gives float32 products to MKL, which reaches 70 to 95 % of oneDNN's speed at the sizes of training; bfloat16
+products go to oneDNN already. For inference, utils.precision reorders the weights instead.
 """
 
 import functools
@@ -26,9 +26,9 @@ class Product(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
-    @once_differentiable  # else gradients of gradients would be wrong without a word
+    @once_differentiable  # else second derivatives would be silently wrong
     def backward(ctx, grad):
-        """Return the gradients of what is asked for; `grad` is [..., out]."""
+        """Return the gradients of the inputs that need one; `grad` is [..., out]."""
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
@@ -42,13 +42,13 @@ class Product(torch.autograd.Function):
 
 
 def multiply_by_onednn(model):
-    """Let the linear layers of a captioner on the CPU multiply by oneDNN, where torch has it.
+    """Make the linear layers of a captioner on the CPU multiply by oneDNN, where torch has it.
 
-    The output layer stays: of fifty thousand outputs MKL is the faster. So do layers that others have put a `forward`
-    on, such as accelerate, which fetches the weights there.
+    The output layer is left alone, because MKL is faster for fifty thousand outputs. So are layers whose `forward` is
+    replaced already, for example by accelerate, which fetches the weights in it.
 
     Args:
-        model: ClipCaptionModel; its weights and their names stay as they are.
+        model: ClipCaptionModel; its weights and their names do not change.
     """
     if not torch.backends.mkldnn.is_available():
         return
@@ -59,7 +59,7 @@ def multiply_by_onednn(model):
 
 
 def _forward(layer, x):
-    """Run a linear layer; by its class where the product is none of float32."""
+    """Run a linear layer by oneDNN; by its class where the product is not float32 on the CPU."""
     plain = torch.is_autocast_enabled("cpu") or x.dtype != torch.float32 or layer.weight.dtype != torch.float32
     if plain or not x.numel() or x.device.type != "cpu":
         return type(layer).forward(layer, x)

@@ -34,7 +34,7 @@ def candidates_config(decoding):
 
 
 def draws_samples(decoding):
-    """Tell whether captions rest on random numbers."""
+    """Tell whether captions depend on random numbers."""
     return decoding.method == SAMPLE or (decoding.rerank != NO_RERANK and decoding.method != BEAM)
 
 
@@ -48,7 +48,7 @@ class Reranker:
             model: ClipCaptionModel, in evaluation mode.
             tokenizer: of its language model.
             encode_texts: function of a list of texts to [number, D]; None: the encoder has no text tower, or
-                gives tokens of an image, which are compared with no text.
+                gives an image's tokens, which cannot be compared with texts.
         """
         self.model, self.tokenizer, self.encode_texts = model, tokenizer, encode_texts
         self.most = sys.maxsize  # candidates at a time, as far as is known
@@ -61,7 +61,7 @@ class Reranker:
             decoding: DecodingConfig with `rerank`.
             keys: as of `generate_captions`.
         Returns: per image, at most `num_captions` Captions of different texts, best first.
-        Raises: ValueError where `clip` is asked for and there is nothing to compare with.
+        Raises: ValueError where `clip` is asked for and there is no `encode_texts`.
         """
         if decoding.rerank == CLIP and self.encode_texts is None:
             raise ValueError(
@@ -76,9 +76,9 @@ class Reranker:
         return [group[: decoding.num_captions] for group in ranked]
 
     def _candidates(self, clip_embedding, config, keys):
-        """Return the candidates of every image; from those on that do not fit in memory, fewer at a time.
+        """Return the candidates of every image, fewer at a time once they do not fit in memory.
 
-        First fewer images, which changes no caption; of one image, fewer candidates.
+        First fewer images, which changes no caption; for a single image, fewer candidates.
         """
         images, rows = len(clip_embedding), len(clip_embedding) * config.num_captions
         if rows <= self.most:
@@ -87,7 +87,7 @@ class Reranker:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or rows == 1:
                     raise
-            # here, not above: the error, while it is handled, keeps the tensors that filled the memory
+            # not in the handler: until that ends, the error keeps the tensors that filled the memory alive
             self.most = rows // 2
             lost = "" if images > 1 else ", so that an image has fewer"
             note(f"warning: {rows} candidates do not fit in memory; going on with {self.most} at a time{lost}")
@@ -102,7 +102,7 @@ class Reranker:
 
 
 def distinct(captions):
-    """Return captions without those whose text another has, of which the likeliest is kept; in order."""
+    """Return captions of different texts, the likeliest of each, in order of a text's first occurrence."""
     best = {}
     for caption in captions:
         text = caption.text.strip()
@@ -132,7 +132,7 @@ def rank_by_clip(clip_embedding, groups, encode_texts):
 
 
 def clip_value(captions, scores):
-    """Return what captions are ranked by, [N]: CLIPScore, and a little of the mean log-probability per token."""
+    """Return what captions are ranked by, [N]: CLIPScore plus a weighted mean log-probability per token."""
     return scores + LOGPROB_WEIGHT * np.array([caption.mean_logprob for caption in captions])
 
 
@@ -143,7 +143,7 @@ def rank_by_consensus(groups, weighted):
 
     Args:
         groups: per image a list of Captions.
-        weighted: the others count by their probability, as beams need; samples are as frequent as they are probable.
+        weighted: weight the others by their probability, as beams need; samples already occur as often as is probable.
     """
     kept = [distinct(group) for group in groups]
     texts = tokenize([caption.text.strip() for group in kept for caption in group])
@@ -173,5 +173,5 @@ def _expected(table, kept, group, weighted):
 
 
 def _sorted(captions, values):
-    """Return captions by falling value; equal ones in their order."""
+    """Return captions by descending value; equal ones keep their order."""
     return [captions[i] for i in np.argsort(-values, kind="stable")]

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, fields
 
-# options that every captioner's json has, whatever its mapping network, as it had when there were two
+# options in every captioner's json, whatever its mapping network, as when there were only two networks
 USUAL = {"prefix_length": 10, "prefix_length_clip": 10, "num_layers": 8}
 NEWER = ("num_heads", "num_tokens")  # keys that the json of a captioner without them leaves out
 LOAD_IN = ("16bit", "8bit", "4bit")  # of --load_in: bfloat16; bitsandbytes
@@ -15,13 +15,13 @@ RERANKS = (NO_RERANK, CLIP, MBR)
 
 @dataclass(frozen=True)
 class MappingOptions:
-    """What is asked of a kind of mapping network.
+    """The options of a kind of mapping network.
 
     Args:
-        options: the fields of CaptionConfig that it reads beside those that all networks do, with their defaults.
-        ignored: other networks' options that may be given all the same.
-        length_of_tokens: the field that is the number of tokens, where there are such.
-        needs_tokens: it reads tokens alone, no vector.
+        options: fields of CaptionConfig that it reads besides those that all networks read, with their defaults.
+        ignored: other networks' options that are accepted and ignored.
+        length_of_tokens: the field that must be the number of tokens, where the embedding has tokens.
+        needs_tokens: it takes tokens only, not one vector.
     """
 
     options: dict = field(default_factory=dict)
@@ -32,7 +32,7 @@ class MappingOptions:
 
 # --mapping_type -> what it takes; models.mapping has the networks
 MAPPING_OPTIONS = {
-    # what it ignores is of the transformer, but the predecessors' commands name it here
+    # it ignores options of the transformer, because the predecessors' commands pass them to both
     "mlp": MappingOptions(ignored=("prefix_length_clip", "num_layers"), length_of_tokens="prefix_length"),
     "transformer": MappingOptions({"prefix_length_clip": 10, "num_layers": 8}, length_of_tokens="prefix_length_clip"),
     "resampler": MappingOptions({"num_layers": 4, "num_heads": 8}, needs_tokens=True),
@@ -45,10 +45,10 @@ class CaptionConfig:
 
     Args:
         prefix_dim: D, width of the CLIP embedding.
-        prefix_length: P, prefix positions given to the language model; None: 10, or as many as there are tokens where
-            the mapping network maps each by itself.
-        prefix_length_clip: K, tokens the transformer mapping network makes of the CLIP embedding; None: 10, or as many
-            as there are.
+        prefix_length: P, prefix positions given to the language model; None: 10, or num_tokens where the
+            mapping network maps each token by itself.
+        prefix_length_clip: K, tokens the transformer mapping network makes of the CLIP embedding; None: 10, or
+            num_tokens.
         mapping_type: key of MAPPING_OPTIONS.
         num_layers: layers of the mapping network; None: its default.
         only_prefix: the language model was frozen.
@@ -57,7 +57,7 @@ class CaptionConfig:
         clip_model_type: name or file of the encoder whose embeddings it was trained on.
         clip_sha256: of that file, or of the one that the name stands for.
         lora_rank: rank of the LoRA that the language model learns; 0: none.
-        load_in: precision that the language model's weights were kept in, untrained; None: float32.
+        load_in: precision in which the language model's untrained weights were held; None: float32.
         num_heads: attention heads of the resampler; None: its default.
         num_tokens: K, tokens of an image's CLIP embedding; None: it is one vector.
     Raises: ValueError naming the flag that does not fit.
@@ -107,13 +107,13 @@ class CaptionConfig:
 
     @property
     def tokens(self):
-        """What the encoder gives of an image: `pooled`, one vector, or `patches`, tokens."""
+        """What the encoder gives for an image: `pooled`, one vector, or `patches`, tokens."""
         return "patches" if self.num_tokens else "pooled"
 
     def to_dict(self):
-        """Return the fields as a plain dictionary, `tokens` too where there are such."""
+        """Return the fields as a plain dictionary, with `tokens` where the embedding has tokens."""
         values = asdict(self) | ({"tokens": self.tokens} if self.num_tokens else {})
-        # what only newer captioners have is left out of the others' json, which older versions then read
+        # fields of newer captioners are left out of others' json, so that older versions can read it
         return {name: value for name, value in values.items() if value is not None or name not in NEWER}
 
     @classmethod
@@ -139,19 +139,19 @@ class DecodingConfig:
 
     Args:
         method: `greedy`, `beam` or `sample`.
-        decoder: `clipcap`, the searches below, or `transformers`, the library's `generate`, as the OPT predecessor;
-            they sample alike.
+        decoder: `clipcap`, our own searches, or `transformers`, the library's `generate`, as the OPT predecessor; both
+            sample alike.
         beam_size: W.
         entry_length: new tokens at most, within the language model's context.
         stop_token: text that ends a caption, whatever tokens make it; it is kept in the text.
         top_p: probability mass that sampling draws from, in (0, 1].
         temperature: divides the logits.
         length_penalty: exponent of the length that a beam's log-probability is divided by; 1 is the mean.
-        num_captions: captions per image; at most `beam_size` of beam search, `num_candidates` of reranking.
+        num_captions: captions per image; at most `beam_size` in beam search, `num_candidates` in reranking.
         seed: of sampling.
-        prompt: text that the caption goes on from; not part of the caption.
-        rerank: `none`, or how the best of many candidates are chosen: `clip` or `mbr`, see models.rerank. The captioner
-            with its encoder does it; `generate_captions` alone does not.
+        prompt: text that the caption continues; not part of it.
+        rerank: `none`, or how the best of many candidates are chosen: `clip` or `mbr`, see models.rerank. `Captioner`
+            does it; `generate_captions` does not.
         num_candidates: candidates per image: beams of beam search, else samples.
     """
 
@@ -174,7 +174,7 @@ class DecodingConfig:
             raise ValueError(f"decoding method {self.method!r} is not one of {GREEDY}, {BEAM}, {SAMPLE}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p {self.top_p} is not above 0 and at most 1")
-        if not self.temperature > 0:  # nor is NaN
+        if not self.temperature > 0:  # refuses NaN too
             raise ValueError(f"--temperature {self.temperature} is not above 0; leave --top_p out for greedy decoding")
         if self.rerank not in RERANKS:
             raise ValueError(f"--rerank {self.rerank!r} is not one of {', '.join(RERANKS)}")
@@ -198,22 +198,22 @@ class DecodingConfig:
 
     @classmethod
     def from_dict(cls, values, path):
-        """Build from what a run's json says; what it does not say has its default.
+        """Build from a run's json; settings that it lacks have their defaults.
 
         Args:
             path: the json, named in errors.
-        Raises: ValueError naming a key that is unknown or whose value is no setting.
+        Raises: ValueError naming a key that is unknown or has an invalid value.
         """
         types = {f.name: (int, float) if f.type is float else f.type for f in fields(cls)}
         if not isinstance(values, dict):
-            raise ValueError(f"{path}: decoding is not a list of settings")
+            raise ValueError(f"{path}: decoding is not a dictionary of settings")
         for name, value in values.items():
             if name not in types:
                 raise ValueError(
                     f"{path}: decoding has the unknown key {name!r}; this version knows {', '.join(types)}"
                 )
             if isinstance(value, bool) or not isinstance(value, types[name]):
-                raise ValueError(f"{path}: decoding has {name} {value!r}, which is no such setting")
+                raise ValueError(f"{path}: decoding has {name} {value!r}, which is not a valid value")
             if name in ("beam_size", "entry_length", "num_captions", "num_candidates") and value < 1:
                 raise ValueError(f"{path}: decoding has {name} {value}, which is not at least 1")
         try:

@@ -1,6 +1,6 @@
-"""Where a caption begins and ends, told from a tokenizer's behaviour, not from its kind.
+"""Where a caption begins and ends, found from what a tokenizer does, not from its class.
 
-Axes: R rows at work, V vocabulary.
+Axes: R active rows, V vocabulary.
 """
 
 import functools
@@ -22,7 +22,7 @@ def opening_tokens(tokenizer, prompt):
 
 
 def continuing_tokens(tokenizer, prompt, text):
-    """Return the ids of a text that goes on from the prompt: its first word has the blank that the prompt lacks."""
+    """Return the ids of a text that continues the prompt, beginning with the space between the two."""
     start = tokenizer.encode(prompt, add_special_tokens=False)
     together = tokenizer.encode(f"{prompt} {text}", add_special_tokens=False) if prompt else []
     if start and len(together) > len(start) and together[: len(start)] == start:
@@ -31,33 +31,33 @@ def continuing_tokens(tokenizer, prompt, text):
 
 
 def end_tokens(tokenizer, gpt):
-    """Return the ids by which tokenizer and language model say that a text is over."""
+    """Return the ids by which the tokenizer or the language model ends a text."""
     ids = {tokenizer.eos_token_id}
     for config in (gpt.config, getattr(gpt, "generation_config", None)):
         own = getattr(config, "eos_token_id", None)
         ids |= set(own) if isinstance(own, list | tuple) else {own}
-    return sorted(ids & _special_ids(tokenizer))  # another tokenizer's model says nothing about this one's
+    return sorted(ids & _special_ids(tokenizer))  # the model's ids may belong to another tokenizer
 
 
 def _special_ids(tokenizer):
-    """Return the ids that a text is shown without."""
+    """Return the ids that decoding skips as special tokens."""
     added = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return added | set(tokenizer.all_special_ids)
 
 
 def text_of(tokenizer, tokens):
-    """Return what token ids say, without special tokens."""
+    """Return the text of token ids, without special tokens."""
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def spoken(tokenizer, tokens):
-    """Return token ids without the special ones at their end, which no text shows."""
+    """Return token ids without the special tokens at their end."""
     special = _special_ids(tokenizer)
     return tokens[: next((end for end in range(len(tokens), 0, -1) if tokens[end - 1] not in special), 0)]
 
 
 class Stop:
-    """Tells which captions have ended: by an end token, or by the stop text wherever the decoded text has it.
+    """Tells which captions have ended: by an end token, or by the stop text anywhere in the decoded text.
 
     Only rows whose newest token could complete the stop text are decoded, so that the others stay on the device.
     """
@@ -66,10 +66,10 @@ class Stop:
         """Find the tokens that could complete the stop text.
 
         Args:
-            text: the stop text, or "" for none; one that is a special token ends as an end token does, unseen.
+            text: the stop text, or "" for none; a special token works as an end token and is not shown.
             vocabulary: V.
             ends: ids of end tokens.
-        Raises: ValueError where the tokenizer has nothing for `text`.
+        Raises: ValueError where the tokenizer has no token for `text`.
         """
         ids = tokenizer.encode(text, add_special_tokens=False) if text else []
         if len(ids) == 1 and not text_of(tokenizer, ids):
@@ -112,10 +112,10 @@ class Stop:
 
 @functools.lru_cache(maxsize=8)
 def _completing(tokenizer, text):
-    """Return the ids whose text holds the stop text's last character, or a piece of one that has several bytes."""
+    """Return the ids whose text holds the stop text's last character, or a part of it where it has several bytes."""
     if not text:
         return ()
-    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # a blank before the first word may go in decoding
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # decoding may drop the space before the first word
     before = text_of(tokenizer, anchor)
     decoded = tokenizer.batch_decode([[*anchor, token] for token in range(len(tokenizer))], skip_special_tokens=True)
     pieces = (string.removeprefix(before) for string in decoded)
