@@ -14,6 +14,7 @@ import torch
 
 from models.settings import BEAM, GREEDY, SAMPLE
 
+LOOK_EVERY = {"cuda": 8}  # tokens: how often a search waits for the device to see what has ended; elsewhere at each
 ROWS_AT_ONCE = 4  # whose logits a processor's cache holds: several passes over these cost little more than one
 
 
@@ -87,18 +88,26 @@ class Search:
         """
         self.config, self.stop, self.limits = config, stop, limits
         self.images = None  # [R] or [B] image of each row, or of each group of beams, at work
+        self.length = 0  # tokens that every row at work has so far
 
     def advance(self, logits):
         """Choose from the logits of all rows at work, [R, V] of any type; the first time those of the images, [B, V].
 
         Returns: Move.
         """
+        self.length += 1
         if self.images is not None:
             return self._go_on(logits)
         if self.limits is None:
             self.limits = torch.full((len(logits),), self.config.entry_length)
+        self.least = int(self.limits.min())
         self.limits = self.limits.to(logits.device)
         return self._begin(logits)
+
+    def _looks(self):
+        """Tell whether it is time to see what has ended; what has, is carried on until then and cut off."""
+        every = LOOK_EVERY.get(self.limits.device.type, 1)
+        return self.length % every == 0 or self.length >= self.least
 
 
 class Greedy(Search):
@@ -114,7 +123,7 @@ class Greedy(Search):
         self.images = torch.arange(len(logits), device=logits.device).repeat_interleave(self.count)
         self.nodes = self.images  # the step's row of each candidate
         self.rows = torch.arange(len(self.images), device=logits.device)  # candidates as numbered at the beginning
-        self.lengths = torch.zeros_like(self.rows)  # tokens so far
+        self.chosen = []  # tokens and their log-probabilities, [R] each, that captions do not have yet
         self.captions = [Caption() for _ in self.rows]
         self.open = [self.count] * len(logits)  # captions that each image waits for
         return self._go_on(logits)
@@ -123,18 +132,16 @@ class Greedy(Search):
         """Extend every candidate by one token."""
         number, vocabulary = logits.shape
         tokens, logprobs = self._choose(logits)  # [R] each
-        working = [self.captions[row] for row in self.rows.tolist()]
-        for caption, token, logprob in zip(working, tokens.tolist(), logprobs.tolist(), strict=True):
-            caption.tokens.append(token)
-            caption.logprob += logprob
-        self.lengths = self.lengths + 1
-        going = ~self.stop(tokens, lambda row: working[row].tokens) & (self.lengths < self.limits[self.images])
+        self.chosen.append((tokens, logprobs))
+        if self.count == 1 and not self._looks():  # several candidates are compared at every token anyway
+            return Move(tokens, None, {})
+        going = ~self._write_down() & (self.length < self.limits[self.images])
         finished = {}
         if not going.all():
             finished = self._finish(self.images[~going].tolist())
             kept = going.nonzero()[:, 0]
-            tokens, self.nodes, self.images, self.rows, self.lengths = (
-                state[kept] for state in (tokens, self.nodes, self.images, self.rows, self.lengths)
+            tokens, self.nodes, self.images, self.rows = (
+                state[kept] for state in (tokens, self.nodes, self.images, self.rows)
             )
         sources = self.nodes
         if self.count > 1:  # those that have said the same so far go on as one
@@ -144,6 +151,20 @@ class Greedy(Search):
             self.nodes = torch.arange(len(tokens), device=tokens.device)
         moved = len(sources) != number or (self.count > 1 and not sources.equal(torch.arange(number).to(sources)))
         return Move(tokens, sources if moved else None, finished)
+
+    def _write_down(self):
+        """Append what was chosen to the captions that have not ended; return which have now, [R] of bool."""
+        working = [self.captions[row] for row in self.rows.tolist()]
+        ended = torch.zeros_like(self.rows, dtype=torch.bool)
+        for tokens, logprobs in self.chosen:
+            over = ended.tolist()
+            for caption, *more, done in zip(working, tokens.tolist(), logprobs.tolist(), over, strict=True):
+                if not done:
+                    caption.tokens.append(more[0])
+                    caption.logprob += more[1]
+            ended = ended | self.stop(tokens, lambda row: working[row].tokens)
+        self.chosen = []
+        return ended
 
     def _choose(self, logits):
         """Return the next token of each row at work and its log-probability, [R] each, from the step's logits."""
@@ -191,7 +212,7 @@ class Nucleus(Greedy):
 
     def _choose(self, logits):
         self.draws = self.draws.to(logits.device)
-        draws = self.draws[self.rows, self.lengths]  # [R]
+        draws = self.draws[self.rows, self.length - 1]  # [R]
         parts = [
             self._draw(logits[nodes].float() / self.config.temperature, drawn)
             for nodes, drawn in zip(*(_parts(state) for state in (self.nodes, draws)), strict=True)
@@ -246,6 +267,8 @@ class Beam(Search):
 
     def _move(self, sources):
         """Let go of the images that are done; `sources`: [B, W] the row each hypothesis goes on from."""
+        if not self._looks():  # hypotheses of an image that is done do not change
+            return Move(self.tokens[..., -1].flatten(), sources.flatten(), {})
         done = self.stopped.all(-1) | (self.tokens.shape[-1] >= self.limits[self.images])  # [B]
         finished = {int(self.images[row]): self._ranked(row) for row in done.nonzero()[:, 0].tolist()}
         if finished:

@@ -59,7 +59,8 @@ def spoken(tokenizer, tokens):
 class Stop:
     """Tells which captions have ended: by an end token, or by the stop text anywhere in the decoded text.
 
-    Only rows whose newest token could complete the stop text are decoded, so that the others stay on the device.
+    Only rows whose newest token could complete the stop text are decoded, so that the others stay on the device; where
+    the stop text is one character that tokens have or have not, as the full stop, none is.
     """
 
     def __init__(self, tokenizer, text, vocabulary, ends=(), device=None):
@@ -77,6 +78,7 @@ class Stop:
         if text and not ids:
             raise ValueError(f"--stop_token {text!r} is no token of this language model")
         self.tokenizer, self.text, self.ends = tokenizer, text, set(ends)
+        self.decodes = len(text) > 1 or text > "\x7f"  # a character of several bytes may be of several tokens
         flags = torch.zeros(vocabulary, dtype=torch.bool)
         flags[[token for token in (*self.ends, *_completing(tokenizer, text)) if token < vocabulary]] = True
         self.flags = flags.to(device)  # [V]
@@ -89,7 +91,7 @@ class Stop:
             caption: function of a row's number to all its token ids, the newest included.
         """
         ended = self.flags[tokens]
-        rows = ended.nonzero()[:, 0].tolist() if self.text or self.ends else []
+        rows = ended.nonzero()[:, 0].tolist() if self.decodes else []
         over = [row for row in rows if not self._is_over(caption(row))]
         if over:
             ended[over] = False

@@ -10,7 +10,7 @@ from conftest import mean_loss, run_script
 from models.clip_caption import build_captioner
 from models.decoding import generate_captions
 from models.language import load_language_model, load_tokenizer
-from models.searches import ROWS_AT_ONCE, Beam, Greedy, Nucleus, best_tokens, decode
+from models.searches import LOOK_EVERY, ROWS_AT_ONCE, Beam, Greedy, Nucleus, Search, best_tokens, decode
 from models.settings import BEAM, GREEDY, SAMPLE, CaptionConfig, DecodingConfig
 from models.steps import CachedStep, UncachedStep
 
@@ -263,3 +263,28 @@ def test_candidates_share_their_image_s_prefix(captioner):
         going = {(i, tokens[:length]) for i, tokens in zip(image, said, strict=True) if len(tokens) > length}
         wanted.append((len(going), 1))
     assert seen == wanted and max(rows for rows, _ in seen) > 9
+
+
+@pytest.mark.parametrize("every", (3, 8, 100))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_search_that_looks_seldom_says_the_same(captioner, method, every, monkeypatch):
+    """As on a GPU: of rows of different prompts and lengths, too, and never past the language model's context."""
+    model, tokenizer, embeddings = captioner
+    configs = [
+        METHODS[method],
+        replace(METHODS[method], stop_token=" on the"),
+        replace(METHODS[method], num_captions=1),
+    ]
+    prompts = ["", "large red", "a", "", "green star on the snow a blue", "star", "a large", "", "circle " * 20]
+    work = [(config, None) for config in configs] + [(replace(configs[0], entry_length=40), prompts)]
+    run = lambda config, prompts: generate_captions(model, tokenizer, embeddings, config, prompts=prompts)  # noqa: E731
+    expected = [run(*each) for each in work]
+    looks, look = [], Search._looks
+    monkeypatch.setattr(Search, "_looks", lambda self: looks.append(look(self)) or looks[-1])
+    monkeypatch.setitem(LOOK_EVERY, "cpu", every)
+    for each, own in zip(work, expected, strict=True):
+        found = run(*each)
+        assert tokens_of(found) == tokens_of(own)
+        for group, other in zip(found, own, strict=True):
+            assert [caption.logprob for caption in group] == pytest.approx([c.logprob for c in other], abs=1e-4)
+    assert not all(looks)
