@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from benchmarks import (
+    aims,
     bulk,
     captioning,
     extraction,
@@ -77,7 +78,8 @@ NOTES = {
     "they have an answer; `offline` captions the same files in batches, in turn. `share`: of its rate. The plain "
     "endpoint is one request; gradio's is three: an upload, a question, a wait for its turn.",
     "startup": "`import` is of torch and transformers, which captioning needs and can hardly undercut; `one picture` "
-    "is captioned by the demo's captioner. MiB: resident at most.",
+    "is captioned by the demo's captioner, in the last table by one of full size with random weights, 20 tokens. "
+    "MiB: resident at most.",
     "storing": "Resident memory includes Python, torch, the models and all that is mapped at that moment.",
     "tokens": "Random batches of 40 are gathered by one thread while training, which is a resampler and a frozen GPT-2 "
     "124M in bf16, computes. `from the disk`: none of the rows held in memory by the system before. `x`: rows read, "
@@ -147,6 +149,10 @@ def write_results(results, out):
                   "(GFLOP/s of products, GB/s of copying and reading).", NOTES[name]]  # fmt: skip
         for title, rows in section["tables"].items():
             parts += [f"### {title[0].upper() + title[1:]}", table(rows)]
+    aimed = aims.rows(results)
+    if aimed:
+        parts += ["## Aims", "Set before measuring, beside what the sections above reached; of several cells, the "
+                  "worst. On a GPU nothing was measured.", table(aimed)]  # fmt: skip
     if "captioning" in results:
         draw(results["captioning"]["tables"]["batch"], out / "results.png")
         parts.insert(2, "![Milliseconds per caption](results.png)")

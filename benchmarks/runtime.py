@@ -6,24 +6,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from benchmarks import workload
 from benchmarks.measure import interleave
 from models.captioner import Captioner
-from models.checkpoint import save_torch
 from models.exported import runtime
-from models.settings import DecodingConfig
-from utils.files import sha256, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-END, VOCABULARY = "<|endoftext|>", 50257  # of GPT-2
-DECODING = DecodingConfig(entry_length=20, stop_token="")
 AIMS = {"MB installed": 150, "s of import": 0.5, "s of --help": None, "MB of memory at most": 600}
 IMAGES = 8
 # captions photos one by one and prints its peak memory in kB
@@ -35,32 +27,6 @@ for path in sys.argv[3:]:
 lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(lines["VmHWM"].split()[0])
 """
-
-
-def write_tokenizer(folder):
-    """Write a tokenizer of GPT-2's size: bytes, pairs of bytes, and the end token."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pairs = [(first, second) for first in letters for second in letters][: VOCABULARY - len(letters) - 1]
-    words = [*letters, *map("".join, pairs), END]
-    core = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, pairs))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=core, bos_token=END, eos_token=END).save_pretrained(folder)
-
-
-def write_captioner(folder):
-    """Write an MLP, a GPT-2 and a ViT-B/32 of full size with random weights; returns the checkpoint."""
-    workload.write_clip(folder / "clip.pt")
-    write_tokenizer(folder / "gpt2")
-    gpt = workload.language_model(ours=False)
-    gpt.save_pretrained(folder / "gpt2")
-    model = workload.captioner("mlp", gpt, True)
-    model.config.language_model, model.config.clip_model_type = str(folder / "gpt2"), str(folder / "clip.pt")
-    model.config.clip_sha256 = sha256(folder / "clip.pt")
-    save_torch(folder / "captioner.pt", model.state_dict())
-    described = {"model": model.config.to_dict(), "language_model_config": gpt.config.to_dict()}
-    write_json(folder / "captioner.json", described | {"format": 1, "decoding": asdict(DECODING)})
-    return folder / "captioner.pt"
 
 
 def install(folder):
@@ -104,21 +70,23 @@ def measure_captions(checkpoint, exported, photos, repeats):
     embeddings = torch.randn(IMAGES, 512, generator=torch.Generator().manual_seed(0))
     work = {
         ("torch int8", "embeddings"): lambda: [
-            ours.caption_embeddings(row[None], DECODING)[0][0] for row in embeddings
+            ours.caption_embeddings(row[None], workload.DECODING)[0][0] for row in embeddings
         ],
         ("runtime int8", "embeddings"): lambda: [
             theirs.caption_embeddings(row[None].numpy())[0][0] for row in embeddings
         ],
         ("torch int8", "pictures"): lambda: [
-            found[path][0] for path in photos for found, _ in ours.caption_files([path], DECODING)
+            found[path][0] for path in photos for found, _ in ours.caption_files([path], workload.DECODING)
         ],
         ("runtime int8", "pictures"): lambda: [theirs.captions([path])[0][0] for path in photos],
     }
     timed = interleave(work, repeats, torch.device("cpu"))
     seconds = timed.seconds
-    assert all(len(found.tokens) == DECODING.entry_length for group in timed.results.values() for found in group)
+    assert all(
+        len(found.tokens) == workload.DECODING.entry_length for group in timed.results.values() for found in group
+    )
     return [
-        {"system": system, "from": source, "tokens": DECODING.entry_length, "ms/caption": took / IMAGES * 1e3,
+        {"system": system, "from": source, "tokens": workload.DECODING.entry_length, "ms/caption": took / IMAGES * 1e3,
          "x torch": took / seconds["torch int8", source]} | timed.quality((system, source))
         for (system, source), took in seconds.items()
     ]  # fmt: skip
@@ -128,7 +96,7 @@ def run(device, repeats, quick):
     """Measure the package and its captions, on the processor; returns {title: rows}."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        checkpoint, exported = write_captioner(folder), folder / "exported"
+        checkpoint, exported = workload.write_captioner(folder), folder / "exported"
         (folder / "photos").mkdir()
         photos = workload.write_photos(folder / "photos", IMAGES)
         words = ("--checkpoint", checkpoint, "--out", exported, "--dtype", "int8", "--check", photos[0])

@@ -3,8 +3,10 @@
 import functools
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+from benchmarks import workload
 from benchmarks.measure import interleave
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,6 +17,7 @@ COMMANDS = (
 BARE = {"python -c pass": "pass", "import torch, transformers": "import torch, transformers"}
 ONE_PICTURE = ("predict.py", "demo/images/200003.jpg", "--checkpoint", "demo")
 REFUSED = 2  # exit status
+LOAD = "import sys, torch, transformers; torch.load(sys.argv[1], mmap=True, weights_only=True)"  # it maps the file
 
 
 # a small process in between, because Linux counts a parent's resident memory in its child's peak
@@ -57,4 +60,25 @@ def run(device, repeats, quick):
         {"process": name, "s": seconds[name], "x import": seconds[name] / imports, "MiB": resident(words)}
         for name, words in whole.items()
     ]
-    return {"help and refusals": rows, "one picture": pictures}
+    return {
+        "help and refusals": rows,
+        "one picture": pictures,
+        "one picture, GPT-2 124M and ViT-B/32": full_size(device, repeats),
+    }
+
+
+def full_size(device, repeats):
+    """Return rows of a captioner of full size: its weights mapped by torch alone, and one picture captioned."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = workload.write_captioner(Path(folder))
+        words = ("predict.py", ONE_PICTURE[1], "--checkpoint", checkpoint, "--device", device)
+        whole = {
+            "import torch, transformers; torch.load": ("-c", LOAD, str(checkpoint)),
+            "predict.py, one picture": tuple(map(str, words)),
+        }
+        timed = interleave({name: functools.partial(start, words) for name, words in whole.items()}, repeats, device)
+        bare = timed.seconds["import torch, transformers; torch.load"]
+        return [
+            {"process": name, "s": timed.seconds[name], "x load": timed.seconds[name] / bare, "MiB": resident(words)}
+            | timed.quality(name) for name, words in whole.items()
+        ]  # fmt: skip

@@ -2,16 +2,20 @@
 
 import io
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from models.checkpoint import save_torch
 from models.clip_caption import build_captioner
 from models.language import build_language_model
-from models.settings import CaptionConfig
+from models.settings import CaptionConfig, DecodingConfig
+from utils.files import sha256, write_json
 
 # how many of COCO's val2014 captions have 7, 8, ... tokens of a byte-level BPE of 34,000 entries trained on them
 CAPTION_LENGTHS = (
@@ -26,6 +30,8 @@ VIT_B_32 = {
 }  # fmt: skip
 GPT2 = {}  # what differs from GPT-2 124M: nothing, unless shrunk
 PREFIX = 10
+END, VOCABULARY = "<|endoftext|>", 50257  # of GPT-2
+DECODING = DecodingConfig(entry_length=20, stop_token="")  # of captioners that are written to files
 PHOTO_SIDES = (640, 480)
 PHOTO_QUALITY = 90
 
@@ -94,3 +100,29 @@ def write_tar(path, members):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def write_tokenizer(folder):
+    """Write a tokenizer of GPT-2's size: bytes, pairs of bytes, and the end token."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(first, second) for first in letters for second in letters][: VOCABULARY - len(letters) - 1]
+    words = [*letters, *map("".join, pairs), END]
+    core = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, pairs))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=core, bos_token=END, eos_token=END).save_pretrained(folder)
+
+
+def write_captioner(folder):
+    """Write an MLP, a GPT-2 and a ViT-B/32 of full size with random weights; returns the checkpoint."""
+    write_clip(folder / "clip.pt")
+    write_tokenizer(folder / "gpt2")
+    gpt = language_model(ours=False)
+    gpt.save_pretrained(folder / "gpt2")
+    model = captioner("mlp", gpt, True)
+    model.config.language_model, model.config.clip_model_type = str(folder / "gpt2"), str(folder / "clip.pt")
+    model.config.clip_sha256 = sha256(folder / "clip.pt")
+    save_torch(folder / "captioner.pt", model.state_dict())
+    described = {"model": model.config.to_dict(), "language_model_config": gpt.config.to_dict()}
+    write_json(folder / "captioner.json", described | {"format": 1, "decoding": asdict(DECODING)})
+    return folder / "captioner.pt"
