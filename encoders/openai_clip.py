@@ -3,6 +3,7 @@
 Axes: B batch, D width, K patches, N texts, R input resolution.
 """
 
+import functools
 import pickle
 import urllib.error
 import warnings
@@ -13,7 +14,7 @@ import torch
 from encoders.base import RESNET_STRIDE, ImageEncoder, Published
 from encoders.names import POOLED, check_openai, openai_sha256
 from utils.files import reason, sha256
-from utils.lean import lean
+from utils.lean import lean, undrawn
 from utils.precision import prepare_for_inference
 
 CONTEXT = 77  # tokens of CLIP's text tower, the begin and the end token among them
@@ -101,11 +102,19 @@ def _is_cut(tokenize, text):
     return False
 
 
+@functools.cache
 def _import_clip():
     """Return OpenAI's module; importing it takes a second, and not every command needs it."""
     with lean(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # the user cannot fix that
         import clip
+    build_model = clip.clip.build_model
+
+    def build(state_dict):
+        with undrawn(language_models=False):  # all weights are in the state dict
+            return build_model(state_dict)
+
+    clip.clip.build_model = build
     return clip
 
 

@@ -28,19 +28,20 @@ def suits(device, rows):
     return device.type == "cuda" and rows <= ROWS
 
 
-def take(gpt, step, slots, rows):
-    """Return a FixedStep for at least so many rows and ROOM more slots, a used one where there is one.
+def take(gpt, step, slots, length):
+    """Return a FixedStep with ROOM for more slots, a used one where there is one.
 
     Args:
         gpt: language model.
         step: its function of models.slots.STEPS.
-        slots: [L, 2, R, H, T, D], which tell sizes and dtype.
-        rows: to make room for.
+        slots: L pairs of [R, H, S, D], which tell sizes and dtype.
+        length: T, slots in use.
     """
-    layers, _, _, heads, used, width = slots.shape
+    like = slots[0][0]
+    rows, heads, _, width = like.shape
     # few sizes, so that most batches find a captured step; parameters: a graph reads them where they were
-    shape = (layers, 2, 1 << (rows - 1).bit_length(), heads, (used + ROOM) // 32 * 32 + 32, width)
-    key = (shape, slots.dtype, slots.device, tuple(parameter.data_ptr() for parameter in gpt.parameters()))
+    shape = (len(slots), 2, 1 << (rows - 1).bit_length(), heads, (length + ROOM) // 32 * 32 + 32, width)
+    key = (shape, like.dtype, like.device, tuple(parameter.data_ptr() for parameter in gpt.parameters()))
     with _lock:
         free = _free.setdefault(gpt, [])
         found = next((fixed for fixed in reversed(free) if fixed.key == key), None)
@@ -85,13 +86,15 @@ class FixedStep:
         """Start from a state.
 
         Args:
-            slots: [L, 2, R', H, S', D] of at most as many rows.
+            slots: L pairs of [R', H, S', D], of at most as many rows.
             mask: [R', T], 1 where a row has something; None: everywhere.
             length: T.
         """
-        rows = slots.shape[2]
+        rows = len(slots[0][0])
         self.slots.zero_()  # what a mask hides must be finite all the same
-        self.slots[:, :, :rows, :, :length] = slots[..., :length, :]
+        for own, pair in zip(self.slots, slots, strict=True):
+            for kind, given in enumerate(pair):
+                own[kind, :rows, :, :length] = given[:, :, :length]
         self.seen.zero_()
         self.seen[..., :length] = True
         self.positions.zero_()  # rows without a use stay within the context, and are never read

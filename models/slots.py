@@ -15,7 +15,7 @@ from models import cuda_graphs
 from models.attention import NAME, attend_one
 from models.steps import CachedStep, UncachedStep, cache_argument
 
-SLOTS = 32  # are added at a time
+SLOTS = 16  # are added at a time
 
 
 def step_for(gpt, embeddings, lengths=None):
@@ -109,26 +109,29 @@ class SlotStep:
         self.rows, self.prefix = embeddings.shape[:2]
         self.length = self.prefix  # T
         self.images = torch.arange(self.rows, device=embeddings.device)  # [R]: rows of an image have the same prefix
-        caches = [(layer.keys, layer.values) for layer in begun.cache.layers]  # [R, H, P, D] each
         self.fixed = None  # models.cuda_graphs.FixedStep, which holds slots and mask then
-        self.slots = self._allocate(caches[0][0], len(caches), self.rows, self.prefix)
-        for number, pair in enumerate(caches):
-            for slots, cached in zip(self.slots[number], pair, strict=True):
-                slots[:, :, : self.prefix] = cached
+        self.slots = [[layer.keys, layer.values] for layer in begun.cache.layers]  # L pairs of [R, H, S, D]
+        self._replace(lambda slots: slots)
 
-    def _allocate(self, like, layers, rows, used):
-        """Return slots [L, 2, R, H, S, D] for one position more than are used, and some."""
-        _, heads, _, width = like.shape
-        return like.new_empty(layers, 2, rows, heads, (used // SLOTS + 1) * SLOTS, width)
+    def _replace(self, rows_of):
+        """Move all into new slots, one position more than are used and some; a tensor at a time, to save memory.
+
+        Args:
+            rows_of: function of a tensor's used part [R, H, T, D] to its new rows.
+        """
+        number = (self.length // SLOTS + 1) * SLOTS
+        for pair in self.slots:
+            for kind, old in enumerate(pair):
+                used = rows_of(old[:, :, : self.length])
+                pair[kind] = old.new_empty(*used.shape[:2], number, used.shape[3])
+                pair[kind][:, :, : self.length] = used
 
     def __call__(self, tokens):
         """Append `tokens` [R]; return the logits of the next, [R, V]."""
         if cuda_graphs.suits(tokens.device, len(tokens)):
             return self._call_fixed(tokens)
-        if self.length == self.slots.shape[4]:
-            old = self.slots
-            self.slots = self._allocate(old[0, 0], len(old), self.rows, self.length)
-            self.slots[:, :, :, :, : self.length] = old
+        if self.length == self.slots[0][0].shape[2]:
+            self._replace(lambda slots: slots)
         positions = torch.full((1,), self.length, device=tokens.device)
         if self.mask is not None:
             positions = self.mask.sum(1)
@@ -140,19 +143,19 @@ class SlotStep:
         """The same by a step of fixed shapes."""
         if self.fixed is None or self.length == self.fixed.room:
             if self.fixed is not None:
-                self._leave_fixed(self.rows)
-            self.fixed = cuda_graphs.take(self.gpt, self.step, self.slots[..., : self.length, :], self.rows)
+                self._leave_fixed()
+            self.fixed = cuda_graphs.take(self.gpt, self.step, self.slots, self.length)
             self.fixed.fill(self.slots, self.mask, self.length)
             self.slots = self.mask = None
             self.returns = weakref.finalize(self, cuda_graphs.give_back, self.gpt, self.fixed)
         self.length += 1
         return self.fixed(self.gpt, tokens)
 
-    def _leave_fixed(self, rows):
-        """Take slots and mask back from the step of fixed shapes; `rows` in use."""
+    def _leave_fixed(self):
+        """Take slots and mask back from the step of fixed shapes."""
         fixed, self.fixed = self.fixed, None
-        self.slots = fixed.slots[:, :, :rows].clone()
-        self.mask = fixed.seen[:rows, 0, 0, : self.length].long()
+        self.slots = [[slots[: self.rows].clone() for slots in pair] for pair in fixed.slots]
+        self.mask = fixed.seen[: self.rows, 0, 0, : self.length].long()
         self.returns()
 
     def _attend(self, layer, query, key, value, scaling):
@@ -171,20 +174,19 @@ class SlotStep:
                 self.fixed.select(rows, self.length)
                 self.images, self.rows = self.images[rows], len(rows)
                 return
-            self._leave_fixed(self.rows)
-        images, number, end = self.images[rows], len(rows), self.length
+            self._leave_fixed()
+        images, number = self.images[rows], len(rows)
         if number > self.rows or rows.device.type != "cpu":
-            grown = self._allocate(self.slots[0, 0], len(self.slots), number, end)
-            grown[..., :end, :] = self.slots[:, :, rows, :, :end]
-            self.slots = grown
+            self._replace(lambda slots: slots[rows])
         else:
-            # within an image, rows differ in what came after the prefix only; taken one by one, a row is a few blocks
+            changed = (rows != torch.arange(number)).nonzero()[:, 0]
+            # rows of an image differ only in what came after the prefix
             begin = self.prefix if images.equal(self.images[:number]) else 0
-            changes = [(row, source) for row, source in enumerate(rows.tolist()) if row != source]
-            taken = [self.slots[:, :, source, :, begin:end].clone() for _, source in changes]
-            for (row, _), part in zip(changes, taken, strict=True):
-                self.slots[:, :, row, :, begin:end] = part
-            self.slots = self.slots[:, :, :number]
+            for pair in self.slots:
+                for kind, slots in enumerate(pair):
+                    part = slots[:, :, begin : self.length]
+                    part.index_copy_(0, changed, part.index_select(0, rows[changed]))
+                    pair[kind] = slots[:number]
         self.images, self.rows = images, number
         if self.mask is not None:
             self.mask = self.mask[rows]

@@ -71,19 +71,23 @@ def lean():
 
 
 @contextlib.contextmanager
-def undrawn():
-    """Let the body build language models without initialising weights that are loaded later or needed for dtypes only.
+def undrawn(language_models=True):
+    """Let the body build models without initialising weights that are loaded later or needed for dtypes only.
 
     To initialise weights on the meta device, torch would import its compiler. Meanwhile all threads build models so;
     only one at a time is in the body.
+
+    Args:
+        language_models: whether transformers builds any.
     """
     import torch
 
-    with lean():
-        from transformers import PreTrainedModel
-
     functions = [name for name in vars(torch.nn.init) if name.endswith("_") and not name.startswith("_")]
-    places = [*((torch.nn.init, name) for name in functions), (PreTrainedModel, "initialize_weights")]
+    places = [(torch.nn.init, name) for name in functions]
+    if language_models:
+        with lean():
+            from transformers import PreTrainedModel
+        places.append((PreTrainedModel, "initialize_weights"))
     with _one_at_a_time, contextlib.ExitStack() as undo:
         for place, name in places:
             undo.callback(setattr, place, name, getattr(place, name))
