@@ -158,10 +158,10 @@ class Greedy(Search):
         ended = torch.zeros_like(self.rows, dtype=torch.bool)
         for tokens, logprobs in self.chosen:
             over = ended.tolist()
-            for caption, *more, done in zip(working, tokens.tolist(), logprobs.tolist(), over, strict=True):
+            for caption, token, logprob, done in zip(working, tokens.tolist(), logprobs.tolist(), over, strict=True):
                 if not done:
-                    caption.tokens.append(more[0])
-                    caption.logprob += more[1]
+                    caption.tokens.append(token)
+                    caption.logprob += logprob
             ended = ended | self.stop(tokens, lambda row: working[row].tokens)
         self.chosen = []
         return ended
@@ -269,7 +269,7 @@ class Beam(Search):
         """Let go of the images that are done; `sources`: [B, W] the row each hypothesis goes on from."""
         if not self._looks():  # hypotheses of an image that is done do not change
             return Move(self.tokens[..., -1].flatten(), sources.flatten(), {})
-        done = self.stopped.all(-1) | (self.tokens.shape[-1] >= self.limits[self.images])  # [B]
+        done = self.stopped.all(-1) | (self.length >= self.limits[self.images])  # [B]
         finished = {int(self.images[row]): self._ranked(row) for row in done.nonzero()[:, 0].tolist()}
         if finished:
             going = (~done).nonzero()[:, 0]

@@ -60,7 +60,7 @@ class Stop:
     """Tells which captions have ended: by an end token, or by the stop text anywhere in the decoded text.
 
     Only rows whose newest token could complete the stop text are decoded, so that the others stay on the device; where
-    the stop text is one character that tokens have or have not, as the full stop, none is.
+    the stop text is an ASCII character that a tokenizer has in whole tokens only, as GPT-2's, none is.
     """
 
     def __init__(self, tokenizer, text, vocabulary, ends=(), device=None):
@@ -78,7 +78,7 @@ class Stop:
         if text and not ids:
             raise ValueError(f"--stop_token {text!r} is no token of this language model")
         self.tokenizer, self.text, self.ends = tokenizer, text, set(ends)
-        self.decodes = len(text) > 1 or text > "\x7f"  # a character of several bytes may be of several tokens
+        self.decodes = _depends_on_others(tokenizer, text)
         flags = torch.zeros(vocabulary, dtype=torch.bool)
         flags[[token for token in (*self.ends, *_completing(tokenizer, text)) if token < vocabulary]] = True
         self.flags = flags.to(device)  # [V]
@@ -110,6 +110,17 @@ class Stop:
         """Return the text of a caption up to the stop text, which is kept."""
         text = text_of(self.tokenizer, tokens)
         return text[: text.index(self.text) + len(self.text)] if self.text and self.text in text else text
+
+
+@functools.lru_cache(maxsize=8)
+def _depends_on_others(tokenizer, text):
+    """Tell whether a token of `_completing` ends a text or not depending on the tokens before it.
+
+    An ASCII character is shown whatever precedes its token, but for a byte's own token, which belongs to a broken
+    character where one precedes it.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(list(_completing(tokenizer, text)))
+    return len(text) > 1 or text > "\x7f" or any(str(token).startswith("<0x") for token in tokens)
 
 
 @functools.lru_cache(maxsize=8)
