@@ -6,6 +6,7 @@ again for later batches of the same model. It was written without a GPU: on a CP
 Axes: R rows at work, L layers, H heads, D width of a head, S slots, V vocabulary, T positions so far.
 """
 
+import math
 import threading
 import weakref
 
@@ -14,18 +15,28 @@ from torch.nn import functional as F
 
 from utils.cli import note
 
-ROWS = 128  # at most; with more, the kernels take longer than their launches, and the slots much memory
+MOST = 1 << 28  # bytes of slots of a step, and of all that are kept: beyond, kernels take longer than their launches
 ROOM = 96  # slots beyond those in use, at least: longer captions are captured anew
-KEPT = 8  # captured steps of a model, whose slots stay in the device's memory
 TOLERANCE = 1e-2  # largest difference of a replay from the step itself, as a share of the largest logit
 
 _free = weakref.WeakKeyDictionary()  # language model -> its FixedSteps that no decoding uses, the newest last
 _lock = threading.RLock()  # a garbage collection may give one back while another is taken
 
 
-def suits(device, rows):
-    """Tell whether a step of so many rows is faster with fixed shapes."""
-    return device.type == "cuda" and rows <= ROWS
+def suits(slots, length):
+    """Tell whether a step is faster with fixed shapes; arguments as of `take`."""
+    return slots[0][0].device.type == "cuda" and _bytes(_shape(slots, length), slots[0][0].dtype) <= MOST
+
+
+def _shape(slots, length):
+    """Return a FixedStep's slots, [L, 2, R, H, S, D]: of few sizes, so that most batches find a captured step."""
+    rows, heads, _, width = slots[0][0].shape
+    return len(slots), 2, 1 << (rows - 1).bit_length(), heads, (length + ROOM) // 32 * 32 + 32, width
+
+
+def _bytes(shape, dtype):
+    """Return the size of a tensor."""
+    return math.prod(shape) * dtype.itemsize
 
 
 def take(gpt, step, slots, length):
@@ -38,10 +49,9 @@ def take(gpt, step, slots, length):
         length: T, slots in use.
     """
     like = slots[0][0]
-    rows, heads, _, width = like.shape
-    # few sizes, so that most batches find a captured step; parameters: a graph reads them where they were
-    shape = (len(slots), 2, 1 << (rows - 1).bit_length(), heads, (length + ROOM) // 32 * 32 + 32, width)
-    key = (shape, like.dtype, like.device, tuple(parameter.data_ptr() for parameter in gpt.parameters()))
+    # a graph reads the parameters where they were when it was captured
+    parameters = tuple(parameter.data_ptr() for parameter in gpt.parameters())
+    key = (_shape(slots, length), like.dtype, like.device, parameters)
     with _lock:
         free = _free.setdefault(gpt, [])
         found = next((fixed for fixed in reversed(free) if fixed.key == key), None)
@@ -51,11 +61,12 @@ def take(gpt, step, slots, length):
 
 
 def give_back(gpt, fixed):
-    """Keep a FixedStep for later batches."""
+    """Keep a FixedStep for later batches, and let the oldest go that do not fit beside it."""
     with _lock:
         free = _free.setdefault(gpt, [])
         free.append(fixed)
-        del free[:-KEPT]
+        while sum(_bytes(*one.key[:2]) for one in free) > MOST:
+            del free[0]
 
 
 class FixedStep:

@@ -106,9 +106,8 @@ class SlotStep:
         begun = CachedStep(gpt, embeddings, lengths)
         self.gpt, self.step = gpt, find_step(gpt)
         self.first, self.mask = begun.first, begun.mask  # [R, T]
-        self.rows, self.prefix = embeddings.shape[:2]
-        self.length = self.prefix  # T
-        self.images = torch.arange(self.rows, device=embeddings.device)  # [R]: rows of an image have the same prefix
+        self.length = self.prefix = embeddings.shape[1]  # T, P
+        self.images = torch.arange(len(embeddings), device=embeddings.device)  # [R]: each has its prefix
         self.fixed = None  # models.cuda_graphs.FixedStep, which holds slots and mask then
         self.slots = [[layer.keys, layer.values] for layer in begun.cache.layers]  # L pairs of [R, H, S, D]
         self._replace(lambda slots: slots)
@@ -128,7 +127,9 @@ class SlotStep:
 
     def __call__(self, tokens):
         """Append `tokens` [R]; return the logits of the next, [R, V]."""
-        if cuda_graphs.suits(tokens.device, len(tokens)):
+        if self.fixed is not None and self.length == self.fixed.room:
+            self._leave_fixed()
+        if self.fixed is not None or cuda_graphs.suits(self.slots, self.length):
             return self._call_fixed(tokens)
         if self.length == self.slots[0][0].shape[2]:
             self._replace(lambda slots: slots)
@@ -141,21 +142,20 @@ class SlotStep:
 
     def _call_fixed(self, tokens):
         """The same by a step of fixed shapes."""
-        if self.fixed is None or self.length == self.fixed.room:
-            if self.fixed is not None:
-                self._leave_fixed()
+        if self.fixed is None:
             self.fixed = cuda_graphs.take(self.gpt, self.step, self.slots, self.length)
             self.fixed.fill(self.slots, self.mask, self.length)
             self.slots = self.mask = None
             self.returns = weakref.finalize(self, cuda_graphs.give_back, self.gpt, self.fixed)
+            self.returns.atexit = False
         self.length += 1
         return self.fixed(self.gpt, tokens)
 
     def _leave_fixed(self):
         """Take slots and mask back from the step of fixed shapes."""
-        fixed, self.fixed = self.fixed, None
-        self.slots = [[slots[: self.rows].clone() for slots in pair] for pair in fixed.slots]
-        self.mask = fixed.seen[: self.rows, 0, 0, : self.length].long()
+        fixed, self.fixed, rows = self.fixed, None, len(self.images)
+        self.slots = [[slots[:rows].clone() for slots in pair] for pair in fixed.slots]
+        self.mask = fixed.seen[:rows, 0, 0, : self.length].long()
         self.returns()
 
     def _attend(self, layer, query, key, value, scaling):
@@ -172,11 +172,11 @@ class SlotStep:
         if self.fixed is not None:
             if len(rows) <= self.fixed.rows:
                 self.fixed.select(rows, self.length)
-                self.images, self.rows = self.images[rows], len(rows)
+                self.images = self.images[rows]
                 return
             self._leave_fixed()
         images, number = self.images[rows], len(rows)
-        if number > self.rows or rows.device.type != "cpu":
+        if number > len(self.images) or rows.device.type != "cpu":
             self._replace(lambda slots: slots[rows])
         else:
             changed = (rows != torch.arange(number)).nonzero()[:, 0]
@@ -187,6 +187,6 @@ class SlotStep:
                     part = slots[:, :, begin : self.length]
                     part.index_copy_(0, changed, part.index_select(0, rows[changed]))
                     pair[kind] = slots[:number]
-        self.images, self.rows = images, number
+        self.images = images
         if self.mask is not None:
             self.mask = self.mask[rows]

@@ -42,7 +42,7 @@ def build(name):
 @pytest.fixture
 def fixed(monkeypatch):
     """Let steps of up to nine rows have fixed shapes, as on a GPU."""
-    monkeypatch.setattr(cuda_graphs, "suits", lambda _, rows: rows <= 9)
+    monkeypatch.setattr(cuda_graphs, "suits", lambda slots, _: len(slots[0][0]) <= 9)
     monkeypatch.setattr(cuda_graphs, "ROOM", 4)
     monkeypatch.setattr(cuda_graphs, "_free", weakref.WeakKeyDictionary())
 
@@ -148,3 +148,10 @@ def test_fixed_steps_are_used_again(fixed, monkeypatch):
     gpt.lm_head.weight = torch.nn.Parameter(gpt.lm_head.weight * 2)
     assert torch.allclose(decode(SlotStep(gpt, prefixes[0]), 4), decode(CachedStep(gpt, prefixes[0]), 4), atol=1e-3)
     assert len(made) == 3
+    for rows in (1, 2, 4, 8):
+        step = SlotStep(gpt, torch.randn(rows, PREFIX, 32))
+        step(torch.zeros(rows, dtype=torch.long))
+    kept, size = cuda_graphs._free[gpt], step.fixed.slots.nbytes
+    monkeypatch.setattr(cuda_graphs, "MOST", size * 2)
+    del step
+    assert sum(one.slots.nbytes for one in kept) <= size * 2 and kept[-1].slots.nbytes == size
