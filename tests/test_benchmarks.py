@@ -95,4 +95,5 @@ def test_everything_runs(small, tmp_path):
     for section in run.TITLES.values():
         assert f"## {section}" in page
     assert "## Aims" in page and "| decoding, fp32, x generate | >= 2 |" in page
+    assert "| first caption, x importing and mapping the weights | <= 1.5 |" in page
     assert "x generate" in page and "MiB resident" in page and (tmp_path / "results.png").stat().st_size > 5000
