@@ -300,6 +300,8 @@ def test_ways_to_give_a_picture(page, captioner):
     said = {
         path: caption[0].text for path, caption in next(captioner.caption_files(SCENES, captioner.decoding))[0].items()
     }
+    # Switched on here, and not by what waits for it: Chromium takes a moment, and Enter would come before it.
+    page.on("filechooser", lambda chooser: None)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "file"
     assert page.evaluate("getComputedStyle(document.querySelector('label.button')).outlineStyle") == "solid"
