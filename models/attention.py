@@ -3,7 +3,7 @@
 torch's fused attention is made for many queries. On a processor it takes a step of many rows three to five times as
 long as two batched products do.
 
-Axes: R rows, H heads, G heads of keys and values, T positions so far, D width of a head.
+Axes: R rows, H heads, G heads of keys and values, T positions so far, S slots for them, D width of a head.
 """
 
 import torch
@@ -48,26 +48,33 @@ def attend(module, query, key, value, attention_mask, scaling=None, **options):
     return out.reshape(rows, 1, heads, -1), None
 
 
-def attend_one(query, key, value, scaling, mask=None):
-    """Attend with one query per row, in the way that is the faster.
+def attend_one(query, key, value, length, scaling, mask=None):
+    """Attend with one query per row to slots of which the first are in use, in the way that is the faster.
 
     Args:
-        query: [R, H, 1, D]. key, value: [R, H, T, D].
+        query: [R, H, 1, D]. key, value: [R, H, S, D]; what is not in use must be finite.
+        length: T, slots in use.
         scaling: of the products.
         mask: bool, [R, 1, 1, T], False where a row has nothing; or None.
     Returns: [R, H, 1, D].
     """
     if len(query) <= FEW_ROWS or query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return _products(query, key, value, scaling, mask)
+        used = (slots[:, :, :length] for slots in (key, value))
+        return F.scaled_dot_product_attention(query, *used, attn_mask=mask, scale=scaling)
+    return _products(query, key, value, scaling, length, mask)
 
 
-def _products(query, key, value, scaling, mask=None):
-    """Attend by two batched products."""
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
+def _products(query, key, value, scaling, length=None, mask=None):
+    """Attend by two batched products; arguments as of `attend_one`, except that all slots may be in use.
+
+    The products run over all slots: oneDNN copies what is not contiguous and makes a kernel for every new length.
+    """
+    scores = (query @ key.transpose(-1, -2))[..., :length].float() * scaling
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1).to(value.dtype) @ value
+    weights = scores.softmax(-1).to(value.dtype)
+    unused = key.shape[2] - scores.shape[-1]
+    return (F.pad(weights, (0, unused)) if unused else weights) @ value
 
 
 AttentionInterface.register(NAME, attend)

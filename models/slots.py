@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from models import cuda_graphs
 from models.attention import NAME, attend_one
 from models.steps import CachedStep, UncachedStep, cache_argument
+from utils.precision import activated
 
 SLOTS = 16  # are added at a time
 
@@ -46,7 +47,7 @@ def gpt2_step(gpt, tokens, positions, attend):
         query, key, value = block.attn.c_attn(block.ln_1(x)).chunk(3, -1)
         own = scaling / (number + 1) if config.scale_attn_by_inverse_layer_idx else scaling
         x = x + block.attn.c_proj(attend(number, query, key, value, own))
-        x = x + block.mlp.c_proj(block.mlp.act(block.mlp.c_fc(block.ln_2(x))))
+        x = x + block.mlp.c_proj(activated(block.mlp.c_fc, block.mlp.act, block.ln_2(x)))
     return gpt.lm_head(model.ln_f(x))
 
 
@@ -65,7 +66,7 @@ def opt_step(gpt, tokens, positions, attend):
         x = x + attention.out_proj(mixed)
         x = x if first else layer.self_attn_layer_norm(x)
         given = layer.final_layer_norm(x) if first else x
-        x = x + layer.fc2(layer.activation_fn(layer.fc1(given)))
+        x = x + layer.fc2(activated(layer.fc1, layer.activation_fn, given))
         x = x if first else layer.final_layer_norm(x)
     for last in (model.final_layer_norm, model.project_out):
         x = x if last is None else last(x)
@@ -122,7 +123,7 @@ class SlotStep:
         for pair in self.slots:
             for kind, old in enumerate(pair):
                 used = rows_of(old[:, :, : self.length])
-                pair[kind] = old.new_empty(*used.shape[:2], number, used.shape[3])
+                pair[kind] = old.new_zeros(*used.shape[:2], number, used.shape[3])  # finite: attention reads them all
                 pair[kind][:, :, : self.length] = used
 
     def __call__(self, tokens):
@@ -163,9 +164,8 @@ class SlotStep:
         keys, values = self.slots[layer]
         query, key, value = (x.unflatten(-1, (keys.shape[1], -1)) for x in (query, key, value))  # [R, H, D]
         keys[:, :, self.length - 1], values[:, :, self.length - 1] = key, value
-        keys, values = keys[:, :, : self.length], values[:, :, : self.length]
         mask = None if self.mask is None else self.mask.bool()[:, None, None]
-        return attend_one(query[:, :, None], keys, values, scaling, mask).flatten(1)
+        return attend_one(query[:, :, None], keys, values, self.length, scaling, mask).flatten(1)
 
     def select(self, rows):
         """Let row i become what row `rows[i]` was; `rows` is [R'] of indices."""

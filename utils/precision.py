@@ -294,9 +294,24 @@ class PackedLinear(nn.Module):
         """The weight [out, in], for modules such as Mamba's that read it at every step; cached for that."""
         return self.packed.to_dense()
 
-    def forward(self, x):
-        """Map [..., in] to [..., out]."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+    def forward(self, x, activation=("none", "")):
+        """Map [..., in] to [..., out].
+
+        Args:
+            activation: oneDNN's name of a function that the same kernel computes, and the kind of it.
+        """
+        name, kind = activation
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], kind)
+
+
+def activated(layer, activation, x):
+    """Return activation(layer(x)): by one kernel where both have one, which saves a pass over its output."""
+    if type(layer) is PackedLinear:
+        if isinstance(activation, nn.GELU):
+            return layer(x, ("gelu", activation.approximate))
+        if isinstance(activation, nn.ReLU):
+            return layer(x, ("relu", ""))
+    return activation(layer(x))
 
 
 class QuantizedLinear(nn.Module):
