@@ -58,11 +58,11 @@ def run(device, repeats, quick):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_clip(folder / "clip.pt")
-        tars = write_tars(folder, 2 if quick else 12)
+        tars = write_tars(folder, 2 if quick else 6)
         return {
             "pictures in tars": extraction(folder / "clip.pt", tars, device, repeats),
-            "stored embeddings": captioning(folder, device, repeats, 64 if quick else 512),
-            "memory": memory(folder, tars[0], (1, 4) if quick else (1, 100, 1000)),
+            "stored embeddings": captioning(folder, device, repeats, 64 if quick else 256),
+            "memory": memory(folder, tars[0], (1, 4) if quick else (1, 30, 300)),
         }
 
 

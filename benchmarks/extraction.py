@@ -57,7 +57,7 @@ def run(device, repeats, quick):
 
 def measure(folder, clip_file, device, repeats, quick):
     """Measure, given a folder to write to and the CLIP file in it."""
-    few, many = (8, 128) if quick else (32, 256)  # the plain method takes the few
+    few, many = (8, 128) if quick else (16, 256)  # the plain method takes the few
     paths = write_photos(folder, many)
     model, preprocess = clip.load(str(clip_file), device=device, jit=False)
     model.float().eval()
@@ -85,7 +85,7 @@ def measure(folder, clip_file, device, repeats, quick):
             "largest difference": (first - reference).abs().max().item() / reference.abs().max().item(),
         } | timed.quality(name))  # fmt: skip
     growth = []
-    for count in (32, 64) if quick else (100, 1000, 10_000):
+    for count in (32, 64) if quick else (100, 1000, 3000):
         grown = (paths * (count // many + 1))[:count]
         whole, alone, took = peak_memory(prepare_memory, clip_file, grown, dtypes[-1])
         growth.append({

@@ -60,21 +60,21 @@ NOTES = {
     "captioning": "`plain` runs the whole sequence again for every token, one image at a time; `generate` is "
     "transformers' with `inputs_embeds`. Weights are random, no stop token is set, so every caption has all its "
     "tokens. `x plain` and `x generate` are ratios of time per caption, the latter at the same precision. GFLOP/s "
-    "counts 2 per parameter and token; GB/s counts every weight once per token. `equal to fp32` is the share of "
-    "captions that are ours in fp32, token by token; random weights put many tokens close together, so "
-    "it is a lower bound.",
+    "counts 2 per parameter and position of prefix and caption; GB/s counts every weight once per token. `equal to "
+    "fp32` is the share of captions that are ours in fp32, token by token; random weights put many tokens close "
+    "together, so it is a lower bound.",
     "extraction": "`plain` encodes one image per caption, one at a time. `largest difference` is that of any element "
     "to the plain embedding, divided by the largest element.",
     "towers": "`open_clip` and `timm` are the library's own call in fp32. `largest difference` is that of any element "
     "to the library's embedding, divided by the largest element.",
     "training": "`plain` pads to the predecessor's length, computes logits everywhere, and gradients of the frozen "
-    "language model too. Every row is beside `plain` in fp32, measured in turn with it.",
+    "language model too. All rows of a table ran in turn, in one process.",
     "bulk": "`encode_images` is given pixels that lie ready. From tars, other processes decode; they take as long to "
     "start for any number of tars. Memory is that of one process which goes through tars of two small pictures each.",
     "runtime": "The exported captioner in an environment of its own, one image at a time, as many threads as torch; "
     "`torch int8` is predict.py's own way with --dtype int8, in turn with it. Weights are random, no stop token is "
     "set, pictures are JPEG files of 640 x 480. Aimed at: at most 0.75 x torch from embeddings, 300 ms from pictures.",
-    "serving": "Clients, in another process on the same processor, each ask for the next of 256 pictures as soon as "
+    "serving": "Clients, in another process on the same processor, each ask for the next of 128 pictures as soon as "
     "they have an answer; `offline` captions the same files in batches, in turn. `share`: of its rate. The plain "
     "endpoint is one request; gradio's is three: an upload, a question, a wait for its turn.",
     "startup": "`import` is of torch and transformers, which captioning needs and can hardly undercut; `one picture` "

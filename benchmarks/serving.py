@@ -132,7 +132,7 @@ def measure_engine(engine, captioner, checkpoint, ways, pictures, repeats, clien
 
 def run(device, repeats, quick):
     """Measure CLIENTS clients of the demo's captioner, in torch and exported; returns {title: rows}."""
-    count, clients = (16, 4) if quick else (256, CLIENTS)
+    count, clients = (16, 4) if quick else (128, CLIENTS)
     with tempfile.TemporaryDirectory() as folder:
         pictures = write_pictures(Path(folder), count)
         captioner = Captioner("demo", device=str(device))

@@ -11,7 +11,7 @@ from benchmarks.measure import interleave
 from encoders import load_encoder
 from utils.precision import pick_dtype
 
-BATCH = 8
+BATCH = 4
 TOWERS = {  # title -> library, architecture
     "ViT-B/16": ("open_clip", "ViT-B-16"),
     "ViT-L/14": ("open_clip", "ViT-L-14"),

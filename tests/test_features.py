@@ -342,6 +342,24 @@ def test_captions_are_tokenised_once(language_model, tmp_path):
     assert passes[0] == passes[1] == [dataset.batch(indices)[0].tolist() for indices in order]
 
 
+def test_encoder_takes_what_a_cache_holds(clip_file, monkeypatch):
+    """On a CPU, batches are split evenly by the largest output of an image's layers; rows stay in order."""
+    from encoders import base, load_encoder
+
+    pixels, sizes = torch.randn(7, 3, 32, 32), []
+    whole = load_encoder(clip_file)
+    expected = whole.encode_images(pixels)
+    assert whole.most > 7
+    monkeypatch.setattr(base, "CACHED", 3 * base.CACHED // whole.most)
+    encoder = load_encoder(clip_file)
+    encode = encoder.model.encode_image
+    monkeypatch.setattr(encoder.model, "encode_image", lambda batch: sizes.append(len(batch)) or encode(batch))
+    assert torch.allclose(encoder.encode_images(pixels[:1]), expected[:1], atol=1e-5) and sizes == [1]
+    assert torch.allclose(encoder.encode_images(pixels), expected, atol=1e-5)
+    assert torch.allclose(encoder.encode_images(pixels[:4]), expected[:4], atol=1e-5)
+    assert sizes == [1, 1, 3, 2, 2, 2, 2]  # one to see how large the outputs are, then seven, then four
+
+
 def test_encoder_remembers_what_fits_the_memory(clip_file, monkeypatch, capsys):
     """A device that takes three images: four are halved once, and what follows comes in twos."""
     from encoders import load_encoder

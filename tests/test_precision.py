@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -268,3 +269,21 @@ def test_auto_wants_a_gpu_s_own_bf16(monkeypatch):
             torch.cuda, "is_bf16_supported", lambda including_emulation=True, own=native: including_emulation or own
         )
         assert pick_dtype("auto", torch.device("cuda")) == ("bf16" if native else "fp32")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("activation", (nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU(), nn.SiLU()))
+def test_activations_in_the_product(activation, dtype):
+    """By the layer's kernel where it has one; of any layer the same as one after the other."""
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(24, 16, dtype=dtype), torch.randn(24, dtype=dtype), torch.randn(3, 16, dtype=dtype)
+    exact = activation(F.linear(x.double(), weight.double(), bias.double()))
+    for layer in (PackedLinear(weight, bias), PlainLinear(weight, bias)):
+        found = precision.activated(layer, activation, x)
+        assert found.dtype == dtype
+        assert (found.double() - exact).abs().max() < precision.TOLERANCE[dtype] * exact.abs().max()
+    calls = []
+    layer = PackedLinear(weight, bias)
+    layer.register_forward_hook(lambda module, given, out: calls.append(given))
+    precision.activated(layer, activation, x)
+    assert len(calls[0]) == (1 if isinstance(activation, nn.SiLU) else 2)

@@ -88,9 +88,11 @@ def equals_the_library(name, padded):
 
 
 @torch.inference_mode()
-def test_bf16_and_packed():
-    gpt = prepare_for_inference(build("gpt2"), "fp32", torch.device("cpu"))
-    half = build("gpt2").bfloat16()
+@pytest.mark.parametrize("name", ("gpt2", "gpt2, not scaled", "opt"))
+def test_bf16_and_packed(name):
+    """Packed layers compute GELU and ReLU in the kernel of the product before."""
+    gpt = prepare_for_inference(build(name), "fp32", torch.device("cpu"))
+    half = build(name).bfloat16()
     for model, tolerance in ((gpt, 2e-4), (half, 0.1)):
         embeddings = torch.randn(MANY, PREFIX, 32).to(model.lm_head.weight.dtype)
         slots, cached = SlotStep(model, embeddings), CachedStep(model, embeddings)

@@ -12,6 +12,7 @@ from models.placement import get_optimizer_state, get_weights, is_sharded, set_o
 from models.products import multiply_by_onednn
 from training.optimizers import make_optimizer
 from training.settings import MIXED_PRECISION
+from utils.devices import keep_freed_memory
 from utils.distributed import all_gather, all_sum
 from utils.processes import check_shares, rank, share, world_size
 
@@ -31,8 +32,10 @@ class Trainer:
         dataset = objective.dataset
         check_shares(config.bs, len(dataset))
         self.model, self.objective, self.dataset, self.config, self.device = model, objective, dataset, config, device
-        if device.type == "cpu" and not is_sharded(model):
-            multiply_by_onednn(model)
+        if device.type == "cpu":
+            keep_freed_memory()
+            if not is_sharded(model):
+                multiply_by_onednn(model)
         self.token_logprobs = data_parallel(model)
         if rank():  # process 0 draws the dropout of a single-process run; the others draw their own
             torch.manual_seed(config.seed + rank())
