@@ -15,11 +15,12 @@ LARGE = (".safetensors", ".onnx", ".bin", ".pt")  # what the hub keeps outside g
 
 @dataclass(repr=False)
 class Repository:
-    """Commits, oldest first: [(hash, {path: bytes})]."""
+    """Commits, oldest first: [(hash, {path: bytes})]; tags: {name: hash}."""
 
     private: bool = False
     gated: bool = False
     commits: list = field(default_factory=lambda: [("0" * 40, {})])
+    tags: dict = field(default_factory=dict)
 
     def commit(self, files):
         """Add a commit of these files over the last one's; returns its hash."""
@@ -31,6 +32,7 @@ class Repository:
         """Return (hash, {path: bytes}) of a revision, or None."""
         if revision == "main":
             return self.commits[-1]
+        revision = self.tags.get(revision, revision)
         return next((commit for commit in self.commits if commit[0] == revision), None)
 
 

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 import pytest
 from conftest import ROOT, run_script
+from test_share import hub  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from encoders import openai_clip
@@ -172,7 +173,7 @@ def test_commands(workplace, small_split):
         if words[0] == "train.py" and words[-1] == "./coco_train/":
             publish("coco_train", "coco")
         if words[-1] == "--is_rn":
-            publish("coco_train", "coco-transformer")
+            publish("coco_rn", "coco-transformer")
     for words in captioning:
         done = run_script(*words)
         assert "\t" in done.stdout or "captions" in done.stderr or "CIDEr" in done.stdout
@@ -248,17 +249,39 @@ def test_published_weights_are_named():
     assert set(pretrained.PRETRAINED) == {"coco", "conceptual", "coco-transformer"}
 
 
-@pytest.mark.parametrize(
-    ("page", "scripts"),
-    (
-        ("docs/training.md", {"train_scst.py", "parse_coco.py", "train.py", "predict.py"}),
-        ("docs/encoders.md", {"parse_coco.py", "train.py", "predict.py"}),
-        ("docs/share.md", {"predict.py", "train_scst.py", "evaluate.py", "export.py"}),
-    ),
-)
-def test_commands_are_understood(page, scripts):
-    """They need trained captioners; that their flags exist and go together is what can be told in a second."""
+def run_page(page, scripts=None):
+    """Run a page's commands, of some scripts or all; returns what each printed: [(words, stdout)]."""
     found = [words for kind, block in blocks(page) if kind == "bash" for words in commands(block)]
-    assert {words[0] for words in found} >= scripts
-    for script, *words in found:
-        importlib.import_module(script.removesuffix(".py")).get_parser().parse_args(words)
+    return [(words, run_one_epoch(words).stdout) for words in found if scripts is None or words[0] in scripts]
+
+
+def test_page_on_training(workplace, small_split):
+    """Rewards, sentences alone, photos alone, candidates."""
+    with open("my/captions.csv") as file:
+        Path("sentences.txt").write_text("".join(f"{row['caption']}\n" for row in csv.DictReader(file)))
+    shutil.copytree("photos", "a_few_photos")
+    ran = run_page("docs/training.md")
+    assert [words[0] for words, _ in ran].count("train_scst.py") == 3
+    assert all("\t" in said for words, said in ran if words[0] == "predict.py" and "--out" not in words)
+    for file in ("text_captioner/coco_prefix_latest.pt", "my_captioner/scst_prefix_latest.pt", "captions.json"):
+        assert Path(file).is_file()
+
+
+def test_page_on_encoders(workplace):
+    (_, names), *_, (_, captions) = run_page("docs/encoders.md")
+    assert "siglip" in names.lower() and captions.count("\t") == len(os.listdir("photos"))
+
+
+def test_page_on_sharing(workplace, small_split, hub):  # noqa: F811
+    """Trained as another page says, pushed, then loaded, at a tag too."""
+    for words in commands(blocks("docs/training.md")[0][1]):
+        run_one_epoch(words)
+    run_script(
+        "predict.py", "data/coco/val2014", "--checkpoint", "coco_train/coco_prefix_best.pt", "--out", "captions.json"
+    )
+    pushed = run_page("docs/share.md", ("evaluate.py", "export.py"))
+    repository = hub.repositories["ORG/NAME"]
+    repository.tags["v1.0"] = repository.commits[-1][0]
+    loaded = run_page("docs/share.md", ("predict.py", "train_scst.py"))
+    assert len(pushed) == 3 and hub.repositories["ORG/NAME-onnx"].private
+    assert [said.count("\t") for words, said in loaded if words[0] == "predict.py"] == [1, 1] and len(loaded) == 3
