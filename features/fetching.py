@@ -32,6 +32,7 @@ BUSY = (429, 500, 502, 503, 504)  # HTTP statuses that are often temporary
 FORBIDDEN = ("noai", "noimageai", "noindex", "none")  # X-Robots-Tag's words against use in training
 
 NO_HOST = "the host does not exist"
+UNKNOWN_HOST = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}  # not every system has both
 UNREACHABLE = "the host cannot be reached"
 SILENT = "the host does not answer in time"
 SLOW = "too slow"
@@ -106,7 +107,7 @@ class _Guarded:
         try:
             found = socket.getaddrinfo(self._dns_host, self.port, 0, socket.SOCK_STREAM)
         except (socket.gaierror, UnicodeError) as error:
-            gone = not isinstance(error, socket.gaierror) or error.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
+            gone = not isinstance(error, socket.gaierror) or error.errno in UNKNOWN_HOST
             raise Dead(NO_HOST if gone else UNREACHABLE, again=not gone) from None
         addresses = list(dict.fromkeys(place[0] for *_, place in found))
         if not _here.asking.allow_private and not all(map(is_public, addresses)):

@@ -287,3 +287,16 @@ def test_activations_in_the_product(activation, dtype):
     layer.register_forward_hook(lambda module, given, out: calls.append(given))
     precision.activated(layer, activation, x)
     assert len(calls[0]) == (1 if isinstance(activation, nn.SiLU) else 2)
+
+
+def test_experiment_runs(tmp_path, monkeypatch, capsys):
+    """demo/precision.py, on few scenes."""
+    from demo import precision as experiment
+    from demo import rerank
+
+    for module, name, value in ((rerank, "TEST", 3), (rerank, "TUNE", 1), (experiment, "TEST", 3)):
+        monkeypatch.setattr(module, name, value)
+    experiment.main(["--out", str(tmp_path)])
+    results = json.loads((tmp_path / "precision.json").read_text())
+    assert list(results) == ["fp32", "bf16", "int8"] and results["fp32"]["same"] == 100
+    assert results["fp32"]["right"] > 50 and "all right" in capsys.readouterr().out
