@@ -68,7 +68,8 @@ NOTES = {
     "towers": "`open_clip` and `timm` are the library's own call in fp32. `largest difference` is that of any element "
     "to the library's embedding, divided by the largest element.",
     "training": "`plain` pads to the predecessor's length, computes logits everywhere, and gradients of the frozen "
-    "language model too. All rows of a table ran in turn, in one process.",
+    "language model too. All rows of a table ran in turn, in one process, in which `plain` keeps freed memory as ours "
+    "does.",
     "bulk": "`encode_images` is given pixels that lie ready. From tars, other processes decode; they take as long to "
     "start for any number of tars. Memory is that of one process which goes through tars of two small pictures each.",
     "runtime": "The exported captioner in an environment of its own, one image at a time, as many threads as torch; "
