@@ -62,7 +62,7 @@ def run(device, repeats, quick):
         return {
             "pictures in tars": extraction(folder / "clip.pt", tars, device, repeats),
             "stored embeddings": captioning(folder, device, repeats, 64 if quick else 256),
-            "memory": memory(folder, tars[0], (1, 4) if quick else (1, 30, 300)),
+            "memory": memory_by_tars(folder, tars[0], (1, 4) if quick else (1, 30, 300)),
         }
 
 
@@ -119,7 +119,7 @@ def captioning(folder, device, repeats, count):
     }]  # fmt: skip
 
 
-def memory(folder, tar, counts):
+def memory_by_tars(folder, tar, counts):
     """Return rows of the peak memory of going through tars, each of two pictures of 32 pixels, with their captions."""
     write_tar(folder / "small.tar", small_members())
     rows = []

@@ -85,7 +85,7 @@ def measure(folder, clip_file, device, repeats, quick):
             "largest difference": (first - reference).abs().max().item() / reference.abs().max().item(),
         } | timed.quality(name))  # fmt: skip
     growth = []
-    for count in (32, 64) if quick else (100, 1000, 3000):
+    for count in (32, 64) if quick else (100, 300, 1000):
         grown = (paths * (count // many + 1))[:count]
         whole, alone, took = peak_memory(prepare_memory, clip_file, grown, dtypes[-1])
         growth.append({

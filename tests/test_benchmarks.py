@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import inspect
 
 import numpy as np
 import pytest
@@ -97,3 +98,11 @@ def test_everything_runs(small, tmp_path):
     assert "## Aims" in page and "| decoding, fp32, x generate | >= 2 |" in page
     assert "| first caption, x importing and mapping the weights | <= 1.5 |" in page
     assert "x generate" in page and "MiB resident" in page and (tmp_path / "results.png").stat().st_size > 5000
+
+
+def test_peak_memory_is_asked_for_as_it_can_be():
+    """run.py calls a section's `memory` without arguments, in whole runs only."""
+    found = [section.memory for section in run.SECTIONS.values() if hasattr(section, "memory")]
+    assert len(found) == 2
+    for memory in found:
+        inspect.signature(memory).bind()
