@@ -109,7 +109,10 @@ class ImageEncoder:
         raise NotImplementedError
 
     def _count_at_once(self, pixels):
-        """Return how many images to embed at once, from one [1, 3, R, R]; a GPU takes all until its memory is full."""
+        """Return how many images to embed at once, from one [1, 3, R, R]; a GPU takes all until its memory is full.
+
+        The image's embedding is not kept: the parts of a batch must not depend on whether it is the first.
+        """
         if self.device.type != "cpu":
             return sys.maxsize
         sizes = [1]

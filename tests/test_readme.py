@@ -271,6 +271,7 @@ def test_page_on_training(workplace, small_split, hardly_trained):
         for number in range(3):  # --match needs 32
             shutil.copy(photo, f"a_few_photos/{number}_{photo.name}")
     ran = run_page("docs/training.md")
+    assert {words[0] for words, _ in ran} == {"parse_coco.py", "train.py", "train_scst.py", "predict.py"}
     assert [words[0] for words, _ in ran].count("train_scst.py") == 3
     assert all("\t" in said for words, said in ran if words[0] == "predict.py" and "--out" not in words)
     for file in ("text_captioner/coco_prefix_latest.pt", "my_captioner/scst_prefix_latest.pt", "captions.json"):
@@ -278,7 +279,9 @@ def test_page_on_training(workplace, small_split, hardly_trained):
 
 
 def test_page_on_encoders(workplace):
-    (_, names), *_, (_, captions) = run_page("docs/encoders.md")
+    ran = run_page("docs/encoders.md")
+    (_, names), *_, (_, captions) = ran
+    assert {words[0] for words, _ in ran} == {"parse_coco.py", "train.py", "predict.py"}
     assert "siglip" in names.lower() and captions.count("\t") == len(os.listdir("photos"))
 
 
@@ -293,5 +296,7 @@ def test_page_on_sharing(workplace, small_split, hardly_trained, hub):  # noqa: 
     repository = hub.repositories["ORG/NAME"]
     repository.tags["v1.0"] = repository.commits[-1][0]
     loaded = run_page("docs/share.md", ("predict.py", "train_scst.py"))
+    scripts = {words[0] for words, _ in (*pushed, *loaded)}
+    assert scripts == {"predict.py", "train_scst.py", "evaluate.py", "export.py"}
     assert len(pushed) == 3 and hub.repositories["ORG/NAME-onnx"].private
     assert [said.count("\t") for words, said in loaded if words[0] == "predict.py"] == [1, 1] and len(loaded) == 3
