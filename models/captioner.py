@@ -20,6 +20,7 @@ from utils.cli import in_words
 from utils.devices import pick_devices
 from utils.files import sha256
 from utils.flags import Placement
+from utils.logits import refine_output
 from utils.precision import pick_dtype, prepare_for_inference
 
 
@@ -59,6 +60,8 @@ class Captioner:
             prepare_for_inference(self.model, pick_dtype(dtype, self.device), self.device)
         elif dtype:
             raise ValueError(f"--dtype {dtype} cannot change weights that --pn auto or --load_in loaded; leave it out")
+        elif pn != "auto":
+            refine_output(self.model.gpt)
         named = clip_model_type and {"clip_model_type": clip_model_type, "clip_sha256": encoder_sha256(clip_model_type)}
         own = {"clip_model_type": self.model.config.clip_model_type, "clip_sha256": self.model.config.clip_sha256}
         self.described = named or own  # what is known of its encoder

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from models.settings import BEAM, GREEDY, SAMPLE
+from utils.logits import largest
 
 LOOK_EVERY = {"cuda": 8}  # tokens: how often a search waits for the device to see what has ended; elsewhere at each
 ROWS_AT_ONCE = 4  # whose logits a processor's cache holds: several passes over these cost little more than one
@@ -320,14 +321,14 @@ def best_tokens(logits, number, temperature):
         number: N.
         temperature: divides the logits.
     """
-    tokens, logprobs = [], []
-    for part in _parts(logits):
-        part = part.to(torch.float32, copy=True).div_(temperature)
-        best, ids = part.max(-1, keepdim=True) if number == 1 else part.topk(number)  # the largest alone is faster
-        top = best[:, :1]
-        tokens.append(ids)
-        logprobs.append(best - top - part.sub_(top).exp_().sum(-1, keepdim=True).log_())
-    return torch.cat(tokens), torch.cat(logprobs)
+    best, ids = largest(logits, number)
+    best = best.float().div_(temperature)
+    top = best[:, :1]
+    sums = [
+        part.to(torch.float32, copy=True).div_(temperature).sub_(highest).exp_().sum(-1, keepdim=True)
+        for part, highest in zip(_parts(logits), _parts(top), strict=True)
+    ]
+    return ids, best - top - torch.cat(sums).log_()
 
 
 def _parts(rows):

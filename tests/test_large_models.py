@@ -12,6 +12,7 @@ from conftest import forked, mean_loss, read_log, run_script, slow_but, train, t
 from test_OPT import FAMILIES, small
 from test_scripts import equal, one_line_error, predict, weights
 
+from models.captioner import Captioner
 from models.checkpoint import load_captioner
 from models.clip_caption import build_captioner
 from models.lora import add_lora, merge_lora
@@ -19,6 +20,7 @@ from models.placement import place
 from models.settings import CaptionConfig
 from training.trainer import Trainer
 from utils.flags import Placement
+from utils.logits import RefinedOutput
 
 
 def captioner(family, only_prefix=False):
@@ -72,6 +74,8 @@ def test_load_in_16bit(store, language_model, photos, tmp_path, flag):
     model, _, _ = load_captioner(tmp_path / "run_latest.pt")
     assert model.gpt.get_input_embeddings().weight.dtype == torch.bfloat16
     assert all(torch.equal(model.state_dict()[name], value) for name, value in kept.items())
+    loaded = Captioner(tmp_path / "run_latest.pt", with_encoder=False)
+    assert isinstance(loaded.model.gpt.get_output_embeddings(), RefinedOutput)
 
 
 def test_bad_flags(store, language_model, tmp_path):

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from utils.cli import note
 from utils.files import reason
 from utils.lean import undrawn
+from utils.logits import refine_output
 
 ROWS_EXPECTED = 64  # rows that the blocks are laid out for; measured to serve 1 to 3,200 rows
 PROBED = 4  # positions that show whether a language model computes the same with other layers
@@ -85,6 +86,8 @@ def prepare_for_inference(model, dtype, device, probe=None):
     if dtype in ("bf16", "fp32"):
         _convert(model, torch.bfloat16 if dtype == "bf16" else torch.float32)
     gpt = next((module for module in model.modules() if hasattr(module, "generate")), None) if probe is None else None
+    if gpt is not None and dtype in ("bf16", "int8"):
+        refine_output(gpt)
     checked, what, compute = (model, "encoder", probe) if probe else (gpt, "language model", lambda: _logits(gpt))
     if dtype == "bf16" and checked is not None:
         try:
