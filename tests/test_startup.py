@@ -113,7 +113,10 @@ def test_a_wrong_flag_is_refused_at_once(script):
 
 
 # parts of libraries that captioning has no use for; utils/lean.py
-LEFT_OUT = ("ftfy", "pyarrow", "scipy", "sympy", "torch._dynamo", "torch.distributed.tensor", "triton")
+LEFT_OUT = (
+    "ftfy", "pyarrow", "scipy", "sympy", "torch._dynamo", "torch.distributed.tensor", "torchvision.datasets",
+    "torchvision.models", "triton",
+)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -154,6 +157,9 @@ def backend(graph, inputs):
     calls.append(1)
     return graph
 assert torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2)).tolist() == [2, 2] and calls
+import torchvision
+assert not {"torchvision.models", "torchvision.datasets"} & sys.modules.keys()
+assert torchvision.models.resnet18().fc.out_features == 1000 and torchvision.datasets.FakeData(1)
 from torch.distributed.tensor import DTensor
 from transformers.masking_utils import TransformGetItemToIndex
 with TransformGetItemToIndex():
@@ -162,3 +168,34 @@ assert torch.nn.Linear(2, 2).weight.abs().sum() > 0
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_garbage_is_looked_for_while_a_command_works():
+    """Not among what it imports, nor at its end."""
+    script = """
+import gc
+from utils.cli import late_imports, run
+
+class Part:
+    def __del__(self):
+        print("collected", flush=True)
+
+def leave():
+    part = Part()
+    part.itself = part
+
+def main():
+    with late_imports():
+        assert not gc.isenabled()
+        leave()
+    assert gc.isenabled() and gc.get_freeze_count()
+    leave()
+    print("works", flush=True)
+    gc.collect()
+    print("ends", flush=True)
+    leave()
+
+run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["works", "collected", "ends"], done.stderr

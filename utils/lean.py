@@ -1,7 +1,7 @@
 """Imports of libraries without the parts that captioning does not use, which take most of the time.
 
 With any model, transformers imports torch's compiler and distributed tensors, SymPy and SciPy's optimisers;
-torchvision imports the compiler too, OpenAI's clip ftfy. These parts take two thirds of
+torchvision imports the compiler too, its models and datasets, OpenAI's clip ftfy. These parts take two thirds of
 `import transformers.modeling_utils`. In `lean()` they are left out, and imported when they are first used.
 """
 
@@ -23,6 +23,8 @@ CALLED_LATER = {
     "ftfy": ("fix_text",),
     "torch._dynamo.utils": ("is_compile_supported",),
     "torch._dynamo._trace_wrapped_higher_order_op": ("TransformGetItemToIndex",),
+    "torchvision.datasets": (),
+    "torchvision.models": (),
 }
 DECORATORS = ("allow_in_graph", "assume_constant_result", "disable")  # of torch's compiler
 
@@ -82,7 +84,8 @@ def undrawn(language_models=True):
     """
     import torch
 
-    functions = [name for name in vars(torch.nn.init) if name.endswith("_") and not name.startswith("_")]
+    # those that others call, and what these call: torch's attention has imported some of them under names of its own
+    functions = [name for name in vars(torch.nn.init) if name.endswith("_") and not name.startswith("__")]
     places = [(torch.nn.init, name) for name in functions]
     if language_models:
         with lean():
