@@ -3,6 +3,7 @@
 Axes: B batch, D width, K patches, N texts, R input resolution.
 """
 
+import contextlib
 import functools
 import pickle
 import urllib.error
@@ -108,19 +109,27 @@ def _import_clip():
     with lean(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # the user cannot fix that
         import clip
-    build_model = clip.clip.build_model
-
-    def build(state_dict):
-        with undrawn(language_models=False):  # all weights are in the state dict
-            return build_model(state_dict)
-
-    clip.clip.build_model = build
     return clip
+
+
+def _build(module, device, state_dict):
+    """Call `build_model` of clip's module without what is undone at once: initialising, and halving on a CPU.
+
+    There `clip.load` makes a model float32 that this made float16, which changes nothing where the file is float16, as
+    OpenAI's are.
+    """
+    first = state_dict.get("visual.conv1.weight")
+    with undrawn(language_models=False), contextlib.ExitStack() as undo:
+        if device.type == "cpu" and getattr(first, "dtype", None) == torch.float16:
+            undo.callback(setattr, module, "convert_weights", module.convert_weights)
+            module.convert_weights = lambda _model: None
+        return module.build_model(state_dict)
 
 
 def _load(clip, name, device):
     """Call `clip.load`, with errors that say what to do."""
     check_openai(name)
+    clip.clip.build_model = functools.partial(_build, clip.model, device)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.jit.load. is deprecated")

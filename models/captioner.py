@@ -21,7 +21,7 @@ from utils.devices import pick_devices
 from utils.files import sha256
 from utils.flags import Placement
 from utils.logits import refine_output
-from utils.precision import pick_dtype, prepare_for_inference
+from utils.precision import own_weights, pick_dtype, prepare_for_inference
 
 
 class Captioner:
@@ -53,11 +53,12 @@ class Captioner:
             normalize_prefix = pretrained.normalize_prefix if normalize_prefix is None else normalize_prefix
         checkpoint = checkpoint_file(checkpoint)
         self.model, self.tokenizer, described = load_captioner(
-            checkpoint, language_model, normalize_prefix, self.device
+            checkpoint, language_model, normalize_prefix, self.device, mapped=pn != "auto"
         )
         place(self.model, placement)
         if pn != "auto" and not self.model.config.load_in:
             prepare_for_inference(self.model, pick_dtype(dtype, self.device), self.device)
+            own_weights(self.model)
         elif dtype:
             raise ValueError(f"--dtype {dtype} cannot change weights that --pn auto or --load_in loaded; leave it out")
         elif pn != "auto":

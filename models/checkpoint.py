@@ -161,7 +161,7 @@ def check_format(stored, path):
         raise ValueError(f"{path} has an unknown key {min(unknown)!r}: a newer version wrote it; update this one")
 
 
-def load_captioner(checkpoint, language_model=None, normalize_prefix=None, device="cpu"):
+def load_captioner(checkpoint, language_model=None, normalize_prefix=None, device="cpu", mapped=False):
     """Rebuild a captioner from its checkpoint.
 
     Args:
@@ -169,6 +169,8 @@ def load_captioner(checkpoint, language_model=None, normalize_prefix=None, devic
         language_model: name or folder to take tokenizer and configuration from; None: what the checkpoint says.
         normalize_prefix: for a checkpoint that does not say.
         device: where a language model of 8 or 4 bits goes, which cannot move later.
+        mapped: leave the weights in the file, where it can be mapped into memory, until `own_weights` of
+            utils.precision copies what is left of them then.
     Returns: (ClipCaptionModel in evaluation mode on the CPU, tokenizer, whether a json described it).
     Raises: ValueError where an argument contradicts the checkpoint or weights and configuration do not fit;
         FileNotFoundError where a file is missing.
@@ -201,7 +203,7 @@ def load_captioner(checkpoint, language_model=None, normalize_prefix=None, devic
     else:
         with undrawn(), init_empty_weights():  # no random initialisation, which the checkpoint would overwrite
             model = build_captioner(config, build_language_model(gpt_config))
-    _fill(model, state_dict, checkpoint)
+    _fill(model, state_dict, checkpoint, mapped)
     return model.eval(), tokenizer, described is not None
 
 
@@ -235,8 +237,8 @@ def _tokenizer_source(config, described):
     return str(folder) if folder and folder.is_dir() else beside(config.language_model, described)
 
 
-def _fill(model, state_dict, path):
-    """Load weights into a captioner, strictly.
+def _fill(model, state_dict, path, mapped):
+    """Load weights into a captioner, strictly; `mapped`: see `load_captioner`.
 
     Raises: ValueError naming the first misfit.
     """
@@ -257,9 +259,9 @@ def _fill(model, state_dict, path):
     if not any(value.is_meta for value in own.values()):
         model.load_state_dict(state_dict)
         return
-    # copied: a memory-mapped tensor would change when its file does
-    copies = {key: state_dict[key].to(own[key].dtype, copy=True) for key in own}
-    model.load_state_dict(copies, assign=True)
+    # a mapped tensor changes when its file does
+    given = {key: state_dict[key].to(own[key].dtype, copy=not mapped) for key in own}
+    model.load_state_dict(given, assign=True)
     model.gpt.tie_weights()
 
 

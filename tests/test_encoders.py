@@ -101,6 +101,21 @@ def output_of(module, call):
     return seen[-1]
 
 
+@pytest.mark.parametrize("stored", ("half", "float", "mixed"))
+def test_weights_of_openai_clip(clip_file, tmp_path, stored):
+    """They are those that OpenAI's package gives a file's model, to the last bit."""
+    weights = torch.load(clip_file)
+    for name, value in weights.items():
+        if stored == "float" or (stored == "mixed" and "ln_" in name):  # mixed: as OpenAI's own
+            weights[name] = value.float() + 1e-5
+    torch.save(weights, tmp_path / "clip.pt")
+    expected = clip.model.build_model(dict(weights)).float().state_dict()
+    found = openai_clip._load(clip, str(tmp_path / "clip.pt"), torch.device("cpu"))[0].state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.dtype == found[name].dtype and value.equal(found[name]), name
+
+
 @torch.inference_mode()
 def test_patches_of_openai_clip(clip_file, tmp_path):
     plain, _ = clip.load(str(clip_file), device="cpu")

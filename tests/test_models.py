@@ -20,13 +20,14 @@ from encoders.names import OPENAI_NAMES
 from features.store import read_store
 from models import checkpoint
 from models.bare import infer_config
-from models.captioner import encoder_source
+from models.captioner import Captioner, encoder_source
 from models.captioner_files import config_path
 from models.checkpoint import load_captioner, load_weights, save_weights
 from models.clip_caption import build_captioner
 from models.foreign import ENCODER, LANGUAGE_MODEL, STATE, STORE
 from models.language import build_language_model, load_language_model, load_tokenizer
 from models.settings import CaptionConfig
+from utils import precision
 
 
 def build(language_model, **options):
@@ -79,6 +80,25 @@ def test_a_loaded_captioner_keeps_its_weights(language_model, tmp_path, name):
         file.write(bytes(path.stat().st_size))
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", ("run.pt", "run.safetensors"))
+@pytest.mark.parametrize("dtype", ("fp32", "int8"))
+@pytest.mark.parametrize("plain", (False, True))
+def test_a_captioner_keeps_its_weights(language_model, tmp_path, name, dtype, plain, monkeypatch):
+    """The same of one that is laid out for the processor; `plain`: of layers that the processor has no layout for."""
+    model, path = build(language_model), tmp_path / name
+    save_weights(path, model.state_dict())
+    if plain:
+        monkeypatch.setattr(precision, "_packed", lambda layer, _kind: layer)
+    captioner = Captioner(path, language_model=str(language_model), device="cpu", dtype=dtype, with_encoder=False)
+    embeddings = torch.randn(2, model.config.prefix_dim, generator=torch.Generator().manual_seed(0))
+    compute = lambda: captioner.model(torch.tensor([[5, 6], [7, 8]]), embeddings)  # noqa: E731
+    with torch.inference_mode():
+        before = compute()
+        with open(path, "r+b") as file:
+            file.write(bytes(path.stat().st_size))
+        assert torch.equal(compute(), before) and before.abs().max() > 0
 
 
 def test_loss_counts_every_token_and_no_padding(language_model):

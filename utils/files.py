@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -98,7 +99,14 @@ def reason(error):
 
 
 def sha256(path):
-    """Return the hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file; a file that has not changed is read once."""
+    status = os.stat(path)
+    return _sha256(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256(path, *_):
+    """The same, remembered for a file as it is now."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 

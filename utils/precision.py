@@ -332,7 +332,8 @@ class QuantizedLinear(nn.Module):
             quantized = torch.quantize_per_channel(
                 weight, scales, torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8
             )
-            self.packed = torch.ops.quantized.linear_prepack(quantized, None if bias is None else bias.detach().float())
+            own = None if bias is None else bias.detach().to(torch.float32, copy=True)  # it is kept, not packed
+            self.packed = torch.ops.quantized.linear_prepack(quantized, own)
 
     @functools.cached_property
     def weight(self):
@@ -381,6 +382,25 @@ class PackedAttention(nn.Module):
         """Return the queries (0), keys (1) or values (2) of mapped inputs [T, B, 3 E] as [B, H, T, E / H]."""
         part = mapped.unflatten(-1, (3, self.heads, -1))[..., number, :, :]  # [T, B, H, E / H]
         return part.permute((0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3))
+
+
+def own_weights(model):
+    """Copy what is left of weights that lie in a mapped file on the CPU, in place: they would change with it."""
+    copies = {}  # tied ones stay one tensor
+
+    def own(tensor):
+        if tensor.device.type != "cpu":
+            return tensor
+        place = tensor.data_ptr(), tensor.shape
+        if place not in copies:
+            copies[place] = tensor.clone()
+        return copies[place]
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = own(tensor.data)
+    for module in model.modules():
+        if isinstance(module, PlainLinear):
+            module.packed = own(module.packed)
 
 
 def unpack(model):
