@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.measure import interleave, peak_memory
+from benchmarks.measure import interleave, peak_memory, precisions
 from benchmarks.plain import beam_caption, greedy_caption
 from benchmarks.workload import PREFIX, language_model
 from models.searches import decode, make_search
 from models.settings import BEAM, GREEDY, DecodingConfig
 from models.slots import step_for
-from utils.precision import pick_dtype, prepare_for_inference
+from utils.precision import prepare_for_inference
 
 NEW_TOKENS = 20
 # parameters of GPT-2: each is read once per step, and multiplied and added once per position; the output's only where
@@ -114,7 +114,7 @@ def run(device, repeats, quick):
 
     Returns: {title: rows}.
     """
-    dtypes = ["fp32", "bf16"] if pick_dtype("auto", device) == "bf16" else ["fp32"]
+    dtypes = precisions(device)
     systems = prepare_systems(device, dtypes + (["int8"] if device.type == "cpu" else []))
     greedy = DecodingConfig(method=GREEDY, entry_length=NEW_TOKENS)
     beam = DecodingConfig(method=BEAM, entry_length=NEW_TOKENS)

@@ -6,12 +6,11 @@ from pathlib import Path
 import clip
 import torch
 
-from benchmarks.measure import interleave, peak_memory
+from benchmarks.measure import interleave, peak_memory, precisions
 from benchmarks.plain import encode_captions
 from benchmarks.workload import write_clip, write_photos
 from encoders import load_encoder
 from features.loader import encode_files
-from utils.precision import pick_dtype
 
 CAPTIONS_PER_IMAGE = 5
 GFLOP_PER_IMAGE = 8.8  # ViT-B/32, 50 positions
@@ -61,7 +60,7 @@ def measure(folder, clip_file, device, repeats, quick):
     paths = write_photos(folder, many)
     model, preprocess = clip.load(str(clip_file), device=device, jit=False)
     model.float().eval()
-    dtypes = ["fp32", "bf16"] if pick_dtype("auto", device) == "bf16" else ["fp32"]
+    dtypes = precisions(device)
     encoders = {f"ours {dtype}": load_encoder(clip_file, device, dtype) for dtype in dtypes}
     theirs = open_clip_encoder(clip_file, device)
     repeated = [path for path in paths[:few] for _ in range(CAPTIONS_PER_IMAGE)]

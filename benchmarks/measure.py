@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from utils.precision import pick_dtype
+
 
 def synchronize(device):
     """Wait for a GPU's queue."""
@@ -69,17 +71,23 @@ def best_of(work, repeats, device):
     return min(_timed(work, device)[0] for _ in range(repeats + 1))  # the first warms up
 
 
+def precisions(device):
+    """Return the precisions to measure: `fp32`, and `bf16` where it is not emulated, which takes a hundred times."""
+    return ["fp32", "bf16"] if pick_dtype("auto", device) == "bf16" else ["fp32"]
+
+
 @functools.cache
 def limits(device, side):
-    """Return what the machine can do: {`fp32 product`: GFLOP/s, `bf16 product`: ..., `copy`: GB/s read and written}.
+    """Return what the machine can do: {`fp32 product`: GFLOP/s, `copy`: GB/s read and written, ...}.
 
     Args:
         side: of the square matrices that are multiplied.
     """
     found = {}
-    for name, dtype in (("fp32 product", torch.float32), ("bf16 product", torch.bfloat16)):
+    for name in precisions(device):
+        dtype = torch.bfloat16 if name == "bf16" else torch.float32
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        found[name] = 2 * side**3 / best_of(lambda a=a, b=b: a @ b, 8, device) / 1e9
+        found[f"{name} product"] = 2 * side**3 / best_of(lambda a=a, b=b: a @ b, 8, device) / 1e9
     source = torch.randn(1 << 26, device=device)  # 256 MiB, beyond every cache
     target = torch.empty_like(source)
     found["copy"] = 2 * source.nbytes / best_of(lambda: target.copy_(source), 8, device) / 1e9

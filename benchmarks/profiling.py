@@ -19,10 +19,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import captioning, run, training, workload
+from benchmarks.measure import precisions
 from encoders import load_encoder
 from models.settings import BEAM, GREEDY, DecodingConfig
 from utils.files import read_json, write_json, write_text
-from utils.precision import pick_dtype, prepare_for_inference
+from utils.precision import prepare_for_inference
 
 HERE = Path(__file__).resolve().parent
 CELLS = ((1, GREEDY), (8, GREEDY), (64, GREEDY), (1, BEAM), (16, BEAM))  # of captioning: images at a time, search
@@ -73,7 +74,7 @@ def training_cells(dtypes, quick):
 
 def measured(quick):
     """Return a row per cell."""
-    dtypes = ["fp32", "bf16"] if pick_dtype("auto", torch.device("cpu")) == "bf16" else ["fp32"]
+    dtypes = precisions(torch.device("cpu"))
     rows = []
     for cells in (
         captioning_cells([*dtypes, "int8"], quick), extraction_cells(dtypes), training_cells(dtypes, quick)

@@ -83,8 +83,8 @@ NOTES = {
     "MiB: resident at most.",
     "storing": "Resident memory includes Python, torch, the models and all that is mapped at that moment.",
     "tokens": "Random batches of 40 are gathered by one thread while training, which is a resampler and a frozen GPT-2 "
-    "124M in bf16, computes. `from the disk`: none of the rows held in memory by the system before. `x`: rows read, "
-    "the slower way, over those trained on.",
+    "124M, in bf16 where the processor has it, computes. `from the disk`: none of the rows held in memory by the "
+    "system before. `x`: rows read, the slower way, over those trained on.",
 }
 
 
@@ -198,7 +198,7 @@ def main(argv=None):
     if args.quick:
         workload.shrink()
     device, stored = torch.device(args.device), args.out / "results.json"
-    side = 256 if args.quick else 2048 if device.type == "cpu" else 8192  # quick: at 2048, emulated bf16 takes minutes
+    side = 256 if args.quick else 2048 if device.type == "cpu" else 8192
     results = read_json(stored) if stored.is_file() else {}
     for name in args.only:
         print(f"{name} ...", flush=True)

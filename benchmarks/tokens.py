@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.measure import interleave
+from benchmarks.measure import interleave, precisions
 from benchmarks.storing import MODEL
 from benchmarks.storing import write_store as write_shards
 from benchmarks.training import BATCH
@@ -75,7 +75,8 @@ def trained(store, shape, device, repeats):
     torch.manual_seed(0)
     model = build_captioner(config, language_model()).to(device)
     dataset = CaptionDataset(store, load_tokenizer(str(MODEL)))
-    training = TrainingConfig(data="", bs=BATCH, warmup_steps=0, mixed_precision="bf16")
+    precision = "bf16" if "bf16" in precisions(device) else "no"
+    training = TrainingConfig(data="", bs=BATCH, warmup_steps=0, mixed_precision=precision)
     trainer = Trainer(model, CrossEntropy(dataset), training, device)
     groups = trainer.epoch_batches()
     timed = interleave({"": lambda: trainer.train_step(next(groups))}, repeats, device)

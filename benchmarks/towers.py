@@ -7,9 +7,8 @@ import open_clip
 import timm
 import torch
 
-from benchmarks.measure import interleave
+from benchmarks.measure import interleave, precisions
 from encoders import load_encoder
-from utils.precision import pick_dtype
 
 BATCH = 4
 TOWERS = {  # title -> library, architecture
@@ -33,7 +32,7 @@ def build(library, arch, device):
 def run(device, repeats, quick):
     """Measure every tower; returns {title: rows}."""
     rows, batch = [], 2 if quick else BATCH
-    dtypes = ["fp32", "bf16"] if pick_dtype("auto", device) == "bf16" else ["fp32"]
+    dtypes = precisions(device)
     for title, (library, arch) in (QUICK if quick else TOWERS).items():
         model, embed = build(library, arch, device)
         with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from benchmarks import workload
-from benchmarks.measure import interleave, peak_memory
+from benchmarks.measure import interleave, peak_memory, precisions
 from benchmarks.plain import padded_length, training_step
 from benchmarks.workload import caption_lengths, captioner, language_model
 from training.objectives import CrossEntropy
@@ -89,11 +89,11 @@ def measure(variant, device, repeats, quick, threads):
     if quick:
         workload.shrink()
     systems = {}
-    for dtype in ("fp32", "bf16"):
+    for dtype in precisions(device):
         systems[f"plain {dtype}"] = make_plain(variant, dtype, device)
         systems[f"ours {dtype}"] = make_ours(variant, dtype, device)
         systems[f"ours {dtype}, grouped by length"] = make_ours(variant, dtype, device, grouped=True)
-    if VARIANTS[variant][1]:
+    if VARIANTS[variant][1] and "ours bf16" in systems:
         systems["ours bf16, --load_in 16bit"] = make_ours(variant, "bf16", device, load_in="16bit")
     timed = interleave(systems, max(1, repeats - 1), device)  # steps are long
     plain = timed.seconds["plain fp32"]
@@ -107,7 +107,7 @@ def memory():
     """Return rows of the peak memory of two steps, the second with AdamW's moments allocated."""
     rows = []
     for variant in VARIANTS:
-        for name in ("plain fp32", "ours fp32", "ours bf16"):
+        for name in ("plain fp32", *(f"ours {dtype}" for dtype in precisions(torch.device("cpu")))):
             if VARIANTS[variant][1] and name == "ours bf16":
                 name = "ours bf16, --load_in 16bit"
             whole, alone, _ = peak_memory(_prepare_memory, variant, name)

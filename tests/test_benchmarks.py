@@ -106,3 +106,13 @@ def test_peak_memory_is_asked_for_as_it_can_be():
     assert len(found) == 2
     for memory in found:
         inspect.signature(memory).bind()
+
+
+@pytest.mark.parametrize("native", (True, False))
+def test_emulated_bf16_is_not_measured(native, monkeypatch):
+    """A product of the side that limits are measured at would take minutes."""
+    monkeypatch.setattr("utils.precision._cpu_has_bf16", lambda: native)
+    monkeypatch.setattr("benchmarks.measure.best_of", lambda work, repeats, device: 1.0)
+    found = measure.limits.__wrapped__(torch.device("cpu"), 8)
+    assert ("bf16 product" in found) == ("bf16" in measure.precisions(torch.device("cpu"))) == native
+    assert found["fp32 product"] == 2 * 8**3 / 1e9
