@@ -200,6 +200,25 @@ def test_packed_clip_is_equal(clip_file):
         assert 0 < (found - images).norm() < 0.05 * images.norm()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_quick_gelu_of_every_library(dtype):
+    """It is ours, equal to the last bit; what only has its name stays."""
+    import clip.model
+    import open_clip.transformer
+    import timm.layers
+    from transformers.activations import QuickGELUActivation
+
+    same = clip.model.QuickGELU, open_clip.transformer.QuickGELU, timm.layers.QuickGELU, QuickGELUActivation
+    other = type("QuickGELU", (nn.Module,), {"forward": lambda _, x: x * torch.sigmoid(1.7 * x)})
+    x = 5 * torch.randn(100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for kind in (*same, other):
+        model = nn.Sequential(nn.Flatten(0), kind())
+        expected, given = model(x), x.clone()
+        prepare_for_inference(model, None, CPU)
+        assert (type(model[1]) is precision.QuickGELU) == (kind is not other)
+        assert model(x).equal(expected) and x.equal(given)
+
+
 def test_attention_maps_each_of_its_inputs_once(monkeypatch):
     """One product where a sequence attends to itself, three where its inputs differ; and one of the result."""
     attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
