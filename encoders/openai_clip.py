@@ -6,6 +6,7 @@ Axes: B batch, D width, K patches, N texts, R input resolution.
 import contextlib
 import functools
 import pickle
+import threading
 import urllib.error
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ from utils.files import reason, sha256
 from utils.lean import lean, undrawn
 from utils.precision import prepare_for_inference
 
+_loading = threading.Lock()  # what is patched is global, and differs by device
 CONTEXT = 77  # tokens of CLIP's text tower, the begin and the end token among them
 
 
@@ -129,9 +131,10 @@ def _build(module, device, state_dict):
 def _load(clip, name, device):
     """Call `clip.load`, with errors that say what to do."""
     check_openai(name)
-    clip.clip.build_model = functools.partial(_build, clip.model, device)
     try:
-        with warnings.catch_warnings():
+        with _loading, contextlib.ExitStack() as undo, warnings.catch_warnings():
+            undo.callback(setattr, clip.clip, "build_model", clip.clip.build_model)
+            clip.clip.build_model = functools.partial(_build, clip.model, device)
             warnings.filterwarnings("ignore", message=".*torch.jit.load. is deprecated")
             return clip.load(name, device=device, jit=False)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:

@@ -110,7 +110,9 @@ def test_weights_of_openai_clip(clip_file, tmp_path, stored):
             weights[name] = value.float() + 1e-5
     torch.save(weights, tmp_path / "clip.pt")
     expected = clip.model.build_model(dict(weights)).float().state_dict()
+    build_model = clip.clip.build_model
     found = openai_clip._load(clip, str(tmp_path / "clip.pt"), torch.device("cpu"))[0].state_dict()
+    assert clip.clip.build_model is build_model  # others load by the package too, on other devices
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert value.dtype == found[name].dtype and value.equal(found[name]), name

@@ -114,12 +114,16 @@ class QuickGELU(nn.Module):
 
 def _put_quick_gelu(model):
     """Put ours in the place of a library's QuickGELU that computes the same, to the last bit."""
-    places = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    for parent, name, child in places:
+    for parent, name, child in _children(model):
         if type(child).__name__ in ("QuickGELU", "QuickGELUActivation"):
             sample = torch.linspace(-9, 9, 64)
             if torch.equal(child(sample), QuickGELU()(sample)):
                 setattr(parent, name, QuickGELU())
+
+
+def _children(model):
+    """Return (parent, name, child) of all modules in a model, as they are now."""
+    return [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
 
 
 def _places(model, but=None):
@@ -165,8 +169,7 @@ def _pack_checked(model, layer, compute, what):
     if not _put_plain(model, compute):
         note(f"warning: this {what} needs its own layers: none is laid out for the processor, which is slower")
         return
-    children = ((parent, name, child) for parent in model.modules() for name, child in parent.named_children())
-    places = [(parent, name) for parent, name, child in children if isinstance(child, PlainLinear)]
+    places = [(parent, name) for parent, name, child in _children(model) if isinstance(child, PlainLinear)]
     for parent, name in places:
         setattr(parent, name, _packed(getattr(parent, name), layer))
     left = sum(isinstance(getattr(parent, name), PlainLinear) for parent, name in places)
@@ -284,7 +287,7 @@ class PlainLinear(nn.Module):
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
         self.bias, self.packed, self.call = bias, weight.detach(), None
 
-    @functools.cached_property
+    @property
     def weight(self):
         """The weight [out, in]."""
         return self.packed
@@ -410,7 +413,7 @@ def own_weights(model):
     def own(tensor):
         if tensor.device.type != "cpu":
             return tensor
-        place = tensor.data_ptr(), tensor.shape
+        place = tensor.data_ptr(), tensor.shape, tensor.stride()
         if place not in copies:
             copies[place] = tensor.clone()
         return copies[place]
@@ -424,8 +427,7 @@ def own_weights(model):
 
 def unpack(model):
     """Put torch's own linear layers in the place of repacked ones, in place, so that others can read the model."""
-    places = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    for parent, name, child in places:
+    for parent, name, child in _children(model):
         if isinstance(child, PackedLinear | PlainLinear):
             plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
             plain.weight = nn.Parameter(child.weight.detach(), requires_grad=False)
