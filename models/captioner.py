@@ -31,7 +31,7 @@ class Captioner:
 
     def __init__(
         self, checkpoint="coco", clip_model_type=None, language_model=None, normalize_prefix=None, device=None, pn=None,
-        dtype=None, offload_dir=None, max_memory=None, with_encoder=True,
+        dtype=None, offload_dir=None, max_memory=None, with_encoder=True, repack=True,
     ):  # fmt: skip
         """Load everything.
 
@@ -41,6 +41,7 @@ class Captioner:
             device, pn, offload_dir, max_memory: the flags of these names; None takes a GPU if there is one.
             dtype: the flag --dtype.
             with_encoder: load the encoder too; without it, embeddings alone can be captioned.
+            repack: the language model's weights, as of `prepare_for_inference`.
         Raises: ValueError where an argument contradicts the checkpoint; FileNotFoundError where a file is missing.
         """
         self.decoding = stored_decoding(checkpoint) or DecodingConfig()
@@ -57,7 +58,7 @@ class Captioner:
         )
         place(self.model, placement)
         if pn != "auto" and not self.model.config.load_in:
-            prepare_for_inference(self.model, pick_dtype(dtype, self.device), self.device)
+            prepare_for_inference(self.model, pick_dtype(dtype, self.device), self.device, repack=repack)
             own_weights(self.model)
         elif dtype:
             raise ValueError(f"--dtype {dtype} cannot change weights that --pn auto or --load_in loaded; leave it out")
@@ -101,11 +102,11 @@ class Captioner:
         return generate_captions(self.model, self.tokenizer, embeddings, decoding, keys=keys)
 
 
-def captioner_of(args, with_encoder=True):
-    """Return the Captioner that the command line asks for; `with_encoder` as in Captioner."""
+def captioner_of(args, with_encoder=True, repack=True):
+    """Return the Captioner that the command line asks for; `with_encoder`, `repack` as in Captioner."""
     return Captioner(
         args.checkpoint, args.clip_model_type, args.language_model, args.normalize_prefix, args.device, args.pn,
-        args.dtype, args.offload_dir, args.max_memory, with_encoder,
+        args.dtype, args.offload_dir, args.max_memory, with_encoder, repack,
     )  # fmt: skip
 
 

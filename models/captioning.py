@@ -28,7 +28,7 @@ def caption_pictures(args, decoding, paths, unreadable, batch_size):
     with results_kept(args, paths, results):
         workers = 0 if len(paths) <= batch_size else args.num_workers
         prepare_readers(len(paths), workers)
-        captioner = captioner_of(args)
+        captioner = captioner_of(args, repack=len(paths) * decoding.rows > 1)
         unreadable = unreadable | caption_all(captioner, paths, decoding, batch_size, workers, results)
     if unreadable:
         others = "; the others are captioned" if results else ""

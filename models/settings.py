@@ -196,6 +196,13 @@ class DecodingConfig:
                 "--num_captions above 1 needs --use_beam_search, --top_p or --rerank: greedy decoding gives one"
             )
 
+    @property
+    def rows(self):
+        """Captions of an image that are decoded side by side."""
+        if self.rerank != NO_RERANK:
+            return self.num_candidates
+        return self.beam_size if self.method == BEAM else self.num_captions
+
     @classmethod
     def from_dict(cls, values, path):
         """Build from a run's json; settings that it lacks have their defaults.

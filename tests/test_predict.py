@@ -15,9 +15,12 @@ from PIL import Image
 from test_outputs import alias
 from test_scripts import one_line_error
 
+import predict as predict_script
 import predict_nice
+from models import captioning
 from models.captioner import Captioner
 from utils.outputs import lock
+from utils.precision import PackedLinear, QuantizedLinear
 
 
 @pytest.fixture
@@ -84,6 +87,37 @@ def test_max_pixels(checkpoint, tmp_path):
     folder = pictures(tmp_path / "p", "a.jpg")
     one_line_error(predict(folder, "--checkpoint", checkpoint, "--max_pixels", 1000, check=2), "1 of 1")
     assert predict(folder, "--checkpoint", checkpoint, "--max_pixels", 1600).stdout
+
+
+def test_one_caption_waits_for_no_layout(checkpoint, photos, monkeypatch, capsys):
+    """Laying weights out takes longer than it saves where one row is decoded; 8 bits are always made."""
+    counted = []
+
+    def count(args, **options):
+        captioner = captioner_of(args, **options)
+        layers = list(captioner.model.gpt.modules())
+        counted.append(
+            [sum(isinstance(layer, kind) for layer in layers) > 0 for kind in (PackedLinear, QuantizedLinear)]
+        )
+        return captioner
+
+    captioner_of = captioning.captioner_of
+    monkeypatch.setattr(captioning, "captioner_of", count)
+    one, two = [sorted(map(str, photos.glob("*.jpg")))[:number] for number in (1, 2)]
+    packed = torch.backends.mkldnn.is_available()
+    for words, expected in (
+        (one, [False, False]), (two, [packed, False]), ([*one, "--dtype", "int8"], [False, True]),
+        ([*one, "--use_beam_search"], [packed, False]), ([*one, "--rerank", "mbr"], [packed, False]),
+        ([*one, "--top_p", "0.9"], [False, False]), ([*one, "--top_p", "0.9", "--num_captions", "2"], [packed, False]),
+    ):  # fmt: skip
+        counted.clear()
+        assert not predict_script.main([*words, "--checkpoint", str(checkpoint), "--device", "cpu"])
+        assert counted == [expected], words
+    capsys.readouterr()
+    predict_script.main([one[0], "--checkpoint", str(checkpoint), "--device", "cpu"])
+    alone = capsys.readouterr().out
+    predict_script.main([*two, "--checkpoint", str(checkpoint), "--device", "cpu"])
+    assert alone == capsys.readouterr().out.splitlines(keepends=True)[0]
 
 
 # ---- outputs

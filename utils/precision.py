@@ -70,7 +70,7 @@ def _int8_sums_overflow():
     return torch.backends.quantized.engine != "qnnpack" and not capabilities.get("avx512_vnni")
 
 
-def prepare_for_inference(model, dtype, device, probe=None):
+def prepare_for_inference(model, dtype, device, probe=None, repack=True):
     """Change a model in place to compute in `dtype`, as fast as the device can; it can no longer be trained.
 
     Args:
@@ -80,6 +80,8 @@ def prepare_for_inference(model, dtype, device, probe=None):
         device: where the model is.
         probe: function without arguments to a tensor that the model computes; if given, layers are replaced only where
             this tensor stays the same. Without it, all but a language model's are known to be replaceable.
+        repack: lay weights of bf16 and fp32 out for the processor, which takes as long as decoding a hundred tokens of
+            one caption, whereas several rows at once soon repay it.
     Returns: the model.
     Raises: ValueError where the model cannot compute in `dtype`.
     """
@@ -95,7 +97,7 @@ def prepare_for_inference(model, dtype, device, probe=None):
             compute()
         except RuntimeError as error:
             raise ValueError(f"--dtype bf16 does not suit this {what} ({reason(error)}); use fp32") from None
-    if device.type == "cpu" and (dtype == "int8" or _packs(model)):
+    if device.type == "cpu" and (dtype == "int8" or (repack and _packs(model))):
         layer = QuantizedLinear if dtype == "int8" else PackedLinear
         if checked is not None:
             _pack_checked(checked, layer, compute, what)
