@@ -22,7 +22,7 @@ FEW_ROWS = 4  # of which torch's own is the faster
 PLAIN = {"dropout": 0.0, "position_bias": None, "softcap": None, "s_aux": None, "output_attentions": False}
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, **options):
+def attend(module, query, key, value, attention_mask, scaling=None, packing=None, **options):
     """Attend as transformers' `sdpa` does, which is called for all but single queries of many rows on a processor.
 
     Args:
@@ -30,9 +30,12 @@ def attend(module, query, key, value, attention_mask, scaling=None, **options):
         query: [R, H, Q, D]. key, value: [R, G, T, D]; H is a multiple of G.
         attention_mask: of transformers, or None.
         scaling: of the products; None: 1 / sqrt(D).
+        packing: models.packing.Packing, where captions lie behind one another; the mask does not count then.
         options: whatever else a layer asks for.
     Returns: [R, Q, H, D], None.
     """
+    if packing is not None:
+        return packing.attend(sdpa_attention_forward, module, query, key, value, scaling=scaling, **options)
     if (
         torch.compiler.is_compiling()  # or exporting, where rows are not counted yet
         or query.shape[2] > 1

@@ -7,8 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.language import decoder_layers
 from models.mapping import build_mapping_network
+from models.packing import Packing, Take, packs
 from utils.cli import in_words
+
+PACKING_PAYS = 0.9  # at most this share of positions is no padding: below it, leaving padding out is worth the copies
 
 
 class ClipCaptionModel(nn.Module):
@@ -24,6 +28,7 @@ class ClipCaptionModel(nn.Module):
         super().__init__()
         self.config = config
         self.gpt = gpt
+        self.packs = packs(gpt)
         embedding_dim = gpt.get_input_embeddings().embedding_dim
         self.clip_project = build_mapping_network(config, embedding_dim)
 
@@ -78,27 +83,38 @@ class ClipCaptionModel(nn.Module):
         Returns: [sum(lengths)] float32, caption after caption; their mean, negated, is the paper's loss.
         Source: ClipCap paper, equation 2.
         """
-        embeddings = self.embed(tokens[:, :-1], clip_embedding)  # the last token predicts nothing
-        columns = tokens.shape[1]
+        embeddings = self.embed(tokens[:, :-1], clip_embedding)  # [B, S, E]; the last token predicts nothing
+        (captions, columns), width = tokens.shape, embeddings.shape[1]
+        before = width - columns  # positions before the one that predicts the first token
         real = torch.arange(columns, device=lengths.device) < lengths[:, None]  # [B, T]
         # indices, computed on the lengths' device: a mask on the GPU would synchronise to count its entries
         rows, places = real.nonzero(as_tuple=True)  # [sum(lengths)] each
-        wanted = (rows * columns + places).to(tokens.device, non_blocking=True)  # of [B, T]
+        used = lengths + before  # [B]
+        if self.packs and used.sum() < PACKING_PAYS * captions * width:
+            packing = Packing(used, width, tokens.device)
+            begins = used.cumsum(0) - used
+            given = packing.arguments(embeddings)
+        else:
+            packing, begins = None, torch.arange(captions, device=lengths.device) * width
+            given = {"inputs_embeds": embeddings}  # no mask: padding is on the right, where no real token sees it
+        predicting = (begins[rows] + before + places).to(tokens.device, non_blocking=True)  # among all positions
 
-        def keep_wanted(_, inputs):
-            hidden = inputs[0][:, -columns:].flatten(0, 1)  # [B T, E], each predicting the token at its index
-            return (hidden.index_select(0, wanted.to(hidden.device)),)  # [sum(lengths), E]
+        def keep_predicting(_, inputs):
+            hidden = inputs[0].flatten(0, 1)  # [B S, E] or [N, E]
+            return (Take.apply(hidden, predicting.to(hidden.device)),)  # [sum(lengths), E]
 
         # the output layer, a third of GPT-2's work, runs only at the positions in the result
-        hook = self.gpt.get_output_embeddings().register_forward_pre_hook(keep_wanted)
+        hook = self.gpt.get_output_embeddings().register_forward_pre_hook(keep_predicting)
         try:
-            # no attention mask: padding is on the right, where no real token sees it
-            out = self.gpt(inputs_embeds=embeddings, use_cache=False, logits_to_keep=columns)
+            logits = self.gpt(**given, use_cache=False).logits  # [sum(lengths), V]
         finally:
             hook.remove()
-        # logits: [sum(lengths), V]
-        targets = tokens.flatten().index_select(0, wanted).to(out.logits.device)
-        return -F.cross_entropy(out.logits.float(), targets, reduction="none")
+        if packing is not None and packing.attended != len(decoder_layers(self.gpt)[1]):
+            self.packs = False  # an attention that does not know of it has let captions see each other
+            return self.token_logprobs(tokens, clip_embedding, lengths)
+        wanted = (rows * columns + places).to(tokens.device, non_blocking=True)  # of [B, T]
+        targets = tokens.flatten().index_select(0, wanted).to(logits.device)
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
 
     def caption(self, search, *arguments):
         """Return `search(self, *arguments)`: as a method, for which FSDP gathers sharded weights.
