@@ -37,10 +37,11 @@ browser: $(EXPORT)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TEST_FLAGS)
 
-# the figures of benchmarks/ and where the time goes, on a machine without other work
+# the figures of benchmarks/ and where the time goes, on a machine without other work; BENCH_OUT keeps another machine's
+BENCH_OUT ?= benchmarks
 bench: $(STAMP)
-	$(VENV)/bin/python benchmarks/run.py $(BENCH_FLAGS)
-	$(VENV)/bin/python benchmarks/profiling.py
+	$(VENV)/bin/python benchmarks/run.py --out $(BENCH_OUT) $(BENCH_FLAGS)
+	$(VENV)/bin/python benchmarks/profiling.py --out $(BENCH_OUT)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
