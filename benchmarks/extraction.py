@@ -3,13 +3,13 @@
 import tempfile
 from pathlib import Path
 
-import clip
 import torch
 
 from benchmarks.measure import interleave, peak_memory, precisions
 from benchmarks.plain import encode_captions
 from benchmarks.workload import write_clip, write_photos
 from encoders import load_encoder
+from encoders.openai_clip import import_clip
 from features.loader import encode_files
 
 CAPTIONS_PER_IMAGE = 5
@@ -58,7 +58,7 @@ def measure(folder, clip_file, device, repeats, quick):
     """Measure, given a folder to write to and the CLIP file in it."""
     few, many = (8, 128) if quick else (16, 256)  # the plain method takes the few
     paths = write_photos(folder, many)
-    model, preprocess = clip.load(str(clip_file), device=device, jit=False)
+    model, preprocess = import_clip().load(str(clip_file), device=device, jit=False)
     model.float().eval()
     dtypes = precisions(device)
     encoders = {f"ours {dtype}": load_encoder(clip_file, device, dtype) for dtype in dtypes}

@@ -11,6 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from encoders.openai_clip import import_clip
 from models.checkpoint import save_torch
 from models.clip_caption import build_captioner
 from models.language import build_language_model
@@ -69,10 +70,8 @@ def captioner(mapping_type, gpt, frozen):
 
 def write_clip(path):
     """Write a ViT-B/32 with random weights as a state dict that `clip.load` reads."""
-    from clip.model import CLIP
-
     torch.manual_seed(0)
-    torch.save(CLIP(**VIT_B_32).half().state_dict(), path)
+    torch.save(import_clip().model.CLIP(**VIT_B_32).half().state_dict(), path)
 
 
 def write_photos(folder, count, seed=0):

@@ -42,7 +42,7 @@ class OpenAIClip(ImageEncoder):
             model is not in the cache and cannot be fetched.
         """
         super().__init__(name, device, dtype, tokens)
-        clip = _import_clip()
+        clip = import_clip()
         self.model, self.preprocess = _load(clip, self.name, self.device)
         # images are RGB already; without this step, workers need not import clip
         self.preprocess.transforms.remove(clip.clip._convert_image_to_rgb)
@@ -106,10 +106,9 @@ def _is_cut(tokenize, text):
 
 
 @functools.cache
-def _import_clip():
+def import_clip():
     """Return OpenAI's module; importing it takes a second, and not every command needs it."""
-    with lean(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # the user cannot fix that
+    with lean():
         import clip
     return clip
 

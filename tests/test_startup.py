@@ -114,7 +114,7 @@ def test_a_wrong_flag_is_refused_at_once(script):
 
 # parts of libraries that captioning has no use for; utils/lean.py
 LEFT_OUT = (
-    "ftfy", "pyarrow", "scipy", "sympy", "torch._dynamo", "torch.distributed.tensor", "torchvision.datasets",
+    "ftfy", "pkg_resources", "pyarrow", "scipy", "sympy", "torch._dynamo", "torch.distributed.tensor", "torchvision.datasets",
     "torchvision.models", "triton",
 )  # fmt: skip
 
@@ -140,8 +140,8 @@ from utils.lean import lean
 with lean():  # libraries ask in this way whether there is a module
     assert importlib.util.find_spec("ftfy") and importlib.util.find_spec("torch._dynamo.utils")
 from models import language
-from encoders.openai_clip import _import_clip
-clip = _import_clip()
+from encoders.openai_clip import import_clip
+clip = import_clip()
 assert "torch._dynamo" not in sys.modules and "ftfy" not in sys.modules
 assert clip.tokenize("caf\u00e9 &amp; cake").equal(clip.tokenize("caf\u00c3\u00a9 & cake")) and "ftfy" in sys.modules
 from transformers import utils
@@ -167,6 +167,26 @@ with TransformGetItemToIndex():
 assert torch.nn.Linear(2, 2).weight.abs().sum() > 0
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_clip_without_pkg_resources(clip_file):
+    """New versions of setuptools have it no longer."""
+    script = """
+import sys
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name == "pkg_resources":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+from encoders import load_encoder
+assert load_encoder(sys.argv[1]).embed_dim and "pkg_resources" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", script, clip_file], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,8 +1,9 @@
 """Imports of libraries without the parts that captioning does not use, which take most of the time.
 
 With any model, transformers imports torch's compiler and distributed tensors, SymPy and SciPy's optimisers;
-torchvision imports the compiler too, its models and datasets, OpenAI's clip ftfy. These parts take two thirds of
-`import transformers.modeling_utils`. In `lean()` they are left out, and imported when they are first used.
+torchvision imports the compiler too, its models and datasets, OpenAI's clip ftfy and pkg_resources, which new versions
+of setuptools no longer have. These parts take two thirds of `import transformers.modeling_utils`. In `lean()` they are
+left out, and imported when they are first used.
 """
 
 import contextlib
@@ -12,6 +13,8 @@ import sys
 import threading
 import types
 from pathlib import Path
+
+import packaging.version  # noqa: F401  read as an attribute of packaging
 
 from utils.processes import world_size
 
@@ -66,6 +69,9 @@ def lean():
                 stand_in = StandIn(name, **{function: later(name, function) for function in functions})
                 sys.modules[name] = stand_in
                 undo.callback(_remove, sys.modules, name, stand_in)
+        if "pkg_resources" not in sys.modules:  # from which clip takes nothing but another package
+            sys.modules["pkg_resources"] = stand_in = StandIn("pkg_resources", packaging=packaging)
+            undo.callback(_remove, sys.modules, "pkg_resources", stand_in)
         if "torch._dynamo" not in sys.modules:
             _leave_compiler_out(undo)
         _tell_transformers(undo)
