@@ -12,6 +12,8 @@ import torch
 
 from utils.precision import pick_dtype
 
+LONG = 15  # seconds of a round: where they are longer, the later ones are left out
+
 
 def synchronize(device):
     """Wait for a GPU's queue."""
@@ -37,13 +39,16 @@ def interleave(systems, repeats, device):
 
     Args:
         systems: {name: function without arguments}.
-        repeats: rounds after one to warm up.
+        repeats: rounds after one to warm up; where rounds are long, fewer, but two.
     Returns: Timed; its `product` is the median rate of a float32 product, measured once a round.
     """
     side = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(side, side, device=device) for _ in range(2))
     seconds, results, products = {name: [] for name in systems}, {}, []
+    began = time.perf_counter()
     for number in range(repeats + 1):
+        if number > 2 and time.perf_counter() - began > LONG * repeats:
+            break
         took, _ = _timed(lambda: a @ b, device)
         if number:
             products.append(2 * side**3 / took / 1e9)

@@ -113,6 +113,7 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     if args.quick:
         workload.shrink()
+    args.out.mkdir(parents=True, exist_ok=True)
     stored = args.out / "profile.json"
     tables = read_json(stored) if stored.is_file() else {}
     machine = f"{run.describe_machine(torch.device('cpu'))}, {datetime.date.today().isoformat()}"

@@ -198,6 +198,7 @@ def main(argv=None):
     if args.quick:
         workload.shrink()
     device, stored = torch.device(args.device), args.out / "results.json"
+    args.out.mkdir(parents=True, exist_ok=True)
     side = 256 if args.quick else 2048 if device.type == "cpu" else 8192
     results = read_json(stored) if stored.is_file() else {}
     for name in args.only:
