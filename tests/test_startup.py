@@ -114,8 +114,8 @@ def test_a_wrong_flag_is_refused_at_once(script):
 
 # parts of libraries that captioning has no use for; utils/lean.py
 LEFT_OUT = (
-    "ftfy", "pkg_resources", "pyarrow", "scipy", "sympy", "torch._dynamo", "torch.distributed.tensor", "torchvision.datasets",
-    "torchvision.models", "triton",
+    "ftfy", "pkg_resources", "pyarrow", "scipy", "sympy", "torch._dynamo", "torch.distributed.tensor",
+    "torchvision.datasets", "torchvision.models", "triton",
 )  # fmt: skip
 
 
