@@ -39,7 +39,7 @@ def interleave(systems, repeats, device):
 
     Args:
         systems: {name: function without arguments}.
-        repeats: rounds after one to warm up; where rounds are long, fewer, but two.
+        repeats: rounds after one to warm up; where rounds are long, fewer, but at least two.
     Returns: Timed; its `product` is the median rate of a float32 product, measured once a round.
     """
     side = 1024 if device.type == "cpu" else 8192

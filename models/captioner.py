@@ -41,7 +41,7 @@ class Captioner:
             device, pn, offload_dir, max_memory: the flags of these names; None takes a GPU if there is one.
             dtype: the flag --dtype.
             with_encoder: load the encoder too; without it, embeddings alone can be captioned.
-            repack: the language model's weights, as of `prepare_for_inference`.
+            repack: as of `prepare_for_inference`, for mapping network and language model.
         Raises: ValueError where an argument contradicts the checkpoint; FileNotFoundError where a file is missing.
         """
         self.decoding = stored_decoding(checkpoint) or DecodingConfig()

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from models.language import decoder_layers
 from models.mapping import build_mapping_network
-from models.packing import Packing, Take, packs
+from models.packing import Packing, Take, takes_packed
 from utils.cli import in_words
 
-PACKING_PAYS = 0.9  # at most this share of positions is no padding: below it, leaving padding out is worth the copies
+# share of positions that are not padding, below which leaving padding out is worth the copies
+PACKING_PAYS = 0.9
 
 
 class ClipCaptionModel(nn.Module):
@@ -28,7 +29,6 @@ class ClipCaptionModel(nn.Module):
         super().__init__()
         self.config = config
         self.gpt = gpt
-        self.packs = packs(gpt)
         embedding_dim = gpt.get_input_embeddings().embedding_dim
         self.clip_project = build_mapping_network(config, embedding_dim)
 
@@ -90,7 +90,7 @@ class ClipCaptionModel(nn.Module):
         # indices, computed on the lengths' device: a mask on the GPU would synchronise to count its entries
         rows, places = real.nonzero(as_tuple=True)  # [sum(lengths)] each
         used = lengths + before  # [B]
-        if self.packs and used.sum() < PACKING_PAYS * captions * width:
+        if takes_packed(self.gpt) and 0 < used.sum() < PACKING_PAYS * captions * width:
             packing = Packing(used, width, tokens.device)
             begins = used.cumsum(0) - used
             given = packing.arguments(embeddings)
@@ -110,8 +110,9 @@ class ClipCaptionModel(nn.Module):
         finally:
             hook.remove()
         if packing is not None and packing.attended != len(decoder_layers(self.gpt)[1]):
-            self.packs = False  # an attention that does not know of it has let captions see each other
-            return self.token_logprobs(tokens, clip_embedding, lengths)
+            raise RuntimeError(
+                "the language model's layers did not all attend as models.packing asks: captions have seen each other"
+            )
         wanted = (rows * columns + places).to(tokens.device, non_blocking=True)  # of [B, T]
         targets = tokens.flatten().index_select(0, wanted).to(logits.device)
         return -F.cross_entropy(logits.float(), targets, reduction="none")

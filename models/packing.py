@@ -4,21 +4,27 @@ Axes: B captions, S positions of the longest, N positions of all captions togeth
 """
 
 import torch
+import transformers
+from packaging.version import Version
 from torch.autograd.function import once_differentiable
 
 from models.attention import NAME
 
-# model types of transformers whose layers know of positions and of other rows by `position_ids` and attention alone
-PACKED = ("gpt2", "opt")
+# model types whose layers know of positions and of other rows by `position_ids` and attention alone -> transformers'
+# first version in which the model passes on to its attention what it does not know itself
+PASSES_ON = {"gpt2": Version("5.3"), "opt": Version("4.56")}
+TRANSFORMERS = Version(transformers.__version__)
 
 
-def packs(gpt):
+def takes_packed(gpt):
     """Tell whether a language model computes the same of captions behind one another."""
     config = gpt.config
     return (
-        config.model_type in PACKED
+        config.model_type in PASSES_ON
+        and PASSES_ON[config.model_type] <= TRANSFORMERS
         and config._attn_implementation == NAME
         and not getattr(config, "add_cross_attention", False)
+        and not getattr(config, "layerdrop", 0)  # of OPT, which leaves out layers
     )
 
 
@@ -62,7 +68,7 @@ class Packing:
 
     Attributes:
         positions: [1, N], of each in its caption.
-        attended: calls of `attend`, one per layer that knows of this.
+        attended: calls of `attend`, one per layer.
     """
 
     def __init__(self, lengths, width, device):
@@ -112,4 +118,5 @@ class Packing:
         """
         self.attended += 1
         padded = (self.put(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))  # [B, H, S, D]
-        return self.take(attend(module, *padded, None, **options)[0]), None
+        # a layer may think from the mask it was given that nothing is to be hidden
+        return self.take(attend(module, *padded, None, **(options | {"is_causal": True}))[0]), None

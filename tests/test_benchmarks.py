@@ -73,6 +73,13 @@ def test_a_loaded_machine_is_seen_beside_each_system(monkeypatch):
     assert timed.quality("b") == {"spread": 1, "product beside": 2 * 1024**3 / 0.5 / 1e9}
 
 
+def test_of_long_rounds_two_are_measured(monkeypatch):
+    monkeypatch.setattr(measure, "LONG", 0)
+    took = iter([1, 9, 1, 2, 1, 4])  # per round: the product, the system
+    monkeypatch.setattr(measure, "_timed", lambda work, device: (next(took), work()))
+    assert measure.interleave({"a": lambda: "x"}, 5, CPU).seconds == {"a": 3}
+
+
 @pytest.mark.slow
 def test_profiles_tell_where_the_time_goes(small, tmp_path):
     """The shares of a cell are those of all of its time, and tables of other names stay."""

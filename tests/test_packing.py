@@ -1,13 +1,16 @@
 """Captions behind one another: the same scores and gradients as padded ones, and no layer that computes padding."""
 
+import functools
+
 import pytest
 import torch
 from test_OPT import small
 
+from models import clip_caption, packing
 from models.clip_caption import build_captioner
 from models.language import checkpoint_layers, decoder_layers
 from models.lora import add_lora
-from models.packing import Packing
+from models.packing import Packing, takes_packed
 from models.settings import CaptionConfig
 
 LENGTHS = [9, 2, 0, 1, 4]
@@ -29,6 +32,13 @@ def scores(model, lengths=LENGTHS):
     return logprobs.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def padded_scores(model, monkeypatch):
+    """The same of the padded batch."""
+    with monkeypatch.context() as patch:
+        patch.setattr(clip_caption, "PACKING_PAYS", 0)
+        return scores(model)
+
+
 def rows_seen(model):
     """Return the list that every call of the last decoder layer's norms adds its number of rows to."""
     seen = []
@@ -47,7 +57,7 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("change", [None, "frozen", "checkpointed", "lora", "one position before"])
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_padding_is_left_out(family, change):
+def test_padding_is_left_out(family, change, monkeypatch):
     prefix_length = 1 if change == "one position before" else 3
     model = captioner(family, prefix_length, frozen=change == "frozen").eval()
     if change == "checkpointed":
@@ -56,9 +66,8 @@ def test_padding_is_left_out(family, change):
         add_lora(model.gpt, 2)
     seen = rows_seen(model)
     packed = scores(model)
-    assert model.packs and seen[0] == sum(LENGTHS) + len(LENGTHS) * (prefix_length - 1)
-    model.packs = False
-    padded = scores(model)
+    assert seen[0] == sum(LENGTHS) + len(LENGTHS) * (prefix_length - 1)
+    padded = padded_scores(model, monkeypatch)
     assert seen[-1] == len(LENGTHS) * (max(LENGTHS) + prefix_length - 1)
     assert_equal(packed, padded)
 
@@ -70,7 +79,7 @@ def test_without_padding_nothing_is_copied():
     assert seen == [5 * 11]
 
 
-def test_dropout_is_of_training_alone():
+def test_dropout_is_of_training_alone(monkeypatch):
     model = captioner("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5).train()
     torch.manual_seed(0)
     first, again = scores(model), scores(model)
@@ -78,36 +87,63 @@ def test_dropout_is_of_training_alone():
     assert not torch.allclose(first[0], again[0]) and torch.equal(first[0], scores(model)[0])
     assert all(gradient.isfinite().all() for gradient in first[1].values())
     model.eval()
-    packed, model.packs = scores(model), False
-    assert_equal(packed, scores(model))
+    assert_equal(scores(model), padded_scores(model, monkeypatch))
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_an_attention_that_does_not_know_of_it(layer, monkeypatch):
-    """Its captions would see each other: they are scored again, padded, from then on."""
+    """Its captions would see each other."""
     model = captioner("gpt2").eval()
-    model.packs = False
-    expected = scores(model)
-    model.packs, attention = True, decoder_layers(model.gpt)[1][layer].attn
+    attention = decoder_layers(model.gpt)[1][layer].attn
     forward = attention.forward
     monkeypatch.setattr(attention, "forward", lambda *given, packing=None, **options: forward(*given, **options))
+    with pytest.raises(RuntimeError, match="captions have seen each other"):
+        scores(model)
+
+
+def test_a_layer_that_takes_a_mask_for_all_there_is_to_hide(monkeypatch):
+    """As GPT-2's of transformers 4.56: with a mask it asks for no causal attention."""
+    model = captioner("gpt2").eval()
+    for layer in decoder_layers(model.gpt)[1]:
+        monkeypatch.setattr(layer.attn, "forward", functools.partial(layer.attn.forward, is_causal=False))
+    packed = scores(model)
+    monkeypatch.undo()
+    assert_equal(packed, padded_scores(model, monkeypatch))
+
+
+@pytest.mark.parametrize("change", ["attention", "layerdrop", "version"])
+def test_what_cannot_be_packed(change, monkeypatch):
+    model = captioner("opt" if change == "layerdrop" else "gpt2").eval()
+    expected = scores(model)
+    assert takes_packed(model.gpt)
+    if change == "attention":
+        model.gpt.set_attn_implementation("sdpa")
+    elif change == "layerdrop":
+        model.gpt.config.layerdrop = 0.5
+    else:  # whose GPT-2 keeps what it does not know from its attention
+        monkeypatch.setattr(packing, "TRANSFORMERS", packing.Version("5.2.0"))
+    assert not takes_packed(model.gpt)
     assert_equal(scores(model), expected)
-    assert not model.packs
+
+
+def test_nothing_to_compute():
+    """Only the captions' last positions predict, and with one prefix vector an empty caption has none."""
+    assert len(scores(captioner("gpt2", prefix_length=1), [0] * len(LENGTHS))[0]) == 0
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "llama", "bloom", "mamba"])
 def test_others_are_padded(family):
     model = captioner(family)
-    assert not model.packs
+    assert not takes_packed(model.gpt)
     assert len(scores(model)[0]) == sum(LENGTHS)
 
 
 def test_copies_and_their_gradients():
-    packing = Packing(torch.tensor([2, 0, 3]), 4, "cpu")
-    assert packing.positions.tolist() == [[0, 1, 0, 1, 2]]
+    laid = Packing(torch.tensor([2, 0, 3]), 4, "cpu")
+    assert laid.positions.tolist() == [[0, 1, 0, 1, 2]]
     padded = torch.randn(3, 4, 2, 2, dtype=torch.double, requires_grad=True)
-    row = packing.take(padded)
+    row = laid.take(padded)
     assert torch.equal(row[0], torch.cat((padded[0, :2], padded[2, :3])))
-    assert packing.put(row)[1].eq(0).all() and torch.equal(packing.take(packing.put(row)), row)
-    assert torch.autograd.gradcheck(packing.take, padded)
-    assert torch.autograd.gradcheck(packing.put, row.detach().requires_grad_())
+    assert laid.put(row)[1].eq(0).all() and torch.equal(laid.take(laid.put(row)), row)
+    assert torch.autograd.gradcheck(laid.take, padded)
+    assert torch.autograd.gradcheck(laid.put, row.detach().requires_grad_())

@@ -182,6 +182,7 @@ class Missing:
 
 sys.meta_path.insert(0, Missing())
 from encoders import load_encoder
+import demo.world.clip_parts
 assert load_encoder(sys.argv[1]).embed_dim and "pkg_resources" not in sys.modules
 """
     done = subprocess.run(

@@ -7,15 +7,15 @@ import re
 import zipfile
 from pathlib import Path
 
-import clip
 import torch
 import torch.nn.functional as F
-from clip.model import CLIP
 from torch import nn
 
 from demo.world.clip_cache import RESOLUTION
 from demo.world.scenes import BACKGROUNDS, COLOURS, KINDS, RELATIONS, SIZES
+from encoders.openai_clip import import_clip
 
+clip = import_clip()
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # clip.load's preprocessing
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 EMBED_DIM = 256
@@ -57,7 +57,7 @@ class Words:
 def build_clip(words, context, vision, layers, width, patch=12):
     """Build the CLIP to train: OpenAI's class, with the words' small vocabulary; `patch`: pixels of a ViT's."""
     resnet = vision == "resnet"
-    return CLIP(
+    return clip.model.CLIP(
         embed_dim=EMBED_DIM, image_resolution=RESOLUTION,
         vision_layers=tuple(layers) if resnet else layers[0], vision_width=width,
         vision_patch_size=None if resnet else patch,
