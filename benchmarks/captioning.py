@@ -45,7 +45,7 @@ def library(gpt, embeddings, config):
     mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
     return gpt.generate(
         inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=config.entry_length, do_sample=False,
-        min_new_tokens=config.entry_length, num_beams=config.beam_size if config.method == BEAM else 1, pad_token_id=0,
+        min_new_tokens=config.entry_length, num_beams=config.rows, pad_token_id=0,
     ).tolist()  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def measure_cell(systems, batch, config, repeats, device):
         same = sum(a == b for a, b in zip(tokens[name], reference, strict=False)) / captions
         generate = seconds.get(f"generate {dtype}") if name.startswith("ours") else None
         rows.append({
-            "system": name, "batch": captions, "beams": config.beam_size if config.method == BEAM else 1,
+            "system": name, "batch": captions, "beams": config.rows,
             "tokens": config.entry_length, "ms/caption": each * 1e3, "captions/s": 1 / each,
             "x plain": seconds["plain"] / each, "x generate": generate and generate / seconds[name],
             "GFLOP/s": operations(config) / each / 1e9, "GB/s": weights_read(dtype, config, seconds[name], name),
@@ -99,8 +99,7 @@ def measure_cell(systems, batch, config, repeats, device):
 
 def operations(config):
     """Return how many multiplications and additions a caption cannot do without: the first token is the prefix'."""
-    rows = 1 if config.method == GREEDY else config.beam_size
-    return 2 * ((PARAMETERS - OUTPUT) * PREFIX + OUTPUT + PARAMETERS * rows * (config.entry_length - 1))
+    return 2 * ((PARAMETERS - OUTPUT) * PREFIX + OUTPUT + PARAMETERS * config.rows * (config.entry_length - 1))
 
 
 def weights_read(dtype, config, seconds, name):

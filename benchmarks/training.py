@@ -88,7 +88,7 @@ def measure(variant, device, repeats, quick, threads):
     torch.set_num_threads(threads)
     if quick:
         workload.shrink()
-    systems, (_, frozen) = {}, VARIANTS[variant]
+    systems, frozen = {}, VARIANTS[variant][1]
     for dtype in precisions(device):
         systems[f"plain {dtype}"] = make_plain(variant, dtype, device)
         systems[f"ours {dtype}"] = make_ours(variant, dtype, device)

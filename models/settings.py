@@ -199,9 +199,8 @@ class DecodingConfig:
     @property
     def rows(self):
         """Captions of an image that are decoded side by side."""
-        if self.rerank != NO_RERANK:
-            return self.num_candidates
-        return self.beam_size if self.method == BEAM else self.num_captions
+        candidates = self.num_captions if self.rerank == NO_RERANK else self.num_candidates
+        return max(candidates, self.beam_size) if self.method == BEAM else candidates
 
     @classmethod
     def from_dict(cls, values, path):

@@ -96,9 +96,7 @@ def test_one_caption_waits_for_no_layout(checkpoint, photos, monkeypatch, capsys
     def count(args, **options):
         captioner = captioner_of(args, **options)
         layers = list(captioner.model.gpt.modules())
-        counted.append(
-            [sum(isinstance(layer, kind) for layer in layers) > 0 for kind in (PackedLinear, QuantizedLinear)]
-        )
+        counted.append([any(isinstance(layer, kind) for layer in layers) for kind in (PackedLinear, QuantizedLinear)])
         return captioner
 
     captioner_of = captioning.captioner_of
@@ -108,6 +106,8 @@ def test_one_caption_waits_for_no_layout(checkpoint, photos, monkeypatch, capsys
     for words, expected in (
         (one, [False, False]), (two, [packed, False]), ([*one, "--dtype", "int8"], [False, True]),
         ([*one, "--use_beam_search"], [packed, False]), ([*one, "--rerank", "mbr"], [packed, False]),
+        ([*one, "--rerank", "mbr", "--num_candidates", "1"], [False, False]),
+        ([*one, "--use_beam_search", "--rerank", "mbr", "--num_candidates", "1"], [packed, False]),
         ([*one, "--top_p", "0.9"], [False, False]), ([*one, "--top_p", "0.9", "--num_captions", "2"], [packed, False]),
     ):  # fmt: skip
         counted.clear()
