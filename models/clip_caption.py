@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from models.language import decoder_layers
 from models.mapping import build_mapping_network
-from models.packing import Packing, Take, takes_packed
+from models.packing import Packing, Take, real_positions, takes_packed
 from utils.cli import in_words
 
 # share of positions that are not padding, below which leaving padding out is worth the copies
@@ -86,10 +86,8 @@ class ClipCaptionModel(nn.Module):
         embeddings = self.embed(tokens[:, :-1], clip_embedding)  # [B, S, E]; the last token predicts nothing
         (captions, columns), width = tokens.shape, embeddings.shape[1]
         before = width - columns  # positions before the one that predicts the first token
-        real = torch.arange(columns, device=lengths.device) < lengths[:, None]  # [B, T]
-        # indices, computed on the lengths' device: a mask on the GPU would synchronise to count its entries
-        rows, places = real.nonzero(as_tuple=True)  # [sum(lengths)] each
-        used = lengths + before  # [B]
+        rows, places = real_positions(lengths, columns)  # [sum(lengths)] each
+        used = lengths.clamp(max=columns) + before  # [B]
         if takes_packed(self.gpt) and 0 < used.sum() < PACKING_PAYS * captions * width:
             packing = Packing(used, width, tokens.device)
             begins = used.cumsum(0) - used

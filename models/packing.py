@@ -28,6 +28,14 @@ def takes_packed(gpt):
     )
 
 
+def real_positions(lengths, width):
+    """Return (rows, columns) of what is no padding in [B, width], [N] each, caption after caption.
+
+    Indices, computed on the lengths' device: a mask on the GPU would synchronise to count its entries.
+    """
+    return (torch.arange(width, device=lengths.device) < lengths[:, None]).nonzero(as_tuple=True)
+
+
 class Take(torch.autograd.Function):
     """Rows of a tensor, each at most once: then the gradient is a copy too, not a sum."""
 
@@ -79,10 +87,8 @@ class Packing:
             width: S of the padded batch.
             device: of the tensors to come.
         """
-        real = torch.arange(width, device=lengths.device) < lengths[:, None]  # [B, S]
-        # indices, computed on the lengths' device: a mask on the GPU would synchronise to count its entries
-        rows, columns = real.nonzero(as_tuple=True)  # [N] each
-        self.shape, self.attended = real.shape, 0
+        rows, columns = real_positions(lengths, width)
+        self.shape, self.attended = torch.Size((len(lengths), width)), 0
         self.positions = columns[None].to(device, non_blocking=True)
         self.places = (rows * width + columns).to(device, non_blocking=True)
 

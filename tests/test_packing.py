@@ -126,6 +126,12 @@ def test_what_cannot_be_packed(change, monkeypatch):
     assert_equal(scores(model), expected)
 
 
+def test_lengths_beyond_the_batch():
+    """They count as far as there are tokens."""
+    model = captioner("gpt2").eval()
+    assert_equal(scores(model, [4, 12, 0, 1, 4]), scores(model, [4, 9, 0, 1, 4]))
+
+
 def test_nothing_to_compute():
     """Only the captions' last positions predict, and with one prefix vector an empty caption has none."""
     assert len(scores(captioner("gpt2", prefix_length=1), [0] * len(LENGTHS))[0]) == 0

@@ -64,14 +64,12 @@ def unmarked(function=None, *_, **__):
 def lean():
     """Let the body import libraries without their unused parts; parts that are imported already stay."""
     with _one_at_a_time, contextlib.ExitStack() as undo:
-        for name, functions in CALLED_LATER.items():
+        known = {name: {part: later(name, part) for part in parts} for name, parts in CALLED_LATER.items()}
+        known["pkg_resources"] = {"packaging": packaging}  # clip takes nothing else from it
+        for name, parts in known.items():
             if name not in sys.modules:
-                stand_in = StandIn(name, **{function: later(name, function) for function in functions})
-                sys.modules[name] = stand_in
+                sys.modules[name] = stand_in = StandIn(name, **parts)
                 undo.callback(_remove, sys.modules, name, stand_in)
-        if "pkg_resources" not in sys.modules:  # from which clip takes nothing but another package
-            sys.modules["pkg_resources"] = stand_in = StandIn("pkg_resources", packaging=packaging)
-            undo.callback(_remove, sys.modules, "pkg_resources", stand_in)
         if "torch._dynamo" not in sys.modules:
             _leave_compiler_out(undo)
         _tell_transformers(undo)
