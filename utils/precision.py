@@ -80,8 +80,8 @@ def prepare_for_inference(model, dtype, device, probe=None, repack=True):
         device: where the model is.
         probe: function without arguments to a tensor that the model computes; if given, layers are replaced only where
             this tensor stays the same. Without it, all but a language model's are known to be replaceable.
-        repack: lay the weights of bf16 and fp32 out for the processor, which takes as long as decoding a hundred tokens
-            of one caption, whereas several rows at once soon repay it.
+        repack: lay the weights of bf16 and fp32 out for the processor, which takes as long as decoding some twenty
+            tokens; several rows at once soon repay it, a single one after a hundred tokens or so.
     Returns: the model.
     Raises: ValueError where the model cannot compute in `dtype`.
     """
